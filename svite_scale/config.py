@@ -1,0 +1,230 @@
+"""What a run is configured by: nested dataclasses, one per component, with the bounds of each field beside it.
+
+A YAML file and ``dotted.key=value`` overrides become a :class:`Config` through :mod:`svite_scale.config_reader`, which checks
+types, bounds and unknown keys from the annotations here. What no single field can tell is checked by :meth:`Config.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from svite_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Closed bounds of a number; ``above`` is an open lower bound."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense timm VisionTransformer. A field that is null keeps what ``name`` says."""
+
+    name: str = "deit_tiny_patch16_224"
+    num_classes: Annotated[int, Bounds(low=1)] = 1000
+    image_size: Annotated[int, Bounds(low=1)] = 224
+    """Pixels, height and width alike."""
+    in_channels: Literal[1, 3] = 3
+    patch_size: Annotated[int | None, Bounds(low=1)] = None
+    embed_dim: Annotated[int | None, Bounds(low=1)] = None
+    depth: Annotated[int | None, Bounds(low=1)] = None
+    num_heads: Annotated[int | None, Bounds(low=1)] = None
+    drop_path: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    """Stochastic depth rate of the last block; earlier blocks ramp up to it."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs for backward and compute the rest again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """How many weights live, where, and how they move (the paper's section 3.2; DESIGN section 3)."""
+
+    density: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
+    """Share of the prunable weights that is active; 1.0 trains the ordinary dense model."""
+    distribution: Literal["uniform", "erk"] = "erk"
+    update_every: Annotated[int, Bounds(low=1)] = 20000
+    """Optimizer steps between two topology updates."""
+    stop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.8
+    """Topology updates stop at this share of all optimizer steps."""
+    drop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.5
+    """Share of the active weights dropped at an update, at the start of the cosine."""
+    final_drop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.005
+    grown_moments: Literal["mean", "zero"] = "mean"
+    """Second moment of a grown weight: its layer's mean, or zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time augmentation. ``deit`` is the DeiT recipe through timm; ``affine`` is light and suits digits."""
+
+    recipe: Literal["none", "affine", "deit"] = "none"
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's policy string, for ``recipe: deit``."""
+    random_erasing: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.0
+    mixup: Annotated[float, Bounds(low=0.0)] = 0.0
+    """Alpha of mixup's beta distribution; 0 is off."""
+    cutmix: Annotated[float, Bounds(low=0.0)] = 0.0
+    label_smoothing: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    repeats: Annotated[int, Bounds(low=1)] = 1
+    """Repeated augmentation: copies of a sample in an epoch, whose length stays the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Tar shards with their index sidecars, as ``launch/make_shards.py`` writes them."""
+
+    train: str = ""
+    """Brace pattern, glob, or folder of the training shards."""
+    val: str = ""
+    """The same for the evaluation shards."""
+    workers: Annotated[int, Bounds(low=0)] = 2
+    """Loader processes per rank."""
+    shuffle_shards: Annotated[int, Bounds(low=1)] = 64
+    """Samples are shuffled within windows of this many (shuffled) shards."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, for pixels in 0..1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Bounds(above=0.0, high=1.0)] = 0.875
+    """Centre crop at evaluation, as a share of the resized image (224 of 256)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule: linear warm-up, then a cosine, by optimizer step."""
+
+    name: Literal["adamw", "adam", "nadam", "radam"] = "adamw"
+    lr: Annotated[float, Bounds(above=0.0)] = 5e-4
+    lr_batch_size: Annotated[int | None, Bounds(low=1)] = None
+    """Batch size that ``lr`` is meant for: the rate used is lr * global_batch_size / lr_batch_size. Null uses lr as it is."""
+    weight_decay: Annotated[float, Bounds(low=0.0)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Bounds(above=0.0)] = 1e-8
+    warmup_epochs: Annotated[float, Bounds(low=0.0)] = 0.0
+    warmup_lr: Annotated[float, Bounds(low=0.0)] = 1e-6
+    min_lr: Annotated[float, Bounds(low=0.0)] = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and what is written when."""
+
+    epochs: Annotated[int, Bounds(low=1)] = 300
+    max_steps: Annotated[int | None, Bounds(low=1)] = None
+    """Stop after this many optimizer steps; schedules still span ``epochs``. Null runs all epochs."""
+    global_batch_size: Annotated[int, Bounds(low=1)] = 1024
+    """Samples in one optimizer step, over all ranks and accumulation steps."""
+    accumulation_steps: Annotated[int, Bounds(low=1)] = 1
+    """Micro-batches whose gradients one optimizer step averages."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16; the optimizer's master values stay fp32."""
+    clip_grad_norm: Annotated[float | None, Bounds(above=0.0)] = None
+    """Largest L2 norm of the whole gradient; null is off, on every backend."""
+    log_every: Annotated[int, Bounds(low=1)] = 50
+    """Optimizer steps between two lines of metrics."""
+    eval_every_epochs: Annotated[int, Bounds(low=1)] = 1
+    eval_batch_size: Annotated[int, Bounds(low=1)] = 64
+    """Samples per rank."""
+    checkpoint_every_epochs: Annotated[int | None, Bounds(low=1)] = None
+    """Null saves at the end only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The engine that shards the training state."""
+
+    backend: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
+    zero_stage: Literal[1, 2, 3] = 3
+    """For ``backend: deepspeed``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow, beside the run directory's own ``metrics.jsonl``."""
+
+    mlflow: bool = True
+    uri: str | None = None
+    """Null is a SQLite file in the run directory's parent."""
+    experiment: str = "svite_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str
+    """Where the run's files go; must not hold another run unless it is resumed."""
+    seed: Annotated[int, Bounds(low=0, high=2**31 - 1)] = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples that one rank computes at a time.
+
+        Raises:
+            ConfigError: the global batch doesn't divide.
+        """
+        parts = world_size * self.train.accumulation_steps
+        size, rest = divmod(self.train.global_batch_size, parts)
+        if rest or not size:
+            raise ConfigError(
+                "train.global_batch_size",
+                self.train.global_batch_size,
+                f"is not divisible by world size ({world_size}) x train.accumulation_steps ({self.train.accumulation_steps})",
+                f"use a multiple of {parts}",
+            )
+        return size
+
+    def check(self, world_size: int) -> None:
+        """Checks what single fields can't tell.
+
+        Raises:
+            ConfigError: the first impossible combination.
+        """
+        self.micro_batch_size(world_size)
+        check_sparsity(self.sparsity)
+        check_data(self.data, self.model.in_channels)
+        check_optimizer(self.optimizer, self.train.epochs)
+        if self.parallel.backend == "single" and world_size > 1:
+            raise ConfigError(
+                "parallel.backend", "single", f"trains on one process, but {world_size} were started", "use ddp, fsdp2 or deepspeed"
+            )
+
+
+def check_sparsity(sparsity: SparsityConfig) -> None:
+    if sparsity.final_drop_fraction > sparsity.drop_fraction:
+        raise ConfigError(
+            "sparsity.final_drop_fraction",
+            sparsity.final_drop_fraction,
+            f"is above sparsity.drop_fraction ({sparsity.drop_fraction}), but the schedule falls",
+            "lower it",
+        )
+
+
+def check_data(data: DataConfig, in_channels: int) -> None:
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != in_channels:
+            raise ConfigError(
+                f"data.{name}", list(values), f"has {len(values)} entries for {in_channels} channels", "give one number per channel"
+            )
+    if min(data.std) <= 0:
+        raise ConfigError("data.std", list(data.std), "pixels are divided by it", "use numbers above 0")
+
+
+def check_optimizer(optimizer: OptimizerConfig, epochs: int) -> None:
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError("optimizer.betas", list(optimizer.betas), "is outside [0, 1)", "use for example [0.9, 0.999]")
+    if optimizer.warmup_epochs > epochs:
+        raise ConfigError(
+            "optimizer.warmup_epochs", optimizer.warmup_epochs, f"is longer than train.epochs ({epochs})", "shorten it"
+        )

@@ -1,0 +1,1 @@
+"""Tar shards with an exact global order."""

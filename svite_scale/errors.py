@@ -1,0 +1,38 @@
+"""The exceptions that svite_scale raises for mistakes a user can mend.
+
+Each message names what is wrong (a config field, a layer, a shard), the value found, and what to do about it.
+Programmer's mistakes stay ``AssertionError``, ``TypeError`` and ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class SviteScaleError(Exception):
+    """Base of all errors that this package raises for a user's mistake."""
+
+
+class ConfigError(SviteScaleError):
+    """A config field has a value that the run can't use.
+
+    Args:
+        field: dotted name of the field, for example ``sparsity.density``.
+        value: the value found, shown as written.
+        problem: what is wrong with it, as the rest of a sentence.
+        remedy: what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{field} = {value!r}: {problem}; {remedy}")
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+
+
+class TopologyError(SviteScaleError):
+    """Sparse layers can't be built or updated: a score is NaN, a count doesn't fit, a weight is shared."""
+
+
+class DataError(SviteScaleError):
+    """A shard, its index or a sample in it can't be read or written."""
+
+
+class CheckpointError(SviteScaleError):
+    """A checkpoint can't be written, found, or loaded into this run."""
