@@ -197,7 +197,10 @@ class Config:
         check_optimizer(self.optimizer, self.train.epochs)
         if self.parallel.backend == "single" and world_size > 1:
             raise ConfigError(
-                "parallel.backend", "single", f"trains on one process, but {world_size} were started", "use ddp, fsdp2 or deepspeed"
+                "parallel.backend",
+                "single",
+                f"trains on one process, but {world_size} were started",
+                "use ddp, fsdp2 or deepspeed",
             )
 
 
@@ -215,7 +218,10 @@ def check_data(data: DataConfig, in_channels: int) -> None:
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != in_channels:
             raise ConfigError(
-                f"data.{name}", list(values), f"has {len(values)} entries for {in_channels} channels", "give one number per channel"
+                f"data.{name}",
+                list(values),
+                f"has {len(values)} entries for {in_channels} channels",
+                "give one number per channel",
             )
     if min(data.std) <= 0:
         raise ConfigError("data.std", list(data.std), "pixels are divided by it", "use numbers above 0")
