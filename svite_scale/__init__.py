@@ -1,0 +1,15 @@
+"""Sparse-from-scratch training of vision transformers, whose memory and traffic fall with density on any number of nodes.
+
+Three lines in a training loop of your own::
+
+    svite_scale.sparsify(model, density=0.3)                                            # before an engine wraps the model
+    topology = svite_scale.attach(model, optimizer, total_steps=100_000, update_every=1_000)  # after
+    topology.step()                                                                     # after each optimizer step
+
+or a whole run from a config: ``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
+"""
+
+from svite_scale.parallel.attach import attach
+from svite_scale.sparsity.sparsify import sparsify
+
+__all__ = ["attach", "sparsify"]

@@ -1,0 +1,90 @@
+"""Ranks, devices and the process group, from whatever launcher started the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from svite_scale.errors import ConfigError
+
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""What a bare ``srun`` calls the variables that ``torchrun``, ``deepspeed`` and ``accelerate launch`` set."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that prints, logs and writes single files."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """Reads what the launcher said; a plain ``python`` is a world of one.
+
+        Raises:
+            ConfigError: some of the variables are set and others are missing, or one isn't a number.
+        """
+        found = {name: environment.get(name, environment.get(slurm)) for name, slurm in SLURM_NAMES.items()}
+        if environment.get("RANK") is None and environment.get("SLURM_STEP_ID") is None:
+            return cls()
+        for name, value in found.items():
+            if value is None or not value.isdecimal():
+                raise ConfigError(
+                    name, value, "is not set to a rank or size by the launcher", "start with torchrun, deepspeed or srun"
+                )
+        rank, size, local_rank = (int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if size > 1 and not environment.get("MASTER_ADDR"):
+            raise ConfigError("MASTER_ADDR", None, "is not set", "export MASTER_ADDR and MASTER_PORT in the batch script")
+        return cls(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", 1))))
+
+
+def device_of(world: World) -> torch.device:
+    """The device of this rank: its GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: more ranks than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            "LOCAL_RANK",
+            world.local_rank,
+            f"has no GPU: this machine has {torch.cuda.device_count()}",
+            "start fewer ranks on it",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def start(world: World, device: torch.device) -> None:
+    """Joins the process group: NCCL for GPU tensors, gloo for CPU ones. All ranks call it.
+
+    A world of one gets a group of one, so that everything after has one code path.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

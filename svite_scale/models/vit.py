@@ -1,0 +1,74 @@
+"""timm VisionTransformers from a config."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from svite_scale.config import ModelConfig
+from svite_scale.errors import ConfigError
+
+
+def build_vit(config: ModelConfig) -> VisionTransformer:
+    """The dense model, randomly initialised from torch's global generator, on torch's default device.
+
+    Raises:
+        ConfigError: timm has no such VisionTransformer, or the sizes don't fit together.
+    """
+    check_model(config)
+    options: dict[str, Any] = {
+        "num_classes": config.num_classes,
+        "img_size": config.image_size,
+        "in_chans": config.in_channels,
+        "drop_path_rate": config.drop_path,
+        **_overrides(config),
+    }
+    model = cast(VisionTransformer, timm.create_model(config.name, pretrained=False, **options))
+    model.set_grad_checkpointing(config.activation_checkpointing)
+    return model
+
+
+def blocks(model: VisionTransformer) -> list[nn.Module]:
+    """The transformer blocks, which FSDP2 gathers one at a time."""
+    return list(model.blocks)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks that the model exists and its sizes fit, on the meta device.
+
+    Raises:
+        ConfigError: names the field and the remedy.
+    """
+    if config.name not in timm.list_models("*vit*") + timm.list_models("deit*"):
+        raise ConfigError("model.name", config.name, "is no VisionTransformer that timm knows", _nearest(config.name))
+    with torch.device("meta"):
+        base = timm.create_model(config.name, pretrained=False)
+    if not isinstance(base, VisionTransformer):
+        raise ConfigError(
+            "model.name", config.name, f"is a {type(base).__name__}", "use a VisionTransformer, such as deit_tiny_patch16_224"
+        )
+    patch_size = config.patch_size or base.patch_embed.patch_size[0]
+    if config.image_size % patch_size:
+        raise ConfigError(
+            "model.image_size", config.image_size, f"is not divisible by the patch size ({patch_size})", "use a multiple"
+        )
+    embed_dim, num_heads = config.embed_dim or base.embed_dim, config.num_heads or base.blocks[0].attn.num_heads
+    if embed_dim % num_heads:
+        raise ConfigError("model.num_heads", num_heads, f"does not divide model.embed_dim ({embed_dim})", "use a divisor of it")
+
+
+def _overrides(config: ModelConfig) -> dict[str, int]:
+    names = ("patch_size", "embed_dim", "depth", "num_heads")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    known = [known for known in timm.list_models() if "vit" in known or known.startswith("deit")]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "see timm.list_models('*vit*')"

@@ -1,0 +1,1 @@
+"""One small Backend protocol, and the engines behind it."""

@@ -1,0 +1,80 @@
+"""Attaching a topology engine to a training loop that isn't ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from svite_scale.errors import TopologyError
+from svite_scale.parallel.torch_access import TorchAccess
+from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.topology import TopologyEngine
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    total_steps: int,
+    update_every: int,
+    stop_fraction: float = 0.8,
+    drop_fraction: float = 0.5,
+    final_drop_fraction: float = 0.005,
+    grown_moments: str = "mean",
+) -> TopologyEngine:
+    """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
+
+    Call ``step()`` of what it returns right after each optimizer step, once per step (not per micro-batch), on all ranks.
+
+    Args:
+        model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine.
+        optimizer: the torch optimizer that steps it; not needed for a DeepSpeed engine.
+        total_steps: optimizer steps of the whole training.
+        update_every: optimizer steps between two topology updates.
+        stop_fraction: no update comes after this share of training.
+        drop_fraction: share of the active weights moved at the start of the cosine.
+        final_drop_fraction: the same at its end.
+        grown_moments: second moment of grown weights, ``mean`` or ``zero``.
+
+    Raises:
+        TopologyError: the model has no packed layers, or its engine isn't supported.
+    """
+    if not packed_layers(model):
+        raise TopologyError("the model has no packed layers; call svite_scale.sparsify(model, density=...) before wrapping it")
+    schedule = UpdateSchedule(
+        total_steps=total_steps,
+        update_every=update_every,
+        stop_fraction=stop_fraction,
+        drop_fraction=drop_fraction,
+        final_drop_fraction=final_drop_fraction,
+    )
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return TopologyEngine(model, access_for(model, optimizer), schedule, grown_moments=grown_moments, group=group)
+
+
+def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> ParameterAccess:
+    """The way to a wrapped model's parameters.
+
+    Raises:
+        TopologyError: a torch optimizer is needed and missing, or the DeepSpeed engine doesn't run ZeRO.
+    """
+    # By name, so that nobody needs DeepSpeed who doesn't use it.
+    if type(model).__module__.partition(".")[0] == "deepspeed":
+        return _zero_access(model)
+    if optimizer is None:
+        raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
+    return TorchAccess(optimizer)
+
+
+def _zero_access(engine: Any) -> ParameterAccess:
+    from svite_scale.parallel.zero_access import PartitionedZeroAccess, ReplicatedZeroAccess
+
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2, 3):
+        raise TopologyError(f"the DeepSpeed engine runs ZeRO stage {stage}; use stage 1, 2 or 3")
+    return (PartitionedZeroAccess if stage == 3 else ReplicatedZeroAccess)(engine.basic_optimizer)

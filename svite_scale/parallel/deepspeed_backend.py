@@ -1,0 +1,71 @@
+"""DeepSpeed ZeRO, stages 1 to 3."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from svite_scale.parallel.attach import access_for
+from svite_scale.parallel.backend import EngineOptions, OptimizerFactory
+from svite_scale.sparsity.access import ParameterAccess
+
+PERSISTENCE_THRESHOLD = 10_000
+"""ZeRO-3 keeps parameters of fewer elements (norms, biases) whole on every rank: they weigh less than gathering them costs."""
+
+
+class DeepSpeedBackend:
+    """A :class:`~svite_scale.parallel.backend.Backend` for ``deepspeed``."""
+
+    def __init__(self, stage: int, model: nn.Module, build_optimizer: OptimizerFactory, options: EngineOptions) -> None:
+        """A collective. ``stage`` is 1, 2 or 3."""
+        self.model = model
+        self.optimizer = build_optimizer(model)
+        # DeepSpeed tells every step of its set-up at its own default level.
+        logger.setLevel(logging.WARNING)
+        config = deepspeed_config(stage, model, options)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.access: ParameterAccess = access_for(self.engine, self.optimizer)
+        self.dtype = torch.bfloat16 if options.bf16 else torch.float32
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.engine(images.to(self.dtype))
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            # The engine counts micro-batches by its steps; before the last one a step changes nothing.
+            self.engine.step()
+
+    def step(self) -> float:
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+
+def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:
+    """What DeepSpeed is initialised with. Buckets are sized by the model, so that they too shrink with its density."""
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    bucket = max(max(sizes), sum(sizes) // 8)
+    return {
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": options.accumulation_steps,
+        # Stated even when off: DeepSpeed's default isn't.
+        "gradient_clipping": options.clip_grad_norm or 0.0,
+        "bf16": {"enabled": options.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        },
+    }

@@ -1,0 +1,101 @@
+"""Reading and writing parameters that DeepSpeed ZeRO partitions."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from svite_scale.parallel.moments import elementwise
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the elementwise state that a torch optimizer holds for ZeRO's flat partitions; empty before the first step."""
+    for flat, state in optimizer.state.items():
+        return list(elementwise(state, flat.shape))
+    return []
+
+
+class ReplicatedZeroAccess:
+    """A ParameterAccess for ZeRO-1 and 2: parameters are whole on every rank, master values and moments are partitioned."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer`` is the torch optimizer that DeepSpeed steps."""
+        self.optimizer = optimizer
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, value)
+        parameter.detach().copy_(value)
+
+    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {name: safe_get_full_optimizer_state(parameter, name) for name in moment_names(self.optimizer)}
+
+    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
+        for name, moment in moments.items():
+            safe_set_full_optimizer_state(parameter, moment, name)
+
+
+class PartitionedZeroAccess:
+    """A ParameterAccess for ZeRO-3: each rank holds one flat slice of each parameter, the last ones padded.
+
+    DeepSpeed's own setters of full values fail where a parameter's size isn't a multiple of the world size, so this reads and
+    writes the rank's own slice.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer`` is the torch optimizer that DeepSpeed steps."""
+        self.optimizer = optimizer
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        if parameter.requires_grad:
+            return _gather(safe_get_local_fp32_param(parameter), parameter)
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, _slice(value, safe_get_local_fp32_param(parameter)))
+        # The copy that forward gathers doesn't follow the master values by itself.
+        with GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.detach().copy_(value)
+
+    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        names = moment_names(self.optimizer)
+        return {name: _gather(safe_get_local_optimizer_state(parameter, name), parameter) for name in names}
+
+    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
+        for name, moment in moments.items():
+            local = safe_get_local_optimizer_state(parameter, name)
+            safe_set_local_optimizer_state(parameter, _slice(moment, local), name)
+
+
+def _gather(local: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The full tensor of a parameter whose slices all ranks hold."""
+    full = local.new_empty(dist.get_world_size() * local.numel())
+    dist.all_gather_into_tensor(full, local.contiguous())
+    # ds_shape is what DeepSpeed leaves on a partitioned parameter, whose own shape is (0,).
+    shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+    return full[: shape.numel()].view(shape)
+
+
+def _slice(value: Tensor, local: Tensor) -> Tensor:
+    """This rank's slice of a full value, padded with zeros to the size of ``local``."""
+    start = dist.get_rank() * local.numel()
+    part = value.flatten()[start : start + local.numel()]
+    return torch.nn.functional.pad(part, (0, local.numel() - part.numel()))

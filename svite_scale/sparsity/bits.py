@@ -1,0 +1,54 @@
+"""Masks as bits: bit i of byte j is flat position 8j + i."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def num_bytes(numel: int) -> int:
+    """Bytes that a mask of ``numel`` positions takes."""
+    return -(-numel // 8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Packs a mask into bits.
+
+    Args:
+        mask: bool, ``[numel]``.
+
+    Returns:
+        uint8, ``[ceil(numel / 8)]``; the bits past ``numel`` are 0.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 1:
+        raise ValueError(f"pack needs a 1-D bool mask, not {mask.dtype} of shape {tuple(mask.shape)}")
+    padded = torch.zeros(num_bytes(mask.numel()) * 8, dtype=torch.uint8, device=mask.device)
+    padded[: mask.numel()] = mask
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, numel: int) -> Tensor:
+    """The inverse of :func:`pack`.
+
+    Args:
+        bits: uint8, ``[ceil(numel / 8)]``.
+        numel: positions in the mask.
+
+    Returns:
+        bool, ``[numel]``.
+    """
+    if bits.dtype != torch.uint8 or bits.numel() != num_bytes(numel):
+        raise ValueError(f"{numel} positions need {num_bytes(numel)} uint8, not {bits.numel()} {bits.dtype}")
+    # One 8-byte look-up per byte of mask writes eight bools at once.
+    return _eight_bools(bits.device)[bits.int()].view(torch.bool)[:numel]
+
+
+@lru_cache(maxsize=16)
+def _eight_bools(device: torch.device) -> Tensor:
+    """int64 ``[256]`` whose entry b holds the bits of byte b as eight bools in memory order."""
+    byte = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
+    bit = torch.arange(8, dtype=torch.uint8, device=device)
+    return ((byte >> bit) & 1).to(torch.bool).view(torch.int64).flatten()

@@ -1,0 +1,109 @@
+"""Real ranks for tests: processes that stay up, joined over gloo on loopback, and run one function after another.
+
+Importing an engine costs seconds, so the ranks of a world size start once for the whole test session.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 240
+"""Longest that one function may take on the ranks; a hang becomes a failure."""
+
+
+class Ranks:
+    """``world_size`` processes of one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Runs ``function(*args)`` on every rank, and returns what each returned.
+
+        Raises:
+            AssertionError: a rank raised, died, or took longer than TIMEOUT_S; the message holds its traceback.
+        """
+        for connection in self.connections:
+            connection.send((function, args))
+        results = []
+        for rank, connection in enumerate(self.connections):
+            try:
+                answered = connection.poll(TIMEOUT_S)
+                ok, result = connection.recv() if answered else (False, f"no answer in {TIMEOUT_S} s")
+            except EOFError:
+                ok, result = False, f"died with exit code {self.processes[rank].exitcode}"
+            if not ok:
+                self.close()
+                raise AssertionError(f"rank {rank} of {len(self.connections)}: {result}")
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_started: dict[int, Ranks] = {}
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs a module-level function on every rank of a world; ``torch.distributed`` is up in it."""
+    ranks = _started.get(world_size)
+    if ranks is None or not all(process.is_alive() for process in ranks.processes):
+        if not _started:
+            atexit.register(close_all)
+        ranks = _started[world_size] = Ranks(world_size)
+    return ranks.run(function, *args)
+
+
+def close_all() -> None:
+    """Ends every started rank."""
+    for ranks in _started.values():
+        ranks.close()
+    _started.clear()
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
