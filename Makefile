@@ -1,0 +1,48 @@
+# make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml
+# make test         sets up .venv, runs the tests; PYTEST_ARGS="-k config" picks some
+# make lint         sets up .venv, checks style and types
+#
+# PYTHON is the interpreter .venv is made from, RANKS the number of processes that train, RUN_DIR where the run goes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# In the recipes' PATH, so that DeepSpeed finds ninja there and starts its ranks with this Python.
+IN_VENV := PATH="$(BIN):$$PATH"
+SHARDS := data/mnist5k
+
+# Both are expanded where a recipe uses them, after .venv is ready: at most 2 GPUs, or 2 processes where there is none;
+# the first free one of runs/quickstart, runs/quickstart-2, ...
+RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
+RUN_DIR ?= $(shell run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; echo $$run)
+
+.PHONY: quickstart test lint compiler
+.NOTPARALLEL:
+
+quickstart: compiler $(SHARDS)/.made
+	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
+
+test: compiler $(VENV)/.installed-test
+	$(IN_VENV) python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+
+compiler:
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	echo "No C++ compiler: DeepSpeed compiles one op at its first start. Install g++ (build-essential) or set CXX." >&2; exit 1; }
+
+# A stamp is written last, so what was cut off midway is done again, and what is whole is not.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(SHARDS)/.made: | $(VENV)/.installed-quickstart
+	$(BIN)/python launch/make_shards.py --source mnist5k --out $(SHARDS)
+	touch $@
