@@ -20,11 +20,13 @@ class Backend(Protocol):
 
     Attributes:
         model: the module as it was before wrapping; its parameters are what :attr:`access` takes.
+        wrapped: what the engine made of it, whose ``train()`` and ``eval()`` switch modes.
         optimizer: the torch optimizer, for learning-rate schedules.
         access: reads and writes one parameter and its optimizer state in full.
     """
 
     model: nn.Module
+    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     access: ParameterAccess
 
@@ -34,11 +36,11 @@ class Backend(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss, a scalar. A collective."""
 
-    def step(self) -> float:
+    def step(self) -> Tensor | None:
         """Averages over ranks and micro-batches, clips, steps the optimizer, and clears the gradients. A collective.
 
         Returns:
-            The gradient's global L2 norm before clipping.
+            The gradient's global L2 norm before clipping, scalar; None where gradients aren't clipped.
         """
 
 

@@ -28,22 +28,23 @@ class DeepSpeedBackend:
         # DeepSpeed tells every step of its set-up at its own default level.
         logger.setLevel(logging.WARNING)
         config = deepspeed_config(stage, model, options)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
-        self.access: ParameterAccess = access_for(self.engine, self.optimizer)
+        self.wrapped, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self.access: ParameterAccess = access_for(self.wrapped, self.optimizer)
+        self.clips = options.clip_grad_norm is not None
         self.dtype = torch.bfloat16 if options.bf16 else torch.float32
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.engine(images.to(self.dtype))
+        return self.wrapped(images.to(self.dtype))
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
-        if not self.engine.is_gradient_accumulation_boundary():
+        self.wrapped.backward(loss)
+        if not self.wrapped.is_gradient_accumulation_boundary():
             # The engine counts micro-batches by its steps; before the last one a step changes nothing.
-            self.engine.step()
+            self.wrapped.step()
 
-    def step(self) -> float:
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def step(self) -> Tensor | None:
+        self.wrapped.step()
+        return torch.as_tensor(self.wrapped.get_global_grad_norm()) if self.clips else None
 
 
 def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:

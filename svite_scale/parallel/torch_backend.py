@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from svite_scale.parallel.backend import EngineOptions, OptimizerFactory
 from svite_scale.parallel.torch_access import TorchAccess
+from svite_scale.sparsity.access import ParameterAccess
 
 
 def wrap_single(model: nn.Module, options: EngineOptions) -> nn.Module:
@@ -45,7 +46,7 @@ class TorchBackend:
         self.model = model
         self.wrapped = WRAPPERS[kind](model, options)
         self.optimizer = build_optimizer(model)
-        self.access = TorchAccess(self.optimizer)
+        self.access: ParameterAccess = TorchAccess(self.optimizer)
         self.options = options
         # FSDP2 casts by its own policy; the others compute under autocast and keep fp32 parameters.
         self.autocast = options.bf16 and kind != "fsdp2"
@@ -59,9 +60,9 @@ class TorchBackend:
         # Every micro-batch is reduced at once: under FSDP2 a whole unreduced gradient would undo the sharding.
         (loss / self.options.accumulation_steps).backward()
 
-    def step(self) -> float:
+    def step(self) -> Tensor | None:
         limit = self.options.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self._trainable, float("inf") if limit is None else limit)
+        norm = None if limit is None else nn.utils.clip_grad_norm_(self._trainable, limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

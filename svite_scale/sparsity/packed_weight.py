@@ -61,9 +61,9 @@ class PackedLinearProduct(Function):
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ expand(values.to(grad.dtype), mask, ctx.shape)
-        rows = grad.flatten(0, -2)
+        rows = torch.atleast_2d(grad).flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            grad_values = _packed_gradient(rows.t() @ x.flatten(0, -2), values, mask, ctx.sink)
+            grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, ctx.sink)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(dim=0)
         return grad_x, grad_values, None, grad_bias, None, None

@@ -98,12 +98,6 @@ class TopologyEngine:
         """Share of the active weights that an update now would move; 0 after the last update."""
         return self.schedule.rate(self.steps) if self.layers and self.steps <= self.schedule.stop_step else 0.0
 
-    @property
-    def density(self) -> float:
-        """Active share of the packed weights."""
-        total = sum(layer.shape.numel() for layer in self.layers.values())
-        return sum(layer.num_active for layer in self.layers.values()) / total if total else 1.0
-
     def step(self) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if one is due. Call it right after each optimizer step.
 

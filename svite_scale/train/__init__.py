@@ -1,0 +1,1 @@
+"""The training run: loop, optimizer groups and schedules, checkpoints, tracking, progress."""

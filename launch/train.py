@@ -1,0 +1,25 @@
+"""Trains the run that a config file describes: ``deepspeed launch/train.py --config configs/quickstart.yaml [key=value
+...]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from svite_scale.train.command import main
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
+    parser.add_argument("--dry-run", action="store_true", help="print layers, costs and bytes per rank, and start nothing")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: world size to plan for, instead of the launched one")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="replaces a value of the config file")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says the same
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments()))

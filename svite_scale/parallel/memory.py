@@ -1,0 +1,61 @@
+"""Bytes of training state that a rank holds under each engine, from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svite_scale.config import ParallelConfig
+
+FP32 = 4
+MOMENTS = 2 * FP32
+"""Adam's family keeps two fp32 numbers per weight."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the bytes depend on.
+
+    Attributes:
+        trainable: trainable elements: active weights, biases, norms, embeddings.
+        mask_bytes: bytes of all packed masks together.
+    """
+
+    trainable: int
+    mask_bytes: int
+
+
+def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
+    """Persistent bytes by kind on one rank, without padding, buckets and activations.
+
+    Args:
+        parallel: the engine.
+        precision: ``fp32`` or ``bf16``; in the latter ZeRO keeps bf16 weights beside the fp32 master values.
+        world_size: ranks that share the state.
+        size: of the model.
+
+    Returns:
+        ``values`` (what forward computes with), ``master values`` (what the optimizer steps, where that is another copy),
+        ``mask``, ``gradients`` (when all are there, just before the optimizer's step), ``moments``, ``statistics``.
+    """
+
+    def shard(count: int) -> int:
+        return -(-count // world_size)
+
+    weights, stage = size.trainable, parallel.zero_stage
+    statistics = shard(size.mask_bytes)
+    if parallel.backend in ("single", "ddp"):
+        kept = {"values": weights * FP32, "master values": 0, "mask": size.mask_bytes, "gradients": weights * FP32}
+        return {**kept, "moments": weights * MOMENTS, "statistics": statistics}
+    sharded = {"master values": 0, "moments": shard(weights) * MOMENTS, "statistics": statistics}
+    if parallel.backend == "fsdp2":
+        return {**sharded, "values": shard(weights) * FP32, "mask": shard(size.mask_bytes), "gradients": shard(weights) * FP32}
+    compute = FP32 if precision == "fp32" else 2
+    held = shard if stage == 3 else int
+    return {
+        "values": held(weights) * compute,
+        "master values": shard(weights) * FP32,
+        "mask": held(size.mask_bytes),
+        "gradients": shard(weights) * FP32,
+        "moments": shard(weights) * MOMENTS,
+        "statistics": statistics,
+    }

@@ -1,0 +1,69 @@
+"""The optimizer's parameter groups, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from svite_scale.config import Config, OptimizerConfig
+from svite_scale.sparsity.layers import PackedLayer
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters, split by whether weight decay applies.
+
+    Matrices decay, and so do packed ``values``, the weights of a matrix although 1-D. Biases and norms don't, nor what the
+    model itself names in ``no_weight_decay()`` (timm: position embeddings, class token).
+    """
+    packed = {id(module.values) for module in model.modules() if isinstance(module, PackedLayer)}
+    names_exempt: Any = getattr(model, "no_weight_decay", set)
+    exempt = set(names_exempt())
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = id(parameter) in packed or (parameter.dim() > 1 and name not in exempt)
+            (decayed if decays else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a model's trainable parameters. Its learning rate is set by the schedule before each step."""
+    groups = parameter_groups(model, config.weight_decay)
+    return OPTIMIZERS[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps)  # type: ignore[call-arg]
+
+
+def peak_lr(config: OptimizerConfig, global_batch_size: int) -> float:
+    """The learning rate after warm-up: ``lr``, scaled linearly with the batch where the config says what batch it is meant
+    for.
+    """
+    return config.lr if config.lr_batch_size is None else config.lr * global_batch_size / config.lr_batch_size
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int, total_steps: int
+) -> CosineLRScheduler:
+    """timm's warm-up and cosine, by optimizer step: call ``step_update(step)`` before each."""
+    recipe = config.optimizer
+    lr = peak_lr(recipe, config.train.global_batch_size)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = lr
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps,
+        lr_min=min(recipe.min_lr, lr),
+        warmup_t=round(recipe.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=min(recipe.warmup_lr, lr),
+        t_in_epochs=False,
+    )

@@ -1,0 +1,68 @@
+"""What a run would do, without doing it: the plan that ``--dry-run`` prints."""
+
+from __future__ import annotations
+
+from svite_scale.config import Config
+from svite_scale.models.flops import ModelCost, model_cost
+from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.parallel.memory import ModelSize, bytes_per_rank
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.sparsify import LayerPlan
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The plan of a run as text: layers, parameters, multiply-accumulates, and bytes of training state per rank.
+
+    Raises:
+        ConfigError: the model can't be built.
+    """
+    model, plan = plan_sparse_vit(config.model, config.sparsity)
+    cost = model_cost(model, plan)
+    sparse = ModelSize(
+        trainable=cost.params_active,
+        mask_bytes=sum(bits.num_bytes(layer.numel) for layer in plan if layer.is_packed),
+    )
+    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0)
+    sections = (
+        _layers(plan),
+        _costs(config, cost),
+        _bytes(config, world_size, sparse, dense),
+    )
+    return "\n\n".join(sections)
+
+
+def _layers(plan: list[LayerPlan]) -> str:
+    width = max(len(layer.name) for layer in plan)
+    lines = [f"{'layer':{width}}  {'shape':>18}  {'density':>8}  {'active':>11}  {'of':>11}"]
+    for layer in plan:
+        shape = "x".join(str(size) for size in layer.shape)
+        row = f"{layer.name:{width}}  {shape:>18}  {layer.density:8.4f}  {layer.num_active:11,}  {layer.numel:11,}"
+        lines.append(row if layer.is_packed else f"{row}  stays dense")
+    active, total = sum(layer.num_active for layer in plan), sum(layer.numel for layer in plan)
+    lines.append(f"{'all prunable':{width}}  {'':>18}  {active / total:8.4f}  {active:11,}  {total:11,}")
+    return "\n".join(lines)
+
+
+def _costs(config: Config, cost: ModelCost) -> str:
+    macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
+    return "\n".join(
+        [
+            f"model               {config.model.name}, {config.model.image_size} px",
+            f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
+            f"forward, one image  {macs}",
+            f"optimizer step      {config.train.global_batch_size:,} samples",
+        ]
+    )
+
+
+def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:
+    backend = config.parallel.backend
+    engine = f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend
+    packed, twin = (bytes_per_rank(config.parallel, config.train.precision, world_size, size) for size in (sparse, dense))
+    lines = [f"training state per rank, {engine}, {config.train.precision}, {world_size} rank(s): bytes, dense twin, ratio"]
+    for kind in packed:
+        ratio = f"{packed[kind] / twin[kind]:6.3f}" if twin[kind] else "     -"
+        lines.append(f"  {kind:15}  {packed[kind]:15,}  {twin[kind]:15,}  {ratio}")
+    total, total_dense = sum(packed.values()), sum(twin.values())
+    lines.append(f"  {'all':15}  {total:15,}  {total_dense:15,}  {total / total_dense:6.3f}")
+    return "\n".join(lines)

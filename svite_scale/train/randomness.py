@@ -1,0 +1,20 @@
+"""Random state of the training step, as a pure function of where in the run it is."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_step(*entropy: int) -> None:
+    """Seeds Python's, numpy's and torch's global generators, on all devices.
+
+    Called before each micro-batch with (seed, step, micro-batch, rank), so that a resumed run draws what the uninterrupted one
+    would have, with no generator state to save.
+    """
+    python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    torch.manual_seed(torch_seed)

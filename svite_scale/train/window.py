@@ -1,0 +1,47 @@
+"""What is averaged between two lines of metrics."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class MetricsWindow:
+    """Loss, accuracy and throughput since the last line, over all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._grad_norm: Tensor | None = None
+        self.restart()
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """One micro-batch: its mean loss, scalar, its logits ``[B, classes]`` and true labels ``[B]``. Doesn't wait for the
+        device.
+        """
+        correct = (logits.argmax(dim=1) == labels.to(logits.device)).sum()
+        self._sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+
+    def step(self, grad_norm: Tensor | None) -> None:
+        """One optimizer step is done; its gradient norm is a scalar, or None where gradients aren't clipped."""
+        self._steps += 1
+        self._grad_norm = grad_norm
+
+    def close(self, global_batch_size: int) -> dict[str, float]:
+        """The averages since the last restart. A collective."""
+        dist.all_reduce(self._sums)
+        loss, correct, count = self._sums.tolist()
+        seconds = time.perf_counter() - self._started
+        metrics = {
+            "loss": loss / count,
+            "accuracy": correct / count,
+            "samples_per_second": self._steps * global_batch_size / seconds,
+        }
+        return metrics if self._grad_norm is None else {**metrics, "grad_norm": float(self._grad_norm)}
+
+    def restart(self) -> None:
+        """Forgets all; what passed since :meth:`close` (an evaluation, a save) doesn't count as training time."""
+        self._sums.zero_()
+        self._steps, self._started = 0, time.perf_counter()
