@@ -85,7 +85,7 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     if not layers:
         raise TopologyError(f"{type(model).__name__} has no Linear or Conv2d module to make sparse")
     owners: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), name)
             if other != name and (name in layers or other in layers):

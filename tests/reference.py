@@ -1,0 +1,104 @@
+"""A naive dense-masked trainer in float64: what the packed one must equal, written apart from it.
+
+Weights, masks, gradients and moments are dense tensors; every rule is spelled out with sorting and loops. Nothing here
+imports svite_scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def prune_and_grow(active: Sequence[bool], drop: Sequence[float], grow: Sequence[float], count: int) -> list[bool]:
+    """The decision by two sorts of (score, index) pairs."""
+    everything = range(len(active))
+    by_drop = sorted((index for index in everything if active[index]), key=lambda index: (drop[index], index))
+    survivors = set(by_drop[count:])
+    by_grow = sorted((index for index in everything if index not in survivors), key=lambda index: (-grow[index], index))
+    topology = survivors | set(by_grow[:count])
+    return [index in topology for index in everything]
+
+
+def cosine_rate(initial: float, final: float, step: int, stop_step: int) -> float:
+    """Half a cosine from ``initial`` at step 0 to ``final`` at ``stop_step``."""
+    return final + (initial - final) * (1 + math.cos(math.pi * step / stop_step)) / 2
+
+
+def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """min(1, scale * sum of dimensions / product of dimensions), the scale found by bisection."""
+    ratio = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    budget = density * sum(math.prod(shape) for shape in shapes.values())
+    low, high = 0.0, 1 / min(ratio.values())
+    for _ in range(200):
+        scale = (low + high) / 2
+        used = sum(min(1.0, scale * ratio[name]) * math.prod(shape) for name, shape in shapes.items())
+        low, high = (scale, high) if used < budget else (low, scale)
+    return {name: min(1.0, high * ratio[name]) for name in shapes}
+
+
+class MaskedTrainer:
+    """AdamW and prune-and-grow on a dense module whose masked weights are multiplied by 0 or 1.
+
+    Attributes:
+        weights: by parameter name, float64; masked ones are 0 where inactive.
+        masks: by parameter name, bool, for the masked parameters alone.
+        gradients: of the last step, dense, before clipping.
+        moments: by parameter name, the first and second moment, dense.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], *, lr: float, weight_decay: float, clip: float) -> None:
+        self.model, self.lr, self.weight_decay, self.clip = model, lr, weight_decay, clip
+        self.masks = dict(masks)
+        self.weights = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
+        for name, mask in masks.items():
+            self.weights[name] *= mask
+        self.moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in self.weights.items()}
+        self.gradients: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def step(self, inputs: Tensor, labels: Tensor) -> float:
+        """One optimizer step; returns the loss before it."""
+        leaves = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
+        loss = nn.functional.cross_entropy(functional_call(self.model, leaves, (inputs,)), labels)
+        self.gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        active = {name: gradient * self.masks.get(name, 1) for name, gradient in self.gradients.items()}
+        norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in active.values()))
+        shrink = min(1.0, self.clip / (norm + 1e-6))
+        self.steps += 1
+        for name, gradient in active.items():
+            self._adamw(name, gradient * shrink)
+        return float(loss.detach())
+
+    def _adamw(self, name: str, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        first, second = self.moments[name]
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        self.moments[name] = (first, second)
+        corrected_first = first / (1 - beta1**self.steps)
+        corrected_second = second / (1 - beta2**self.steps)
+        decayed = self.weights[name] * (1 - self.lr * self.weight_decay)
+        self.weights[name] = decayed - self.lr * corrected_first / (corrected_second.sqrt() + eps)
+
+    def update(self, name: str, count: int, grown_moments: str) -> tuple[set[int], set[int]]:
+        """Prunes and grows one parameter by the last step's gradient; returns the positions dropped and those grown."""
+        old = self.masks[name].flatten()
+        weight, gradient = self.weights[name].flatten(), self.gradients[name].flatten()
+        new = torch.tensor(prune_and_grow(old.tolist(), weight.abs().tolist(), gradient.abs().tolist(), count))
+        first, second = (moment.flatten() for moment in self.moments[name])
+        start = float(second[old].mean()) if grown_moments == "mean" else 0.0
+        weight, first, second = weight.clone(), first.clone(), second.clone()
+        for position in range(old.numel()):
+            if not new[position]:
+                weight[position] = first[position] = second[position] = 0.0
+            elif not old[position]:
+                weight[position] = first[position] = 0.0
+                second[position] = start
+        shape = self.weights[name].shape
+        self.masks[name], self.weights[name] = new.view(shape), weight.view(shape)
+        self.moments[name] = (first.view(shape), second.view(shape))
+        return set((old & ~new).nonzero().flatten().tolist()), set((new & ~old).nonzero().flatten().tolist())

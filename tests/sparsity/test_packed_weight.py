@@ -1,0 +1,222 @@
+"""Packed products against dense masked ones: values, gradients, and what autograd keeps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity import packed_weight
+from svite_scale.sparsity.layers import PackedConv2d, PackedLinear
+from svite_scale.sparsity.packed_weight import PackedConv2dProduct, PackedLinearProduct, compress, expand
+from tests.sparsity.packing import CASES, Twin, case_of, twin_of
+
+
+def assert_exact(actual: Tensor | None, expected: Tensor | None) -> None:
+    assert actual is not None
+    assert expected is not None
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def assert_close_in_bf16(actual: Tensor | None, expected: Tensor | None) -> None:
+    """Both are fp32, and close by the precision of bfloat16."""
+    assert actual is not None
+    assert expected is not None
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def listen(twin: Twin) -> list[Tensor]:
+    """Collects what the packed layer hands to its gradient sink."""
+    heard: list[Tensor] = []
+    twin.packed.gradient_sink = heard.append
+    return heard
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves meanwhile."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -> None:
+    twin, x = case_of(case)
+    heard = listen(twin)
+    x_packed, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = twin.packed(x_packed), twin.dense(x_dense)
+    assert_exact(output, expected)
+    upstream = torch.randn_like(expected)
+    output.backward(upstream)
+    expected.backward(upstream)
+    assert_exact(x_packed.grad, x_dense.grad)
+    assert twin.dense.weight.grad is not None
+    assert_exact(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
+    if twin.dense.bias is None:
+        assert twin.packed.bias is None
+    else:
+        assert twin.packed.bias is not None
+        assert_exact(twin.packed.bias.grad, twin.dense.bias.grad)
+    assert len(heard) == 1
+    assert_exact(heard[0], twin.dense.weight.grad)
+    assert twin.packed.values.grad is not None
+    assert torch.equal(heard[0][twin.active], twin.packed.values.grad), "the sink sees the very gradient that is packed"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "empty" not in case])
+def test_gradcheck(case: str) -> None:
+    twin, x = case_of(case)
+    packed = twin.packed
+    bias = [] if packed.bias is None else [packed.bias.detach().requires_grad_()]
+    rest: tuple[Any, ...] = (packed.shape, *([packed.convolution] if isinstance(packed, PackedConv2d) else []), None)
+    product = PackedLinearProduct if isinstance(packed, PackedLinear) else PackedConv2dProduct
+
+    def function(x: Tensor, values: Tensor, *bias: Tensor) -> Any:
+        return product.apply(x, values, packed.mask, bias[0] if bias else None, *rest)
+
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), packed.values.detach().requires_grad_(), *bias))
+
+
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
+def test_only_what_needs_a_gradient_gets_one(case: str) -> None:
+    twin, x = case_of(case)
+    heard = listen(twin)
+    twin.packed(x).sum().backward()
+    assert x.grad is None
+    assert twin.packed.values.grad is not None
+    twin.packed.values.requires_grad_(False)
+    x.requires_grad_()
+    twin.packed(x).sum().backward()
+    assert x.grad is not None
+    assert len(heard) == 1, "a frozen layer shows no gradient"
+    assert twin.packed.mask.grad is None
+    assert not twin.packed.mask.requires_grad
+
+
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
+def test_inputs_and_gradients_need_not_be_contiguous(case: str) -> None:
+    twin, x = case_of(case)
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    upstream = torch.randn_like(twin.dense(x)).transpose(0, 1).contiguous().transpose(0, 1)
+    twin.packed(strided).backward(upstream)
+    twin.dense(x).backward(upstream)
+    assert twin.dense.weight.grad is not None
+    assert_exact(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
+
+
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, patches"])
+def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, x = case_of(case)
+    x.requires_grad_()
+    expanded: list[weakref.ref[Tensor]] = []
+
+    def watched_expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+        dense = expand(values, mask, shape)
+        expanded.append(weakref.ref(dense))
+        return dense
+
+    monkeypatch.setattr(packed_weight, "expand", watched_expand)
+    with saved_tensors() as saved:
+        output = twin.packed(x)
+    assert {tensor.data_ptr() for tensor in saved} == {t.data_ptr() for t in (x, twin.packed.values, twin.packed.mask)}
+    assert len(expanded) == 1
+    assert expanded[0]() is None, "the dense weight outlives the forward"
+    output.sum().backward()
+    assert len(expanded) == 2
+    assert expanded[1]() is None, "the dense weight outlives the backward"
+
+
+def test_a_bfloat16_product_keeps_the_values_themselves() -> None:
+    twin = twin_of(nn.Linear(9, 7))
+    with saved_tensors() as saved, torch.autocast("cpu", dtype=torch.bfloat16):
+        twin.packed(torch.randn(3, 9))
+    assert any(tensor.data_ptr() == twin.packed.values.data_ptr() for tensor in saved), "no cast copy of them is saved"
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_autocast_is_that_of_the_dense_product(kind: str) -> None:
+    torch.manual_seed(3)
+    twin = twin_of(nn.Linear(33, 17) if kind == "linear" else nn.Conv2d(3, 6, 4, stride=2))
+    heard = listen(twin)
+    x = torch.randn((5, 33) if kind == "linear" else (2, 3, 12, 12))
+    x_packed, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, expected = twin.packed(x_packed), twin.dense(x_dense)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    upstream = torch.randn_like(expected)
+    output.backward(upstream)
+    expected.backward(upstream)
+    assert twin.dense.weight.grad is not None
+    assert_close_in_bf16(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
+    assert_close_in_bf16(heard[0].float(), twin.dense.weight.grad)
+    assert_close_in_bf16(x_packed.grad, x_dense.grad)
+    assert twin.packed.bias is not None
+    assert twin.dense.bias is not None
+    assert_close_in_bf16(twin.packed.bias.grad, twin.dense.bias.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, groups"])
+def test_activation_checkpointing_changes_nothing(case: str, reentrant: bool) -> None:
+    twin, x = case_of(case)
+    twin.packed(x).square().sum().backward()
+    assert twin.packed.values.grad is not None
+    expected = twin.packed.values.grad.clone()
+    twin.packed.zero_grad()
+    heard = listen(twin)
+    x.requires_grad_()
+    output = checkpoint(lambda x: twin.packed(x).square(), x, use_reentrant=reentrant)
+    output.sum().backward()
+    assert_exact(twin.packed.values.grad, expected)
+    assert len(heard) == 1, "the gradient is shown once, not in the recomputation too"
+    assert torch.equal(heard[0][twin.active], expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    twin, x = case_of("linear, tokens")
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(twin.packed(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_values_stand_in_ascending_flat_position() -> None:
+    layer = PackedLinear(nn.Linear(3, 2, bias=False), 3, "layer")
+    layer.set_weight(torch.arange(1.0, 7.0).view(2, 3), torch.tensor([False, True, False, True, False, True]))
+    assert layer.values.tolist() == [2, 4, 6]
+    assert layer.mask.tolist() == [0b101010]
+    assert layer.dense_weight().tolist() == [[0, 2, 0], [4, 0, 6]]
+    assert compress(layer.dense_weight() * 10, layer.mask).tolist() == [20, 40, 60]
+
+
+def test_a_mask_of_another_count_is_refused() -> None:
+    layer = PackedLinear(nn.Linear(3, 2), 3, "blocks.0")
+    with pytest.raises(TopologyError, match=r"blocks\.0: the mask has 2 active weights, the layer 3"):
+        layer.set_weight(torch.ones(2, 3), torch.tensor([True, True, False, False, False, False]))
+
+
+@pytest.mark.parametrize("num_active", [0, 7, -1])
+def test_a_count_that_doesnt_fit_is_refused(num_active: int) -> None:
+    with pytest.raises(TopologyError, match=rf"fc: {num_active} active weights don't fit a weight of shape \(2, 3\)"):
+        PackedLinear(nn.Linear(3, 2), num_active, "fc")
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_a_padding_that_isnt_zeros_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(TopologyError, match="conv: can't pack a Conv2d with padding"):
+        PackedConv2d(nn.Conv2d(1, 2, 3, **options), 4, "conv")
