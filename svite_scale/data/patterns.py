@@ -1,0 +1,42 @@
+"""From what a config says to the shards it means."""
+
+from __future__ import annotations
+
+from glob import glob
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from svite_scale.errors import DataError
+
+
+def find_shards(pattern: str, field: str) -> list[Path]:
+    """The tar shards that a brace pattern, a glob, or a folder names, sorted and each once.
+
+    Args:
+        pattern: for example ``shards/train-{000000..000009}.tar``, ``shards/train-*.tar`` or ``shards``.
+        field: what the pattern is called where the user wrote it, for the error.
+
+    Raises:
+        DataError: the pattern is empty or malformed, or a part of it matches nothing.
+    """
+    if not pattern:
+        raise DataError(f"{field} is empty; give the brace pattern, glob or folder of tar shards")
+    try:
+        parts = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{field} = {pattern!r} has unbalanced braces; write for example train-{{00..09}}.tar") from error
+    return sorted({shard for part in parts for shard in matches(part, pattern, field)})
+
+
+def matches(part: str, pattern: str, field: str) -> list[Path]:
+    """The shards of one brace-expanded part of ``pattern``: a folder's ``*.tar``, or the files that a path or glob names."""
+    path = Path(part)
+    if path.is_file():
+        return [path]
+    found = list(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in glob(part)]
+    if not found:
+        raise DataError(
+            f"{field} = {pattern!r}: no shard matches {part!r}; correct it, or write shards with launch/make_shards.py"
+        )
+    return found

@@ -1,0 +1,122 @@
+"""Writing WebDataset tar shards, each with its index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from webdataset import TarWriter
+
+from svite_scale.data.files import replacing
+from svite_scale.data.index import build_index, is_indexed, load_index, save_index, sidecar_path
+from svite_scale.data.scan import IMAGE_EXTENSIONS, LABEL_EXTENSION, METADATA
+from svite_scale.errors import DataError
+
+MAX_KEY_BYTES = 90
+"""A portable tar header holds names of 100 bytes, extension included."""
+
+
+class Sample(NamedTuple):
+    """A labelled image as it is stored."""
+
+    key: str
+    """Name within the shards, unique, without a dot in its last part."""
+    image: bytes
+    """Encoded file content."""
+    extension: str
+    """``jpg``, ``jpeg`` or ``png``."""
+    label: int
+    """Class number, from 0."""
+
+
+def write_shards(samples: Iterable[Sample], directory: str | Path, prefix: str, samples_per_shard: int) -> list[Path]:
+    """Writes ``prefix-000000.tar``, ``prefix-000001.tar`` ... with their indexes, and returns the tars' paths.
+
+    The same samples give the same bytes. Each file appears under its name only when it is complete, and replaces one of
+    that name. One process writes.
+
+    Args:
+        samples: read once, in order.
+        directory: created if missing.
+        prefix: start of the shards' names.
+        samples_per_shard: the last shard may hold fewer.
+
+    Raises:
+        DataError: there are no samples, a sample can't be stored, or shards of that prefix would remain from an earlier,
+            longer output.
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard is {samples_per_shard}; use at least 1")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, chunk in enumerate(chunks(samples, samples_per_shard)):
+        shard = folder / shard_name(prefix, number)
+        write_shard(chunk, shard)
+        save_index(build_index(shard))
+        shards.append(shard)
+    if not shards:
+        raise DataError(f"there are no samples to write to {folder}")
+    leftover = sorted(set(existing_shards(folder, prefix)) - set(shards))
+    if leftover:
+        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete it and its like after {shards[-1].name}")
+    return shards
+
+
+def shard_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}.tar"
+
+
+def existing_shards(directory: Path, prefix: str) -> list[Path]:
+    """The shards of ``prefix`` in ``directory``, in order."""
+    name = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
+    return sorted(path for path in directory.glob("*.tar") if name.fullmatch(path.name))
+
+
+def chunks(samples: Iterable[Sample], size: int) -> Iterator[Iterator[Sample]]:
+    """Successive runs of ``size`` samples; each must be consumed before the next is asked for."""
+    iterator = iter(samples)
+    for first in iterator:
+        yield chain([first], islice(iterator, size - 1))
+
+
+def write_shard(samples: Iterable[Sample], shard: Path) -> None:
+    """Writes one tar; fixed times and owners make its bytes a function of the samples."""
+    # An index of an earlier tar of this name must not outlive it: the sizes can agree by chance.
+    sidecar_path(shard).unlink(missing_ok=True)
+    with replacing(shard) as temporary, open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            check_sample(sample)
+            tar.write(
+                {
+                    "__key__": sample.key,
+                    sample.extension: sample.image,
+                    LABEL_EXTENSION: str(sample.label).encode(),
+                }
+            )
+
+
+def check_sample(sample: Sample) -> None:
+    name = sample.key.rpartition("/")[2]
+    if not name or "." in name or METADATA.match(sample.key):
+        raise DataError(f"sample key {sample.key!r}: webdataset needs a name without dots or a leading __name__; rename it")
+    if len(sample.key.encode()) > MAX_KEY_BYTES:
+        raise DataError(f"sample key {sample.key!r} is longer than {MAX_KEY_BYTES} bytes; shorten it")
+    if sample.extension not in IMAGE_EXTENSIONS:
+        raise DataError(f"sample {sample.key!r} has extension {sample.extension!r}; use one of {sorted(IMAGE_EXTENSIONS)}")
+    if sample.label < 0:
+        raise DataError(f"sample {sample.key!r} has label {sample.label}; number classes from 0")
+
+
+def finished_shards(directory: str | Path, prefix: str, keys: Sequence[str], samples_per_shard: int) -> list[Path]:
+    """The shards of an earlier, complete :func:`write_shards` of samples with these keys; empty if there is none."""
+    shards = existing_shards(Path(directory), prefix)
+    if not shards or not all(is_indexed(shard) for shard in shards):
+        return []
+    indexes = [load_index(shard) for shard in shards]
+    written = [[index.key(position) for position in range(index.count)] for index in indexes]
+    expected = [list(keys[start : start + samples_per_shard]) for start in range(0, len(keys), samples_per_shard)]
+    return shards if written == expected else []
