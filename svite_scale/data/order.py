@@ -1,0 +1,69 @@
+"""Which sample comes when: pure functions of counts, seed and epoch, the same on every rank and for every world size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+def epoch_order(counts: Sequence[int], seed: int, epoch: int, shuffle_shards: int, repeats: int) -> Ints:
+    """The global order of one epoch.
+
+    Shards are permuted, and samples are shuffled within windows of ``shuffle_shards`` consecutive permuted shards, so that
+    only that many shards are being read at a time. With ``repeats`` above 1 each sample of this order comes that many times
+    in succession, as copies 0, 1, ..., and the whole is cut to the length of the data set: an epoch keeps its length
+    and shows a share of the samples (repeated augmentation).
+
+    Args:
+        counts: samples in each shard; global sample indexes run through the shards in this order.
+        seed: non-negative.
+        epoch: from 0.
+        shuffle_shards: shards in a window, at least 1.
+        repeats: copies of a sample, at least 1.
+
+    Returns:
+        int64 ``[N, 2]`` with rows (global sample index, copy), where N is the sum of ``counts``.
+    """
+    # Sorting raw Philox words rather than Generator.permutation: numpy promises the stream of the bit generator for ever, but
+    # not that of the methods above it, and a resumed run must find its order again.
+    random = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    window_of_shard = np.empty(len(counts), dtype=np.int64)
+    window_of_shard[np.argsort(random.random_raw(len(counts)), kind="stable")] = np.arange(len(counts)) // shuffle_shards
+    window_of_sample = np.repeat(window_of_shard, counts)
+    shuffled = np.lexsort((random.random_raw(len(window_of_sample)), window_of_sample))
+    return repeat_copies(shuffled, repeats)
+
+
+def repeat_copies(samples: Ints, repeats: int) -> Ints:
+    """``[N]`` samples to ``[N, 2]`` rows (sample, copy): each ``repeats`` times in succession, cut to N rows."""
+    positions = np.arange(len(samples))
+    return np.stack([samples[positions // repeats], positions % repeats], axis=1)
+
+
+def rank_rows(global_batch_rows: Ints, rank: int, world_size: int) -> Ints:
+    """The rows of one global batch ``[G, ...]`` that ``rank`` computes, ``[G / world_size, ...]``.
+
+    Rows are dealt out like cards, so that the copies of a sample, which follow each other, go to different ranks.
+
+    Raises:
+        ValueError: G is not divisible by the world size.
+    """
+    if len(global_batch_rows) % world_size:
+        raise ValueError(f"a global batch of {len(global_batch_rows)} rows is not divisible by world size {world_size}")
+    return global_batch_rows[rank::world_size]
+
+
+def evaluation_rows(count: int, batch_size: int, rank: int, world_size: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """The samples that ``rank`` evaluates. Over all ranks each of ``count`` samples is valid exactly once.
+
+    Returns:
+        Samples, int64 ``[batches, batch_size]``, and whether each counts, bool of that shape. Both shapes are the same on
+        all ranks; padding repeats the last sample and doesn't count.
+    """
+    num_batches = -(-count // (batch_size * world_size))
+    positions = np.arange(num_batches * batch_size * world_size).reshape(num_batches, batch_size, world_size)[:, :, rank]
+    return np.minimum(positions, count - 1), positions < count

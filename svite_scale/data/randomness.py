@@ -1,0 +1,31 @@
+"""Randomness that belongs to one sample."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's CPU generators within the block, and puts their states back after it.
+
+    Transforms draw from these global generators. Seeding them per sample makes a sample's augmentation independent of the
+    worker that computes it; restoring them keeps a loader without workers from disturbing the training process.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = [int(word) for word in np.random.SeedSequence(entropy).generate_state(3)]
+    try:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        # Not torch.manual_seed: that would also seed the GPU's generators, which are not restored here.
+        torch.default_generator.manual_seed(seeds[2])
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

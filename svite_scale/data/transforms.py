@@ -1,0 +1,81 @@
+"""From a decoded image to a uint8 tensor: what is done to each sample on the CPU. Normalisation is left to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomAffine, Resize
+
+from svite_scale.config import DataConfig
+from svite_scale.errors import ConfigError
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def train_transform(data: DataConfig, image_size: int) -> Transform:
+    """The training transform that ``data.augment.recipe`` names: PIL image to uint8 ``[C, image_size, image_size]``.
+
+    ``none`` resizes to the size whatever the shape; ``affine`` then turns, moves and scales a little, filling with black;
+    ``deit`` crops and resizes at random, flips, and applies timm's ``auto_augment`` policy (an empty string is none).
+
+    Raises:
+        ConfigError: timm doesn't know the policy.
+    """
+    augment = data.augment
+    if augment.recipe == "deit":
+        return deit_transform(augment.auto_augment, data.mean, image_size)
+    resize = Resize((image_size, image_size), InterpolationMode.BICUBIC)
+    if augment.recipe == "none":
+        return Compose([resize, PILToTensor()])
+    affine = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
+    return Compose([resize, affine, PILToTensor()])
+
+
+def eval_transform(data: DataConfig, image_size: int) -> Transform:
+    """The evaluation transform: the short side to ``image_size / eval_crop``, then the centre; uint8 ``[C, H, W]``.
+
+    An image that already has the size, with ``eval_crop`` 1.0, keeps its pixels.
+    """
+    resize = Resize(round(image_size / data.eval_crop), InterpolationMode.BICUBIC)
+    return Compose([resize, CenterCrop(image_size), PILToTensor()])
+
+
+def deit_transform(auto_augment: str, mean: tuple[float, ...], image_size: int) -> Transform:
+    """DeiT's training transform, through timm."""
+    from timm.data import create_transform  # takes seconds to import, which writing shards need not wait for
+
+    try:
+        transform = create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=auto_augment or None,
+            interpolation="bicubic",
+            mean=mean,
+            use_prefetcher=True,  # leaves the image as uint8
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "data.augment.auto_augment", auto_augment, f"timm can't read it ({error})", "use for example rand-m9-mstd0.5-inc1"
+        ) from error
+    for op in augment_ops(transform.transforms):
+        if op.name.startswith("Posterize"):
+            # timm reaches 0 bits at the highest magnitudes, and Pillow 13 refuses to keep less than 1.
+            op.level_fn = partial(at_least_one_bit, op.level_fn)
+    return transform
+
+
+def augment_ops(steps: Iterable[Any]) -> Iterable[Any]:
+    """timm's ``AugmentOp`` objects in ``steps``: RandAugment and AugMix hold a list, AutoAugment a list of lists."""
+    for step in steps:
+        yield from getattr(step, "ops", [])
+        for sub_policy in getattr(step, "policy", []):
+            yield from sub_policy
+
+
+def at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(1, level_fn(level, hparams)[0]),)

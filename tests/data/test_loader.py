@@ -1,0 +1,152 @@
+"""Streams of batches: the same samples for every world size, accumulation, worker count and starting step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from svite_scale.config import AugmentConfig
+from svite_scale.data import Sample, write_shards
+from svite_scale.data.order import epoch_order
+from svite_scale.errors import ConfigError, DataError
+from tests.data.numbered import eval_data, grey_config, numbered, numbers, train_data
+
+BATCH = 12
+STEPS = 53 // BATCH
+COUNTS = [10, 10, 10, 10, 10, 3]
+
+
+def expected_steps(num_steps: int, repeats: int = 1) -> list[list[int]]:
+    """The samples of each step, straight from the order."""
+    epochs = [epoch_order(COUNTS, 3, epoch, 2, repeats)[:, 0].tolist() for epoch in range(num_steps // STEPS + 1)]
+    return [epochs[step // STEPS][step % STEPS * BATCH :][:BATCH] for step in range(num_steps)]
+
+
+def test_sizes(many: str) -> None:
+    data = train_data(grey_config(train=many), BATCH)
+    assert (data.num_samples, data.num_classes, data.steps_per_epoch) == (53, 7, 4)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2), (4, 3), (4, 1)])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_step_has_the_same_samples_on_any_number_of_ranks(many: str, world: int, accumulation: int, repeats: int) -> None:
+    config = grey_config(train=many, workers=0, shuffle_shards=2, augment=AugmentConfig(repeats=repeats))
+    streams = [train_data(config, BATCH, accumulation, rank, world).batches(0, 2 * STEPS + 1) for rank in range(world)]
+    for expected in expected_steps(2 * STEPS + 1, repeats):
+        found: list[int] = []
+        for stream in streams:
+            for batch in islice(stream, accumulation):
+                assert batch.valid.all()
+                assert len(batch.labels) == BATCH // world // accumulation
+                found += numbers(batch)
+        assert Counter(found) == Counter(expected)
+    assert [next(stream, None) for stream in streams] == [None] * world
+
+
+def test_an_epoch_shows_each_sample_at_most_once(many: str) -> None:
+    data = train_data(grey_config(train=many, workers=0), BATCH)
+    for epoch in range(3):
+        seen = [number for batch in data.batches(epoch * STEPS, (epoch + 1) * STEPS) for number in numbers(batch)]
+        assert len(seen) == len(set(seen)) == STEPS * BATCH
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 5, 9])
+def test_resuming_at_any_step_gives_the_rest_of_the_stream(many: str, first: int, workers: int) -> None:
+    affine = AugmentConfig(recipe="affine", repeats=2)
+    whole = train_data(grey_config(train=many, workers=0, augment=affine), BATCH, 2, 1, 2).batches(0, 11)
+    rest = train_data(grey_config(train=many, workers=workers, augment=affine), BATCH, 2, 1, 2).batches(first, 11)
+    for expected, batch in zip(islice(whole, 2 * first, None), rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
+
+
+def test_resuming_on_other_ranks_loses_and_repeats_nothing(many: str) -> None:
+    config = grey_config(train=many, workers=0, shuffle_shards=2)
+    before = [batch for rank in range(2) for batch in train_data(config, BATCH, 1, rank, 2).batches(0, 6)]
+    after = [batch for rank in range(3) for batch in train_data(config, BATCH, 2, rank, 3).batches(6, 8)]
+    found = Counter(number for batch in [*before, *after] for number in numbers(batch))
+    assert found == Counter(number for step in expected_steps(8) for number in step)
+
+
+def test_the_stream_has_no_end_by_itself(many: str) -> None:
+    stream = train_data(grey_config(train=many, workers=0), BATCH).batches(10**6)
+    assert len(list(islice(stream, 9))) == 9
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_augmented_batches_do_not_depend_on_the_workers(many: str, workers: int) -> None:
+    deit = AugmentConfig(recipe="deit", repeats=2)
+    alone = train_data(grey_config(train=many, workers=0, augment=deit), BATCH).batches(0, STEPS + 1)
+    helped = train_data(grey_config(train=many, workers=workers, augment=deit), BATCH).batches(0, STEPS + 1)
+    for expected, batch in zip(alone, helped, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
+
+
+def test_a_sample_looks_the_same_on_any_number_of_ranks_and_its_copies_differ(many: str) -> None:
+    config = grey_config(train=many, workers=0, augment=AugmentConfig(recipe="affine", repeats=3))
+
+    def images(world: int) -> Counter[bytes]:
+        batches = (batch for rank in range(world) for batch in train_data(config, BATCH, 1, rank, world).batches(0, STEPS))
+        return Counter(image.numpy().tobytes() for batch in batches for image in batch.images)
+
+    assert images(1) == images(2) == images(4)
+    assert len(images(1)) == STEPS * BATCH
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_training_process_random_state_alone(many: str, workers: int) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    affine = AugmentConfig(recipe="affine")
+    list(train_data(grey_config(train=many, workers=workers, augment=affine), BATCH).batches(0, 2))
+    list(eval_data(grey_config(val=many, workers=workers), 30))
+    assert draw() == expected
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 8), (2, 8), (3, 5), (4, 30)])
+def test_evaluation_counts_every_sample_exactly_once(many: str, world: int, batch: int) -> None:
+    parts = [eval_data(grey_config(val=many, workers=0), batch, rank, world) for rank in range(world)]
+    assert {data.num_samples for data in parts} == {53}
+    for _ in range(2):
+        rounds = [list(data) for data in parts]
+        assert {len(batches) for batches in rounds} == {len(parts[0])} == {-(-53 // (world * batch))}
+        assert {len(one.labels) for batches in rounds for one in batches} == {batch}
+        found = [number for batches in rounds for one in batches for number in np.array(numbers(one))[one.valid].tolist()]
+        assert sorted(found) == list(range(53))
+
+
+def test_evaluation_with_workers(many: str) -> None:
+    alone, helped = (list(eval_data(grey_config(val=many, workers=workers), 8, 1, 2)) for workers in (0, 2))
+    for expected, batch in zip(alone, helped, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_the_stream_with_its_name(tmp_path: Path, workers: int) -> None:
+    write_shards([*numbered(7), Sample("broken", b"junk", "png", 0)], tmp_path, "val", 10)
+    config = grey_config(val=str(tmp_path), workers=workers)
+    with pytest.raises(DataError, match=r"val-000000\.tar: the image of sample 'broken'"):
+        list(eval_data(config, 4))
+
+
+def test_errors_name_the_field(many: str) -> None:
+    with pytest.raises(DataError, match=r"holds 53 samples, fewer than train.global_batch_size \(54\)"):
+        train_data(grey_config(train=many), 54)
+    with pytest.raises(DataError, match=r"data\.train is empty"):
+        train_data(grey_config(val=many), BATCH)
+    with pytest.raises(DataError, match=r"data\.val is empty"):
+        eval_data(grey_config(train=many), BATCH)
+    with pytest.raises(ValueError, match="12 samples do not divide into 2 ranks x 4 micro-batches"):
+        train_data(grey_config(train=many), BATCH, 4, 0, 2)
+    with pytest.raises(ConfigError, match="auto_augment"):
+        train_data(grey_config(train=many, augment=AugmentConfig(recipe="deit", auto_augment="x")), BATCH)

@@ -1,0 +1,118 @@
+"""Images become uint8 tensors of the right size; each recipe does what it says."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svite_scale.config import AugmentConfig, DataConfig
+from svite_scale.data.randomness import seeded
+from svite_scale.data.transforms import augment_ops, eval_transform, train_transform
+from svite_scale.errors import ConfigError
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = {"RGB": 3, "L": 1}[mode]
+    array = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(array.squeeze(-1) if channels == 1 else array)
+
+
+def config(recipe: str, channels: int = 3, **augment: object) -> DataConfig:
+    return DataConfig(
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        augment=AugmentConfig(recipe=recipe, **augment),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("recipe", ["none", "affine", "deit"])
+def test_shape_dtype_and_seeded_randomness(recipe: str, mode: str) -> None:
+    transform = train_transform(config(recipe, len(mode)), 24)
+    image = noise(40, 32, mode)
+
+    def run(seed: int) -> torch.Tensor:
+        with seeded(seed):
+            return transform(image)
+
+    outputs = [run(seed) for seed in range(20)]
+    assert {(output.dtype, tuple(output.shape)) for output in outputs} == {(torch.uint8, (len(mode), 24, 24))}
+    assert all(torch.equal(run(seed), output) for seed, output in enumerate(outputs))
+    distinct = len({output.numpy().tobytes() for output in outputs})
+    assert distinct == (1 if recipe == "none" else 20)
+
+
+def test_no_recipe_keeps_pixels_of_the_right_size() -> None:
+    image = noise(24, 24)
+    assert torch.equal(train_transform(config("none"), 24)(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def test_affine_is_light_and_fills_with_black() -> None:
+    canvas = np.zeros((28, 28), dtype=np.uint8)
+    canvas[10:18, 10:18] = 255
+    image = Image.fromarray(canvas)
+    transform = train_transform(config("affine", 1), 28)
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    shifts = []
+    for seed in range(100):
+        with seeded(seed):
+            output = transform(image)[0].double()
+        assert 0.8**2 * 64 < (output / 255).sum() < 1.15**2 * 64
+        assert output[0].sum() == 0
+        shifts.append([float((output * axis).sum() / output.sum()) - 13.5 for axis in (rows, columns)])
+    largest = np.abs(shifts).max(axis=0)
+    assert (largest > 1.5).all()
+    assert (largest < 3.3).all()  # a tenth of 28 px, and rounding
+
+
+def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
+    image = noise(300, 400)
+    expected = image.resize((256, 341), Image.Resampling.BICUBIC).crop((16, 58, 240, 282))
+    output = eval_transform(DataConfig(eval_crop=0.875), 224)(image)
+    assert output.dtype == torch.uint8
+    difference = output.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()
+    assert difference.abs().max() == 0
+
+
+def test_evaluation_without_crop_keeps_pixels_of_the_right_size() -> None:
+    image = noise(28, 28, "L")
+    output = eval_transform(DataConfig(eval_crop=1.0), 28)(image)
+    assert torch.equal(output, torch.from_numpy(np.array(image))[None])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m0", "original-mstd0.5", "v0", "augmix-m5", "rand-m9-t3aw"])
+def test_posterize_keeps_a_bit_at_every_magnitude(policy: str) -> None:
+    transform = train_transform(config("deit", auto_augment=policy), 24)
+    posterize = [op for op in augment_ops(transform.transforms) if op.name.startswith("Posterize")]  # type: ignore[attr-defined]
+    assert posterize
+    image = noise(24, 24)
+    for op in posterize:
+        op.prob, op.magnitude_std = 1.0, 0
+        for op.magnitude in (0, 5, 9, 10):
+            op(image)
+
+
+def test_an_image_that_timm_alone_would_fail_on() -> None:
+    """Takes the magnitude to its end through timm's own noise; without the clamp Pillow raises here."""
+    transform = train_transform(config("deit", auto_augment="rand-m10-n15-mstd0.5-inc1-p1.0"), 24)
+    for seed in range(20):
+        with seeded(seed):
+            assert transform(noise(24, 24)).shape == (3, 24, 24)
+
+
+def test_an_empty_policy_only_crops_and_flips() -> None:
+    transform = train_transform(config("deit", auto_augment=""), 24)
+    image = Image.new("RGB", (40, 40), (200, 100, 50))
+    for seed in range(5):
+        random.seed(seed)
+        assert torch.equal(transform(image)[:, 0, 0], torch.tensor([200, 100, 50], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("policy", ["random", "rand-q3", "rand-mx9", "original-m3"])
+def test_a_policy_that_timm_does_not_know(policy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data.augment.auto_augment = '{policy}'"):
+        train_transform(config("deit", auto_augment=policy), 24)
