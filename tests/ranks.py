@@ -9,10 +9,12 @@ import atexit
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240
@@ -93,6 +95,8 @@ def free_port() -> int:
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    # Where this Python's ninja is: DeepSpeed compiles its op anew whenever it finds another version of ninja.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import torch
     import torch.distributed as dist
 

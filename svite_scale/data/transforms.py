@@ -31,7 +31,7 @@ def train_transform(data: DataConfig, image_size: int) -> Transform:
     resize = Resize((image_size, image_size), InterpolationMode.BICUBIC)
     if augment.recipe == "none":
         return Compose([resize, PILToTensor()])
-    affine = RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
+    affine = RandomAffine(degrees=5, translate=(0.04, 0.04), scale=(0.95, 1.05), interpolation=InterpolationMode.BILINEAR)
     return Compose([resize, affine, PILToTensor()])
 
 

@@ -17,6 +17,9 @@ from svite_scale.sparsity.access import ParameterAccess
 PERSISTENCE_THRESHOLD = 10_000
 """ZeRO-3 keeps parameters of fewer elements (norms, biases) whole on every rank: they weigh less than gathering them costs."""
 
+BUCKET_ALIGNMENT = 64
+"""Elements; DeepSpeed wants bucket sizes that are multiples of its partitions' alignment."""
+
 
 class DeepSpeedBackend:
     """A :class:`~svite_scale.parallel.backend.Backend` for ``deepspeed``."""
@@ -50,7 +53,7 @@ class DeepSpeedBackend:
 def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:
     """What DeepSpeed is initialised with. Buckets are sized by the model, so that they too shrink with its density."""
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    bucket = max(max(sizes), sum(sizes) // 8)
+    bucket = -(-max(max(sizes), sum(sizes) // 8) // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": options.accumulation_steps,

@@ -1,0 +1,184 @@
+"""Bytes that training holds and sends, packed against dense, on every backend.
+
+    python benchmarks/bytes.py [--model deit_tiny_patch16_224] [--density 0.3] [--world-sizes 1 2 4] [--precision fp32]
+
+Held bytes are the storages of the engine's own tensors between two steps, on rank 0; gradients are those of the parameters,
+and what else is alive before the optimizer's step and no longer after it. Buffers are what the engine holds besides, to reuse.
+Sent bytes are what the kernel counted on the loopback interface, over all ranks, divided by ranks and steps; give the
+benchmark a loopback of its own where others use it: ``unshare --net sh -c 'ip link set lo up && python benchmarks/bytes.py'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests use, too
+
+from benchmarks.machine import describe_machine
+from svite_scale.config import ModelConfig, OptimizerConfig, ParallelConfig, SparsityConfig
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.vit import blocks
+from svite_scale.parallel.backend import Backend, EngineOptions
+from svite_scale.parallel.build import build_backend
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.train.optimizer import build_optimizer
+from tests.ranks import close_all, run_on_ranks
+
+BACKENDS = {
+    "single": ParallelConfig(backend="single"),
+    "ddp": ParallelConfig(backend="ddp"),
+    "fsdp2": ParallelConfig(backend="fsdp2"),
+    "zero1": ParallelConfig(backend="deepspeed", zero_stage=1),
+    "zero2": ParallelConfig(backend="deepspeed", zero_stage=2),
+    "zero3": ParallelConfig(backend="deepspeed", zero_stage=3),
+}
+STATE = ("values", "master values", "mask", "gradients", "moments", "statistics")
+KINDS = (*STATE, "buffers")
+BATCH_SIZE, WARMUP_STEPS, MEASURED_STEPS = 2, 2, 3
+
+
+def measure(backend_name: str, model_name: str, density: float, precision: str) -> dict[str, float]:
+    """On each rank: bytes by kind on this rank, and bytes sent by an average rank in a step."""
+    earlier = storages(live_tensors()).keys()
+    model, _ = build_sparse_vit(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
+    options = EngineOptions(
+        device=torch.device("cpu"), units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
+    )
+    backend = build_backend(BACKENDS[backend_name], model, lambda module: build_optimizer(module, OptimizerConfig()), options)
+    schedule = UpdateSchedule(total_steps=1000, update_every=1000)
+    topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
+    for _ in range(WARMUP_STEPS):
+        one_step(backend, topology)
+    dist.barrier()
+    before = loopback_bytes()
+    for _ in range(MEASURED_STEPS):
+        one_step(backend, topology)
+    dist.barrier()
+    sent = (loopback_bytes() - before) / MEASURED_STEPS / dist.get_world_size()
+    return held_bytes(backend, topology, earlier) | {"wire": sent}
+
+
+def one_step(backend: Backend, topology: TopologyEngine) -> dict[int, int]:
+    """Returns the storages of the gradient: address to size."""
+    images, labels = torch.randn(BATCH_SIZE, 3, 224, 224), torch.zeros(BATCH_SIZE, dtype=torch.int64)
+    backend.backward(F.cross_entropy(backend.forward(images).float(), labels))
+    before, gradients = storages(live_tensors()), storages(gradients_of(backend))
+    backend.step()
+    topology.step()
+    after = storages(live_tensors())
+    return gradients | {address: size for address, size in before.items() if address not in after}
+
+
+def gradients_of(backend: Backend) -> list[Tensor]:
+    """This rank's part of the parameters' gradients, where the engine shows it."""
+    trainable = [parameter for parameter in backend.model.parameters() if parameter.requires_grad]
+    if hasattr(trainable[0], "ds_tensor"):
+        return [safe_get_local_grad(parameter) for parameter in trainable]
+    return [stored(parameter.grad) for parameter in trainable if parameter.grad is not None]
+
+
+def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[int]) -> dict[str, float]:
+    """Bytes of this rank's tensors by kind, each storage counted once, under the first kind that it serves.
+
+    Args:
+        backend: after some steps.
+        topology: its topology engine.
+        earlier: addresses of storages that were there before the backend.
+    """
+    gradients = one_step(backend, topology)
+    parameters = list(backend.model.parameters())
+    optimizer_state = backend.optimizer.state
+    owners: list[tuple[str, Iterable[Tensor]]] = [
+        ("mask", [stored(p) for p in parameters if not p.requires_grad]),
+        ("values", [stored(p) for p in parameters if p.requires_grad]),
+        ("master values", [stored(flat) for flat in optimizer_state]),
+        ("moments", [stored(v) for state in optimizer_state.values() for v in state.values() if isinstance(v, Tensor)]),
+        ("statistics", topology.ever_active.chunks.values()),
+        ("buffers", live_tensors()),
+    ]
+    held: dict[str, float] = {"gradients": sum(gradients.values())}
+    seen = {*earlier, *gradients}
+    for kind, tensors in owners:
+        sizes = storages(tensors)
+        held[kind] = sum(size for address, size in sizes.items() if address not in seen)
+        seen |= sizes.keys()
+    return held
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """The tensor that holds this rank's part of a parameter."""
+    tensor = getattr(tensor, "ds_tensor", tensor)  # where ZeRO-3 keeps it
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def live_tensors() -> list[Tensor]:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [stored(tensor) for tensor in tensors] + [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return [stored(tensor) for tensor in tensors if not tensor.is_meta]
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Size of each distinct storage by its address."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface has carried."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[1])
+
+
+def print_table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> None:
+    """One row per backend, world size and kind: packed MB, dense MB, ratio."""
+    print(f"\n{'backend':8} {'ranks':>5}  {'kind':14} {'packed MB':>10} {'dense MB':>10} {'ratio':>7}")
+    for backend, world_size, packed, dense in rows:
+        packed, dense = ({**held, "state": sum(held[kind] for kind in STATE)} for held in (packed, dense))
+        for kind in (*KINDS, "state", "wire"):
+            ratio = f"{packed[kind] / dense[kind]:7.3f}" if dense[kind] > 1e5 else "      -"
+            print(f"{backend:8} {world_size:5}  {kind:14} {packed[kind] / 1e6:10.3f} {dense[kind] / 1e6:10.3f} {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--density", type=float, default=0.3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    arguments = parser.parse_args()
+    print(describe_machine())
+    idle = loopback_bytes()
+    time.sleep(1.0)
+    print(f"{arguments.model}, density {arguments.density}, {arguments.precision}; state = {' + '.join(STATE)}, of rank 0")
+    print(f"loopback carried {loopback_bytes() - idle} bytes in an idle second")
+    rows = []
+    for world_size in arguments.world_sizes:
+        for backend in arguments.backends:
+            if backend == "single" and world_size > 1:
+                continue
+            packed, dense = (
+                run_on_ranks(world_size, measure, backend, arguments.model, density, arguments.precision)[0]
+                for density in (arguments.density, 1.0)
+            )
+            rows.append((backend, world_size, packed, dense))
+    print_table(rows)
+    close_all()
+
+
+if __name__ == "__main__":
+    main()
