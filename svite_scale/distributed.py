@@ -14,6 +14,9 @@ from svite_scale.errors import ConfigError
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """What a bare ``srun`` calls the variables that ``torchrun``, ``deepspeed`` and ``accelerate launch`` set."""
 
+LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+"""Ranks on this machine as ``torchrun``, ``deepspeed`` and ``srun`` call them; the last is set only where a job asks for it."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,9 +40,11 @@ class World:
             ConfigError: some of the variables are set and others are missing, or one isn't a number.
         """
         found = {name: environment.get(name, environment.get(slurm)) for name, slurm in SLURM_NAMES.items()}
+        local_name = next((name for name in LOCAL_SIZE_NAMES if name in environment), None)
         if environment.get("RANK") is None and environment.get("SLURM_STEP_ID") is None:
             return cls()
-        for name, value in found.items():
+        local_size = "1" if local_name is None else environment[local_name]
+        for name, value in (*found.items(), (local_name or "LOCAL_WORLD_SIZE", local_size)):
             if value is None or not value.isdecimal():
                 raise ConfigError(
                     name, value, "is not set to a rank or size by the launcher", "start with torchrun, deepspeed or srun"
@@ -47,23 +52,21 @@ class World:
         rank, size, local_rank = (int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         if size > 1 and not environment.get("MASTER_ADDR"):
             raise ConfigError("MASTER_ADDR", None, "is not set", "export MASTER_ADDR and MASTER_PORT in the batch script")
-        return cls(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", 1))))
+        return cls(rank, size, local_rank, int(local_size))
 
 
 def device_of(world: World) -> torch.device:
     """The device of this rank: its GPU where there is one, else the CPU.
 
     Raises:
-        ConfigError: more ranks than GPUs on this machine.
+        ConfigError: more ranks than GPUs on this machine; on all of its ranks, also those with a GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    ranks, gpus = max(world.local_size, world.local_rank + 1), torch.cuda.device_count()
+    if ranks > gpus:
         raise ConfigError(
-            "LOCAL_RANK",
-            world.local_rank,
-            f"has no GPU: this machine has {torch.cuda.device_count()}",
-            "start fewer ranks on it",
+            "LOCAL_WORLD_SIZE", ranks, f"is more than the GPUs of this machine ({gpus})", "start fewer ranks on it"
         )
     return torch.device("cuda", world.local_rank)
 

@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
         world = World.from_environment()
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            return dry_run(config, arguments.ranks or world.size, world)
+            return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
         return train(config, world, resume=arguments.resume)
     except ConfigError as error:
         if world.is_main:
@@ -46,7 +46,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def dry_run(config: Config, world_size: int, world: World) -> int:
-    """Checks the config and prints its plan."""
+    """Checks the config and prints its plan for that many ranks."""
+    if world_size < 1:
+        raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
     config.check(world_size)
     check_model(config.model)
     if world.is_main:
