@@ -1,0 +1,101 @@
+"""Multiply-accumulates and parameters: against literal figures, the paper, torch's own counter, and what layers really see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from svite_scale.config import Config, ModelConfig, SparsityConfig
+from svite_scale.models.flops import count, model_cost
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
+
+# By hand: 196 patches of 768 pixels into D; 12 blocks of 12 D^2 weights over 197 tokens and two products of 197^2 D; a head of
+# 1000 D.
+DENSE = {
+    "tiny": (1_253_683_200, 5_717_416),
+    "small": (4_598_882_304, 22_050_664),
+    "base": (17_563_828_224, 86_567_656),
+}
+
+
+def deit(size: str, density: float) -> Config:
+    model = ModelConfig(name=f"deit_{size}_patch16_224")
+    return Config(run_dir="unused", model=model, sparsity=SparsityConfig(density=density, distribution="erk"))
+
+
+@pytest.mark.parametrize("size", DENSE)
+def test_dense_deits_cost_what_arithmetic_says(size: str) -> None:
+    cost = count(deit(size, 1.0))
+    assert (cost.dense_macs, cost.params_dense) == DENSE[size]
+    assert (cost.sparse_macs, cost.params_active, cost.saving) == (cost.dense_macs, cost.params_dense, 0.0)
+
+
+def test_deit_tiny_with_a_third_removed_saves_what_the_paper_says() -> None:
+    cost = count(deit("tiny", 0.7))
+    assert (cost.dense_macs, cost.params_dense) == DENSE["tiny"]
+    assert 100 * cost.saving == pytest.approx(25.56, abs=0.05)
+    assert cost.params_active / 1e6 == pytest.approx(4.02, abs=0.005)
+    # Whole stay 12 blocks' biases and norms, the last norm, biases of patches and head, positions, and the class token.
+    others = 12 * (3 * 192 + 192 + 768 + 192 + 4 * 192) + 2 * 192 + 192 + 1000 + 197 * 192 + 192
+    assert cost.params_active - others == round(0.7 * (cost.params_dense - others))
+
+
+@pytest.fixture
+def unfused_attention() -> Iterator[None]:
+    """Attention as two plain products, which torch's counter knows on every device."""
+    timm.layers.set_fused_attn(False)
+    yield
+    timm.layers.set_fused_attn(True)
+
+
+SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
+MODELS = {
+    "class token": ModelConfig(name="vit_tiny_patch16_224", **SMALL),  # type: ignore[arg-type]
+    "distilled": ModelConfig(name="deit_tiny_distilled_patch16_224", **SMALL),  # type: ignore[arg-type]
+    "registers, average": ModelConfig(name="vit_wee_patch16_reg1_gap_256", **SMALL),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.usefixtures("unfused_attention")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
+    """torch counts a multiply and an add as two operations."""
+    config = MODELS[name]
+    cost = count(Config(run_dir="unused", model=config))
+    model, _ = build_sparse_vit(config, SparsityConfig(), seed=0)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.randn(1, 1, 40, 40))
+    assert 2 * cost.dense_macs == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert cost.params_dense == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str) -> None:
+    model, plan = build_sparse_vit(MODELS[name], SparsityConfig(density=0.5), seed=0)
+    cost = model_cost(model, plan)
+    seen: dict[str, int] = {}
+
+    def count_rows(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        assert isinstance(module, PackedLayer)
+        features = output.shape[1] if isinstance(module, PackedConv2d) else output.shape[-1]
+        set_bits = int(bits.unpack(module.mask, module.shape.numel()).sum())
+        seen[module.name] = set_bits * (output.numel() // features)
+
+    for module in model.modules():
+        if isinstance(module, (PackedConv2d, PackedLinear)):
+            module.register_forward_hook(count_rows)
+    with torch.no_grad():
+        model.eval()(torch.randn(1, 1, 40, 40))
+    packed = {layer.name: layer.sparse_macs for layer in cost.layers if layer.sparse_macs < layer.dense_macs}
+    assert len(packed) >= 10
+    assert seen == packed
+    assert cost.params_active == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert 0 < cost.saving < 0.5, "attention's own products aren't shortened"

@@ -1,0 +1,50 @@
+"""``launch/train.py``, in this process and in others."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "train.py"
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
+    """Runs the script in this process, as plain ``python`` would."""
+    plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    capsys.readouterr()
+    with (
+        patch.object(sys, "argv", [str(SCRIPT), *arguments]),
+        patch.dict(os.environ, plain, clear=True),
+        pytest.raises(SystemExit) as end,
+    ):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    captured = capsys.readouterr()
+    assert isinstance(end.value.code, int)
+    return Answer(end.value.code, captured.out, captured.err)
+
+
+def run_command(*command: str, timeout: float = 300.0) -> Answer:
+    """Runs a command with this Python's programs first in the path, and one thread in each process."""
+    plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**plain, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return Answer(ended.returncode, ended.stdout, ended.stderr)

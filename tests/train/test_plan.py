@@ -1,0 +1,104 @@
+"""``--dry-run``: the plan adds up, for every config that ships."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from svite_scale.config_reader import read_config
+from svite_scale.models.flops import count
+from tests.train.command_line import ROOT, run_here
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ROW = re.compile(
+    r"(?P<name>\S.*?) +(?P<shape>[\dx]* )? +(?P<density>[01]\.\d{4}) +(?P<active>[\d,]+) +(?P<total>[\d,]+)(?P<rest>.*)"
+)
+BYTES = re.compile(r"  (?P<kind>[a-z ]*[a-z]) +(?P<packed>[\d,]+) +(?P<dense>[\d,]+) +(?P<ratio>[\d.]+|-)")
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def rows(plan: str, pattern: re.Pattern[str]) -> list[dict[str, str]]:
+    return [match.groupdict() for match in map(pattern.fullmatch, plan.splitlines()) if match]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_plan_that_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--config", str(path), "--dry-run", "--ranks", "4")
+    assert (answer.status, answer.err) == (0, "")
+    config = read_config(path)
+    *layers, total = rows(answer.out, ROW)
+    assert len(layers) == 4 * (config.model.depth or 12) + 2
+    for layer in layers:
+        numel = 1
+        for size in layer["shape"].strip().split("x"):
+            numel *= int(size)
+        assert numel == number(layer["total"])
+        assert float(layer["density"]) == pytest.approx(number(layer["active"]) / numel, abs=5e-5)
+        assert ("stays dense" in layer["rest"]) == (layer["active"] == layer["total"])
+    assert total["name"] == "all prunable"
+    for column in ("active", "total"):
+        assert sum(number(layer[column]) for layer in layers) == number(total[column])
+    assert abs(number(total["active"]) - config.sparsity.density * number(total["total"])) <= 1
+
+    parameters = re.search(r"parameters +([\d,]+) active of ([\d,]+)", answer.out)
+    macs = re.search(r"forward, one image +([\d.]+) of ([\d.]+) GMACs: ([\d.]+)% fewer", answer.out)
+    assert parameters is not None
+    assert macs is not None
+    active, dense = map(number, parameters.groups())
+    assert dense - active == number(total["total"]) - number(total["active"])
+    cost = count(config)
+    assert [float(group) for group in macs.groups()] == [
+        pytest.approx(cost.sparse_macs / 1e9, abs=5e-5),
+        pytest.approx(cost.dense_macs / 1e9, abs=5e-5),
+        pytest.approx(100 * cost.saving, abs=5e-3),
+    ]
+    assert f"{config.train.global_batch_size:,} samples" in answer.out
+
+    *kinds, everything = rows(answer.out, BYTES)
+    assert everything["kind"] == "all"
+    for column in ("packed", "dense"):
+        assert sum(number(kind[column]) for kind in kinds) == number(everything[column])
+    for kind in (*kinds, everything):
+        dense_bytes = number(kind["dense"])
+        assert kind["ratio"] == (f"{number(kind['packed']) / dense_bytes:.3f}" if dense_bytes else "-")
+    moments = next(kind for kind in kinds if kind["kind"] == "moments")
+    assert (number(moments["packed"]), number(moments["dense"])) == (8 * -(-active // 4), 8 * -(-dense // 4))
+
+
+def test_the_number_of_ranks_shares_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    totals = []
+    for arguments in ([], ["--ranks", "2"], ["--ranks", "4"]):
+        answer = run_here(capsys, "--config", config, "--dry-run", *arguments)
+        assert answer.status == 0
+        assert f"deepspeed ZeRO-3, fp32, {arguments[-1] if arguments else 1} rank(s)" in answer.out
+        totals.append(number(rows(answer.out, BYTES)[-1]["packed"]))
+    assert totals[0] == pytest.approx(2 * totals[1], rel=1e-3)
+    assert totals[0] == pytest.approx(4 * totals[2], rel=1e-3)
+
+
+def test_a_plan_for_ranks_that_cant_share_the_batch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    answer = run_here(capsys, "--config", config, "--dry-run", "--ranks", "3")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == (
+        "config error: train.global_batch_size = 128: is not divisible by world size (3) x train.accumulation_steps (1); "
+        "use a multiple of 3\n"
+    )
+    for ranks in ("0", "-2"):
+        answer = run_here(capsys, "--config", config, "--dry-run", "--ranks", ranks)
+        assert (answer.status, answer.out) == (2, "")
+        assert answer.err == f"config error: --ranks = {ranks}: is no number of processes; use at least 1\n"
+
+
+def test_a_dry_run_needs_no_shards_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "deit_tiny_s30.yaml")
+    answer = run_here(capsys, "--config", config, "--dry-run", f"run_dir={tmp_path}/run", "parallel.backend=single")
+    assert answer.status == 0
+    assert "single, bf16, 1 rank(s)" in answer.out
+    assert list(tmp_path.iterdir()) == []
