@@ -87,6 +87,8 @@ class PartitionedZeroAccess:
 
 def _gather(local: Tensor, parameter: nn.Parameter) -> Tensor:
     """The full tensor of a parameter whose slices all ranks hold."""
+    # The slices are views of a flat tensor with a gradient, which a collective outside no_grad() can't take.
+    local = local.detach()
     full = local.new_empty(dist.get_world_size() * local.numel())
     dist.all_gather_into_tensor(full, local.contiguous())
     # ds_shape is what DeepSpeed leaves on a partitioned parameter, whose own shape is (0,).

@@ -62,6 +62,7 @@ class Checkpoint:
     backend: Backend
     topology: TopologyEngine
 
+    @torch.no_grad()
     def save(self) -> Path:
         """Writes the state after the topology's current step.
 
@@ -80,6 +81,7 @@ class Checkpoint:
         dist.barrier()
         return final
 
+    @torch.no_grad()
     def load(self) -> int:
         """Loads what ``latest`` names; the optimizer's state must exist (after one step, of learning rate 0 say).
 
