@@ -191,7 +191,7 @@ class Config:
         Raises:
             ConfigError: the first impossible combination.
         """
-        self.micro_batch_size(world_size)
+        check_mixing(self.data.augment, self.micro_batch_size(world_size))
         check_sparsity(self.sparsity)
         check_data(self.data, self.model.in_channels)
         check_optimizer(self.optimizer, self.train.epochs)
@@ -225,6 +225,17 @@ def check_data(data: DataConfig, in_channels: int) -> None:
             )
     if min(data.std) <= 0:
         raise ConfigError("data.std", list(data.std), "pixels are divided by it", "use numbers above 0")
+
+
+def check_mixing(augment: AugmentConfig, micro_batch_size: int) -> None:
+    for name, alpha in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
+        if alpha and micro_batch_size % 2:
+            raise ConfigError(
+                f"data.augment.{name}",
+                alpha,
+                f"mixes samples in pairs, but a micro-batch has {micro_batch_size}",
+                "make train.global_batch_size / (world size x train.accumulation_steps) even",
+            )
 
 
 def check_optimizer(optimizer: OptimizerConfig, epochs: int) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svite_scale.config import DataConfig
-from svite_scale.errors import ConfigError
 
 
 class DeviceTransform:
@@ -45,22 +44,18 @@ class DeviceTransform:
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )
-        self._mix_field = ("data.augment.mixup", augment.mixup) if augment.mixup else ("data.augment.cutmix", augment.cutmix)
         self.loss_label_smoothing = augment.label_smoothing if training and self._mix is None else 0.0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Moves and transforms one micro-batch.
 
         Args:
-            images: uint8 ``[B, C, H, W]``.
+            images: uint8 ``[B, C, H, W]``; B is even where mixup or cutmix is on, which mix pairs.
             labels: int64 ``[B]``.
 
         Returns:
             Images, float32 ``[B, C, H, W]``, and targets on the device: int64 ``[B]``, or with mixup or cutmix
             float32 ``[B, num_classes]``.
-
-        Raises:
-            ConfigError: mixup or cutmix is on and B is odd.
         """
         inputs = images.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
         targets = labels.to(self._device, non_blocking=True)
@@ -68,10 +63,4 @@ class DeviceTransform:
             inputs = self._erase(inputs)
         if self._mix is None:
             return inputs, targets
-        if len(inputs) % 2:
-            raise ConfigError(
-                *self._mix_field,
-                f"mixes samples in pairs, but a micro-batch has {len(inputs)}",
-                "make train.global_batch_size / (world size x train.accumulation_steps) even",
-            )
         return self._mix(inputs, targets)

@@ -158,15 +158,18 @@ class EvalData:
 
 def loader(dataset: ShardDataset, rows: Iterable[list[Row]], workers: int) -> Iterator[list[Tensor]]:
     """Images and labels of each batch of rows, through one torch DataLoader."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=rows,
-            num_workers=workers,
-            collate_fn=default_collate,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if workers else None,
-            # The loader draws a base seed; without a generator of its own that would advance the training process's.
-            generator=torch.Generator(),
-        )
+    batches = DataLoader(
+        dataset,
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=default_collate,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,
+        # The loader draws a base seed; without a generator of its own that would advance the training process's.
+        generator=torch.Generator(),
     )
+    try:
+        yield from batches
+    except DataError as error:
+        # A worker's error arrives as the text of its traceback, of which the last line is the message.
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error

@@ -18,14 +18,20 @@ def seeded(*entropy: int) -> Iterator[None]:
     worker that computes it; restoring them keeps a loader without workers from disturbing the training process.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seeds = [int(word) for word in np.random.SeedSequence(entropy).generate_state(3)]
+    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
     try:
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
+        random.seed(python_seed)
+        np.random.seed(numpy_seed)
         # Not torch.manual_seed: that would also seed the GPU's generators, which are not restored here.
-        torch.default_generator.manual_seed(seeds[2])
+        torch.default_generator.manual_seed(torch_seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def derived_seeds(*entropy: int) -> tuple[int, int, int]:
+    """Seeds for Python's, numpy's and torch's generators, unrelated for unlike entropy."""
+    python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
+    return python_seed, numpy_seed, torch_seed

@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from svite_scale.data.randomness import derived_seeds
+
 
 def seed_step(*entropy: int) -> None:
     """Seeds Python's, numpy's and torch's global generators, on all devices.
@@ -14,7 +16,7 @@ def seed_step(*entropy: int) -> None:
     Called before each micro-batch with (seed, step, micro-batch, rank), so that a resumed run draws what the uninterrupted one
     would have, with no generator state to save.
     """
-    python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
+    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
     random.seed(python_seed)
     np.random.seed(numpy_seed)
     torch.manual_seed(torch_seed)

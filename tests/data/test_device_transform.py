@@ -11,7 +11,6 @@ import torch
 
 from svite_scale.config import AugmentConfig, DataConfig
 from svite_scale.data import DeviceTransform
-from svite_scale.errors import ConfigError
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 3, 1, 3, 2, 0])
@@ -114,10 +113,3 @@ def test_mixup_and_cutmix_take_turns() -> None:
 
 def test_without_mixing_the_loss_must_smooth() -> None:
     assert transform(label_smoothing=0.1).loss_label_smoothing == 0.1
-
-
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_an_odd_micro_batch_cannot_be_mixed(name: str) -> None:
-    mix: dict[str, Any] = {name: 0.8}
-    with pytest.raises(ConfigError, match=rf"data.augment.{name} = 0.8: .* has 5; make train.global_batch_size .* even"):
-        transform(**mix)(batch(5), LABELS[:5])

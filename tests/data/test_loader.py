@@ -135,8 +135,9 @@ def test_evaluation_with_workers(many: str) -> None:
 def test_a_broken_image_ends_the_stream_with_its_name(tmp_path: Path, workers: int) -> None:
     write_shards([*numbered(7), Sample("broken", b"junk", "png", 0)], tmp_path, "val", 10)
     config = grey_config(val=str(tmp_path), workers=workers)
-    with pytest.raises(DataError, match=r"val-000000\.tar: the image of sample 'broken'"):
+    with pytest.raises(DataError, match=r"val-000000\.tar: the image of sample 'broken'") as caught:
         list(eval_data(config, 4))
+    assert "\n" not in str(caught.value)
 
 
 def test_errors_name_the_field(many: str) -> None:

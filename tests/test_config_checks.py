@@ -1,0 +1,76 @@
+"""What no single field can tell: each impossible combination names a field, its value and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from svite_scale.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SparsityConfig,
+    TrainConfig,
+)
+from svite_scale.errors import ConfigError
+
+TWO_RANKS = ParallelConfig(backend="ddp")
+MISTAKES = [
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=9)),
+        "train.global_batch_size = 9: is not divisible by world size (2) x train.accumulation_steps (1); use a multiple of 2",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=4, accumulation_steps=4)),
+        "train.global_batch_size = 4: is not divisible by world size (2) x train.accumulation_steps (4); use a multiple of 8",
+    ),
+    (
+        Config(run_dir="r", parallel=ParallelConfig(backend="single")),
+        "parallel.backend = 'single': trains on one process, but 2 were started; use ddp, fsdp2 or deepspeed",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(drop_fraction=0.1, final_drop_fraction=0.2)),
+        "sparsity.final_drop_fraction = 0.2: is above sparsity.drop_fraction (0.1), but the schedule falls; lower it",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, model=ModelConfig(in_channels=1)),
+        "data.mean = [0.485, 0.456, 0.406]: has 3 entries for 1 channels; give one number per channel",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, data=DataConfig(std=(0.2, 0.0, 0.2))),
+        "data.std = [0.2, 0.0, 0.2]: pixels are divided by it; use numbers above 0",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(betas=(0.9, 1.0))),
+        "optimizer.betas = (0.9, 1.0): is outside [0, 1); use for example [0.9, 0.999]",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(warmup_epochs=5), train=TrainConfig(epochs=4)),
+        "optimizer.warmup_epochs = 5: is longer than train.epochs (4); shorten it",
+    ),
+    (
+        Config(
+            run_dir="r",
+            parallel=TWO_RANKS,
+            data=DataConfig(augment=AugmentConfig(cutmix=1.0)),
+            train=TrainConfig(global_batch_size=6),
+        ),
+        "data.augment.cutmix = 1.0: mixes samples in pairs, but a micro-batch has 3; "
+        "make train.global_batch_size / (world size x train.accumulation_steps) even",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), MISTAKES, ids=[message.split(" =")[0] for _, message in MISTAKES])
+def test_an_impossible_combination_is_one_line(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.check(world_size=2)
+    assert str(caught.value) == message
+
+
+def test_what_fits_passes() -> None:
+    config = Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=24, accumulation_steps=3))
+    config.check(world_size=2)
+    assert config.micro_batch_size(2) == 4
