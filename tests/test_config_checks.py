@@ -44,7 +44,7 @@ MISTAKES = [
     ),
     (
         Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(betas=(0.9, 1.0))),
-        "optimizer.betas = (0.9, 1.0): is outside [0, 1); use for example [0.9, 0.999]",
+        "optimizer.betas = [0.9, 1.0]: is outside [0, 1); use for example [0.9, 0.999]",
     ),
     (
         Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(warmup_epochs=5), train=TrainConfig(epochs=4)),
