@@ -31,8 +31,12 @@ class DeepSpeedBackend:
         # DeepSpeed tells every step of its set-up at its own default level.
         logger.setLevel(logging.WARNING)
         config = deepspeed_config(stage, model, options)
+        initial = [(p, p.detach().clone()) for p in model.parameters() if options.bf16 and p.requires_grad]
         self.wrapped, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.access: ParameterAccess = access_for(self.wrapped, self.optimizer)
+        # DeepSpeed rounds the parameters to bf16 before it copies them to the fp32 master values.
+        for parameter, value in initial:
+            self.access.write(parameter, value.to(options.device))
         self.clips = options.clip_grad_norm is not None
         self.dtype = torch.bfloat16 if options.bf16 else torch.float32
 

@@ -1,0 +1,175 @@
+"""Training is the same on every engine: the same losses, gradient norms and masks through topology updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.topology import TopologyEngine
+from tests.parallel.engines import SHARED, build_backend, mask_digests, small_vit
+from tests.ranks import run_on_ranks
+
+STEPS, BATCH = 20, 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of 20 steps with three topology updates.
+
+    Attributes:
+        split: the ranks share the global batch; else every rank sees all of it.
+    """
+
+    kind: str = "single"
+    world_size: int = 1
+    split: bool = False
+    accumulation: int = 1
+    bf16: bool = False
+    clip: float | None = 0.4
+    checkpointing: bool = False
+    optimizer: str = "AdamW"
+
+    @property
+    def on_one_process(self) -> Run:
+        """What the run must equal."""
+        return Run(clip=self.clip, optimizer=self.optimizer)
+
+
+@dataclass
+class Result:
+    """What a rank saw: the mean loss over ranks and the gradient's norm of each step, weights moved in each update, masks."""
+
+    losses: list[float]
+    norms: list[float]
+    moved: dict[int, int]
+    masks: dict[str, str]
+
+
+def decayed(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Two groups: weight decay on packed values and matrices, none on the rest."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[key.endswith(".values") or parameter.dim() > 1].append(parameter)
+    parameters = [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
+    options = {"AdamW": {}, "NAdam": {"decoupled_weight_decay": True}, "RAdam": {"decoupled_weight_decay": True}}[name]
+    return getattr(torch.optim, name)(parameters, lr=2e-3, **options)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 1, 14, 14, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+
+
+def train(run: Run) -> Result:
+    """Runs on every rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    backend = build_backend(
+        run.kind,
+        small_vit(checkpointing=run.checkpointing),
+        lambda model: decayed(model, run.optimizer),
+        micro_batch_size=BATCH // (world_size if run.split else 1) // run.accumulation,
+        accumulation_steps=run.accumulation,
+        bf16=run.bf16,
+        clip=run.clip,
+    )
+    schedule = UpdateSchedule(total_steps=STEPS, update_every=5)
+    topology = TopologyEngine(backend.model, backend.access, schedule, group=dist.group.WORLD)
+    result = Result([], [], {}, {})
+    for step in range(STEPS):
+        images, labels = batch(step)
+        if run.split:
+            images, labels = images[rank::world_size], labels[rank::world_size]
+        mean_loss = torch.zeros(())
+        for micro_images, micro_labels in zip(images.chunk(run.accumulation), labels.chunk(run.accumulation), strict=True):
+            loss = nn.functional.cross_entropy(backend.forward(micro_images).float(), micro_labels)
+            mean_loss += loss.detach() / run.accumulation / world_size
+            backend.backward(loss)
+        norm = backend.step()
+        result.norms.append(float("nan") if norm is None else float(norm))
+        update = topology.step()
+        if update is not None:
+            result.moved[update.step] = sum(layer.dropped - layer.regrown for layer in update.layers.values())
+        dist.all_reduce(mean_loss)
+        result.losses.append(float(mean_loss))
+    result.masks = mask_digests(backend)
+    return result
+
+
+@lru_cache
+def results_of(run: Run) -> list[Result]:
+    return run_on_ranks(run.world_size, train, run)
+
+
+def assert_parity(run: Run, tolerance: float) -> None:
+    """The run's losses are within ``tolerance`` of one process's; in fp32 norms and masks agree too."""
+    single, results = results_of(run.on_one_process)[0], results_of(run)
+    for result in results:
+        assert result.losses == pytest.approx(single.losses, abs=tolerance)
+        assert result.masks == results[0].masks, "ranks disagree on the topology"
+        assert result.moved.keys() == single.moved.keys()
+        if run.bf16:
+            continue
+        assert result.masks == single.masks
+        assert result.moved == single.moved
+        if run.clip is not None:
+            assert result.norms == pytest.approx(single.norms, rel=max(tolerance, 1e-4))
+
+
+def test_one_process_trains_clips_and_moves_weights() -> None:
+    """The run that all others are measured by is no idle one."""
+    (clipped,) = results_of(Run())
+    assert list(clipped.moved) == [5, 10, 15]
+    assert all(moved > 20 for moved in clipped.moved.values())
+    assert min(clipped.norms) > 0.4, "clipping is at work in every step"
+    assert max(clipped.losses) - min(clipped.losses) > 0.1
+    (unclipped,) = results_of(Run(clip=None))
+    assert unclipped.losses != pytest.approx(clipped.losses, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_two_ranks_that_see_the_same_samples(kind: str) -> None:
+    assert_parity(Run(kind, 2), 1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_global_batch_split_over_ranks(kind: str, world_size: int) -> None:
+    assert_parity(Run(kind, world_size, split=True), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_the_global_batch_split_over_four_ranks(kind: str) -> None:
+    assert_parity(Run(kind, 4, split=True), 1e-3)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_split_and_accumulated_over_micro_batches(kind: str) -> None:
+    assert_parity(Run(kind, 2, split=True, accumulation=3), 1e-3)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_another_optimizer_without_clipping(kind: str) -> None:
+    assert_parity(Run(kind, 2, clip=None, optimizer="NAdam"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_activation_checkpointing(kind: str) -> None:
+    assert_parity(Run(kind, 2, checkpointing=True), 1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_bf16_is_close_to_fp32(kind: str) -> None:
+    assert_parity(Run(kind, 2, bf16=True), 2e-2)
+
+
+def test_bf16_computes_in_bf16() -> None:
+    for kind in ("single", "fsdp2", "zero1"):
+        run = Run(kind, 1 if kind == "single" else 2, bf16=True)
+        assert results_of(run)[0].losses != pytest.approx(results_of(run.on_one_process)[0].losses, abs=1e-6)
