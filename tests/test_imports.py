@@ -1,0 +1,94 @@
+"""The package's layers: who may import whom, how long a file may be, and how lean an import is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "svite_scale"
+FOUNDATION = {"errors", "config", "config_reader", "field_types", "plain_yaml", "distributed"}
+MAY_IMPORT = {
+    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "sparsity": {"errors"},
+    "data": {"errors", "config"},
+    "models": {"errors", "config", "sparsity"},
+    "parallel": {"errors", "config", "distributed", "sparsity"},
+    "train": FOUNDATION | {"sparsity", "data", "models", "parallel"},
+    "": {"sparsity", "parallel"},
+}
+"""By part of the package ("" is its __init__), the other parts that it may import."""
+
+NOT_EVEN_LATE = {
+    "sparsity": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset"},
+    "data": {"deepspeed", "accelerate", "mlflow"},
+    "models": {"deepspeed", "accelerate", "mlflow", "webdataset"},
+    "parallel": {"timm", "mlflow", "webdataset"},
+}
+"""Libraries that a part knows nothing of."""
+
+LONGEST = 320
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a source file belongs to."""
+    inner = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if inner == ("__init__",) else inner[0]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything that a file imports, at its top or later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import absolutely"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
+    for line, name in imported(path):
+        library, _, inner = name.partition(".")
+        assert library not in NOT_EVEN_LATE.get(part, ()), f"{path}:{line}: {part} knows nothing of {library}"
+        if library == "svite_scale":
+            target = inner.partition(".")[0]
+            assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_knows_neither_its_tests_nor_its_entries(path: Path) -> None:
+    assert not {name.partition(".")[0] for _, name in imported(path)} & {"tests", "launch", "benchmarks", "pytest"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in ("svite_scale", "launch", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_no_entry_shadows_a_package() -> None:
+    """``launch/`` comes first on sys.path of a run, so a file there named like a library would hide it."""
+    names = {path.stem for path in (ROOT / "launch").glob("*.py")} | {p.name for p in (ROOT / "launch").iterdir() if p.is_dir()}
+    assert not names & ({name.partition(".")[0] for path in SOURCES for _, name in imported(path)} | sys.stdlib_module_names)
+
+
+def test_importing_the_package_is_lean() -> None:
+    script = (
+        "import sys, torch, svite_scale\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'deepspeed', 'timm', 'mlflow', 'accelerate'}))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "False"]
