@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -43,11 +46,26 @@ class ReplicatedZeroAccess:
         parameter.detach().copy_(value)
 
     def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        self._link(parameter)
         return {name: safe_get_full_optimizer_state(parameter, name) for name in moment_names(self.optimizer)}
 
     def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
+        self._link(parameter)
         for name, moment in moments.items():
             safe_set_full_optimizer_state(parameter, moment, name)
+
+    def _link(self, parameter: nn.Parameter) -> None:
+        """Makes DeepSpeed find the parameter's moments.
+
+        It looks for all groups' moments after the first group's first step, when the other groups don't have any yet, and
+        doesn't look again.
+        """
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # None where other ranks hold the parameter
+        if mapping is None:
+            return
+        (flat,) = self.optimizer.param_groups[mapping.param_group_index]["params"]
+        if flat in self.optimizer.state:
+            lazy_init_hp_params_optimizer_state([parameter], flat, self.optimizer.state)
 
 
 class PartitionedZeroAccess:

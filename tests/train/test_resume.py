@@ -1,0 +1,77 @@
+"""A run that stops and resumes is the run that never stopped; and a checkpoint belongs to no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svite_scale.config import Config
+from tests.ranks import run_on_ranks
+from tests.train.runs import ENGINES, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run, whole_ever_active
+from tests.train.tiny import tiny_config
+
+STOP, END = 6, 10
+"""The topology moves after steps 4 and 8."""
+
+BATCH = ("train.global_batch_size=12", "train.accumulation_steps=2")
+RANDOM = ("model.drop_path=0.3", "data.augment.recipe=affine")
+"""What a step draws must be drawn again after a resume."""
+
+
+def config_of(digits: Path, run_dir: Path, engine: str, last_step: int, *overrides: str) -> Config:
+    return tiny_config(digits, run_dir, *ENGINES[engine], *BATCH, f"train.max_steps={last_step}", *overrides)
+
+
+FP32 = [("single", 1, "fp32"), *((engine, 2, "fp32") for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3"))]
+BF16 = [(engine, 2, "bf16") for engine in ("fsdp2", "zero1", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize(("engine", "world_size", "precision"), FP32 + BF16)
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+    tmp_path: Path, digits: Path, engine: str, world_size: int, precision: str
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    overrides = (*RANDOM, f"train.precision={precision}")
+    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *overrides))
+
+    run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *overrides))
+    assert [line["step"] for line in metrics_of(stopped)] == list(range(1, STOP + 1))
+    with (stopped / "metrics.jsonl").open("a") as lines:
+        # What a kill leaves of the steps after the last checkpoint.
+        lines.write('{"step": 7, "loss": 99.0}\n{"step": 8, "lo')
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *overrides))
+
+    assert [line["step"] for line in metrics_of(stopped)] == list(range(1, END + 1))
+    assert losses_of(stopped) == pytest.approx(losses_of(straight), abs=1e-6)
+    assert resumed[0].step == END
+    masks = [name for name in ended[0].tensors if name.endswith(".mask")]
+    assert len(masks) >= 8
+    for name in masks:
+        np.testing.assert_array_equal(resumed[0].tensors[name], ended[0].tensors[name], err_msg=name)
+    assert_same_state(ended, resumed)
+    moved = {line["step"]: line["dropped"] - line["regrown"] for line in metrics_of(stopped) if "dropped" in line}
+    assert list(moved) == [4, 8]
+    assert min(moved.values()) > 10
+
+
+def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> None:
+    """From 2 ranks of FSDP2 to one process and to 3 ranks of ZeRO-3, from there back to FSDP2, and on with training."""
+    source, straight, back = tmp_path / "source", tmp_path / "straight", tmp_path / "back"
+    saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP))
+    assert_same_state(saved, run_on_ranks(1, loaded, config_of(digits, source, "single", END)))
+    on_zero3 = run_on_ranks(3, loaded, config_of(digits, source, "zero3", END), back / "checkpoints")
+    assert_same_state(saved, on_zero3)
+    assert_same_state(saved, run_on_ranks(2, loaded, config_of(digits, back, "fsdp2", END)))
+
+    tensors, ever_active = saved[0].tensors, whole_ever_active(saved)
+    assert all(np.abs(tensors[name]).max() > 0 for name in tensors if name.endswith((":exp_avg", ":exp_avg_sq")))
+    marked = {name: int(np.unpackbits(bits).sum()) for name, bits in ever_active.items()}
+    assert all(marked[name] > tensors[f"{name}.values"].size for name in marked), "some weights were active once and aren't now"
+
+    run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END))
+    run_on_ranks(3, resumed_run, config_of(digits, back, "zero3", END))
+    run_on_ranks(1, resumed_run, config_of(digits, source, "single", END))
+    assert losses_of(source) == pytest.approx(losses_of(straight), abs=1e-5)
+    assert losses_of(back) == pytest.approx(losses_of(straight)[STOP:], abs=1e-5)
