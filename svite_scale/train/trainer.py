@@ -81,6 +81,8 @@ class Trainer:
                 window.restart()
                 tracker.log(self.step, metrics)
                 progress.show(metrics)
+            # Where a finished run was resumed, no step evaluated it.
+            evaluation = evaluation or evaluate(self.backend, self.eval_data, self.eval_transform)
             progress.close()
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")

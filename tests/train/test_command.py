@@ -1,0 +1,134 @@
+"""Mistakes end with one line that names field, value and remedy; runs in this process start, end, resume and fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from svite_scale.config_reader import read_config
+from tests.train.command_line import run_here
+from tests.train.runs import metrics_of
+from tests.train.tiny import write_config_file
+
+MISTAKES = {
+    "unknown key": (["train.epoch=3"], "train.epoch = '3': is no known key; the nearest is train.epochs"),
+    "no such section": (["trian.epochs=3"], "trian.epochs = '3': is no known key; the nearest is train.epochs"),
+    "density": (["sparsity.density=1.5"], r"sparsity.density = 1.5: .*\b1(\.0)?\b"),
+    "type": (["train.epochs=many"], "train.epochs = 'many': is not a whole number; use a whole number of at least 1"),
+    "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(16\); use a divisor of it"),
+    "patches": (["model.patch_size=3"], r"model.image_size = 8: is not divisible by the patch size \(3\); use a multiple"),
+    "model": (["model.name=deit_tinny_patch16_224"], "model.name = .*did you mean deit_tiny_patch16_224"),
+    "another kind of model": (["model.name=convit_tiny"], "model.name = 'convit_tiny': is a ConVit; use a VisionTransformer"),
+    "batch": (
+        ["train.accumulation_steps=3"],
+        r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
+    ),
+    "labels": (["model.num_classes=4"], r"model.num_classes = 4: is too few for labels 0 to 9; raise it"),
+    "odd pairs": (
+        ["data.augment.mixup=0.8", "train.global_batch_size=9"],
+        r"data.augment.mixup = 0.8: mixes samples in pairs, but a micro-batch has 9; make train.global_batch_size",
+    ),
+}
+
+
+@pytest.fixture
+def config_path(digits: Path, tmp_path: Path) -> Path:
+    """The tiny run's config, whose run directory is ``tmp_path / "run"``."""
+    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was() -> Iterator[None]:
+    """A command of one rank joins a group of one and leaves it, and uses all cores."""
+    yield
+    assert not dist.is_initialized()
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_config_is_one_line_and_status_2(
+    config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    overrides, message = MISTAKES[mistake]
+    answer = run_here(capsys, "--config", str(config_path), *overrides)
+    assert (answer.status, answer.out) == (2, "")
+    (line,) = [line for line in answer.err.splitlines() if "step/s]" not in line]
+    assert re.match(f"config error: {message}", line), line
+
+
+def test_a_config_that_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--config", str(tmp_path / "tiny.yaml"))
+    assert answer.status == 2
+    assert answer.err.startswith(f"config error: config = '{tmp_path}/tiny.yaml': is no file; ")
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_missing_shards_are_an_error_of_the_run(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--config", str(config_path), "data.train=/nowhere/train-*.tar")
+    assert answer.status == 1
+    assert answer.err.startswith("error on rank 0: data.train = '/nowhere/train-*.tar'")
+    assert not (config_path.parent / "run").exists()
+
+
+def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = config_path.parent / "run"
+    start = ["--config", str(config_path)]
+    again = [*start, "--resume"]
+
+    answer = run_here(capsys, *again)
+    assert answer.status == 1
+    assert answer.err == (
+        f"error on rank 0: {run_dir}/checkpoints holds no checkpoint to resume from; start the run without --resume\n"
+    )
+
+    assert run_here(capsys, *start, "train.max_steps=5", "train.log_every=2").status == 0
+    assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5], "each second step, and the last"
+    assert "eval_accuracy" in metrics_of(run_dir)[-1]
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 5
+
+    answer = run_here(capsys, *start)
+    assert answer.status == 2
+    assert answer.err == (
+        f"config error: run_dir = '{run_dir}': holds a run already; add --resume to go on with it, or name another\n"
+    )
+
+    newest = f"{run_dir}/checkpoints/step-00000005"
+    for override, field, then, now in (
+        ("sparsity.density=0.3", "sparsity.density", "0.6", "0.3"),
+        ("seed=6", "seed", "5", "6"),
+        ("data.augment.recipe=affine", "data.augment.recipe", "'none'", "'affine'"),
+        ("train.global_batch_size=8", "train.global_batch_size", "16", "8"),
+    ):
+        answer = run_here(capsys, *again, override)
+        assert answer.status == 1
+        assert answer.err == (
+            f"error on rank 0: {newest} was saved with {field} = {then}, not {now}; restore it, or start a new run\n"
+        )
+    assert read_config(run_dir / "config.yaml").sparsity.density == 0.6, "a refused run leaves the files as they were"
+
+    # What doesn't define the result may change.
+    assert run_here(capsys, *again, "train.max_steps=7", "train.eval_batch_size=4", "parallel.backend=fsdp2").status == 0
+    assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7]
+    assert read_config(run_dir / "config.yaml").train.max_steps == 7
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000007\n"
+
+    finished = metrics_of(run_dir)
+    answer = run_here(capsys, *again, "train.max_steps=7")
+    assert answer.status == 0, "a batch script may resume a run that is done"
+    assert metrics_of(run_dir) == finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["steps"], summary["eval_loss"]) == (7, pytest.approx(finished[-1]["eval_loss"], rel=1e-5))
+
+    (run_dir / "checkpoints" / "latest").write_text("step-00000009\n")
+    answer = run_here(capsys, *again)
+    assert answer.status == 1
+    assert answer.err == (
+        f"error on rank 0: {run_dir}/checkpoints/latest names step-00000009, which is not a complete checkpoint; "
+        "write another's name into it\n"
+    )

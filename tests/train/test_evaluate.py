@@ -1,0 +1,85 @@
+"""Evaluation on any number of ranks is a loop over the samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from webdataset import WebDataset
+
+from svite_scale.config import Config
+from svite_scale.distributed import World
+from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.train.evaluate import evaluate
+from svite_scale.train.trainer import Trainer
+from tests.ranks import run_on_ranks
+from tests.train.runs import ENGINES
+from tests.train.tiny import NUM_VAL, tiny_config
+
+
+def evaluated(config: Config) -> tuple[dict[str, float], dict[str, float], bool, dict[str, Tensor]]:
+    """The metrics twice, whether the model trains after them, and on one process the dense weights."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
+    found = [evaluate(trainer.backend, trainer.eval_data, trainer.eval_transform) for _ in range(2)]
+    weights = dense_weights(trainer) if trainer.world.size == 1 else {}
+    return found[0], found[1], trainer.backend.wrapped.training, weights
+
+
+def dense_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The model's state as that of its dense twin."""
+    state = {name: value.clone() for name, value in trainer.backend.model.state_dict().items()}
+    for name, module in trainer.backend.model.named_modules():
+        if isinstance(module, PackedLayer):
+            del state[f"{name}.values"], state[f"{name}.mask"]
+            state[f"{name}.weight"] = module.dense_weight().clone()
+    return state
+
+
+def naive(shards: Path, weights: dict[str, Tensor]) -> dict[str, float]:
+    """One sample at a time, through webdataset and a dense timm model, in double precision."""
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
+    )
+    model.load_state_dict(weights)
+    model.double().eval()
+    loss = first = five = count = 0.0
+    tars = sorted(str(path) for path in shards.glob("val-*.tar"))
+    for sample in DataLoader(WebDataset(tars, shardshuffle=False).decode("pil"), batch_size=None):
+        image: Image.Image = sample["png"].convert("L")
+        pixels = torch.tensor(np.asarray(image), dtype=torch.float64).view(1, 1, 8, 8)
+        with torch.no_grad():
+            (logits,) = model((pixels / 255 - 0.3) / 0.35).tolist()
+        label = int(sample["cls"])
+        loss += math.log(sum(math.exp(logit) for logit in logits)) - logits[label]
+        above = sum(logit > logits[label] for logit in logits)
+        first, five, count = first + (above < 1), five + (above < 5), count + 1
+    assert count == NUM_VAL
+    return {"eval_loss": loss / count, "eval_accuracy": first / count, "eval_top5": five / count}
+
+
+def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
+    """37 samples in batches of 10 per rank: the last batches are part or all padding. Dropping paths is for training only."""
+    runs = {1: "single", 2: "fsdp2", 3: "zero3"}
+    results = {
+        size: run_on_ranks(
+            size,
+            evaluated,
+            tiny_config(digits, tmp_path / str(size), *ENGINES[engine], "model.drop_path=0.5", "train.global_batch_size=12"),
+        )
+        for size, engine in runs.items()
+    }
+    expected = naive(digits, results[1][0][3])
+    assert 0 < expected["eval_accuracy"] < expected["eval_top5"] < 1
+    for size, ranks in results.items():
+        for first, second, training, _ in ranks:
+            assert first == pytest.approx(expected, rel=1e-5), size
+            assert second == first
+            assert training
