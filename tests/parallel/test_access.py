@@ -99,7 +99,7 @@ def exercise(kind: str, bf16: bool) -> dict[str, Any]:
 ENGINES = [(kind, size, bf16) for bf16 in (False, True) for size in (2, 3) for kind in SHARED]
 
 
-@pytest.fixture(scope="module", params=ENGINES, ids=lambda e: f"{e[0]} on {e[1]}{' in bf16' if e[2] else ''}")
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda e: f"{e[0]}_on_{e[1]}{'_in_bf16' if e[2] else ''}")
 def engine(request: pytest.FixtureRequest) -> tuple[bool, list[dict[str, Any]]]:
     """Whether in bf16, and what each rank found."""
     kind, world_size, bf16 = request.param

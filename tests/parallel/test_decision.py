@@ -232,7 +232,7 @@ ENGINES: list[tuple[str, int]] = [(kind, 1) for kind in ("single", *SHARED)] + [
 ]
 
 
-@pytest.fixture(scope="module", params=ENGINES, ids=lambda engine: f"{engine[0]} on {engine[1]}")
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda engine: f"{engine[0]}_on_{engine[1]}")
 def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
     """What each rank of an engine answered."""
     kind, world_size = request.param

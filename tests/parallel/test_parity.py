@@ -31,7 +31,7 @@ class Run:
     split: bool = False
     accumulation: int = 1
     bf16: bool = False
-    clip: float | None = 0.4
+    clip: float | None = 0.3
     checkpointing: bool = False
     optimizer: str = "AdamW"
 
@@ -59,12 +59,15 @@ def decayed(model: nn.Module, name: str) -> torch.optim.Optimizer:
             groups[key.endswith(".values") or parameter.dim() > 1].append(parameter)
     parameters = [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
     options = {"AdamW": {}, "NAdam": {"decoupled_weight_decay": True}, "RAdam": {"decoupled_weight_decay": True}}[name]
-    return getattr(torch.optim, name)(parameters, lr=2e-3, **options)
+    return getattr(torch.optim, name)(parameters, lr=1e-2, **options)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
+    """A pattern per class under noise, so that the loss falls."""
+    patterns = torch.randn(10, 1, 14, 14, generator=torch.Generator().manual_seed(1000))
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(BATCH, 1, 14, 14, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+    labels = torch.randint(0, 10, (BATCH,), generator=generator)
+    return patterns[labels] + 0.3 * torch.randn(BATCH, 1, 14, 14, generator=generator), labels
 
 
 def train(run: Run) -> Result:
@@ -127,8 +130,8 @@ def test_one_process_trains_clips_and_moves_weights() -> None:
     (clipped,) = results_of(Run())
     assert list(clipped.moved) == [5, 10, 15]
     assert all(moved > 20 for moved in clipped.moved.values())
-    assert min(clipped.norms) > 0.4, "clipping is at work in every step"
-    assert max(clipped.losses) - min(clipped.losses) > 0.1
+    assert min(clipped.norms) > 0.3, "clipping is at work in every step"
+    assert clipped.losses[-1] < 0.9 * clipped.losses[0]
     (unclipped,) = results_of(Run(clip=None))
     assert unclipped.losses != pytest.approx(clipped.losses, abs=1e-3)
 
