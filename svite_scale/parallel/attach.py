@@ -42,10 +42,13 @@ def attach(
         grown_moments: second moment of grown weights, ``mean`` or ``zero``.
 
     Raises:
-        TopologyError: the model has no packed layers, or its engine isn't supported.
+        TopologyError: the model has no packed layers, its engine isn't supported, or the optimizer steps other parameters.
     """
     if not packed_layers(model):
         raise TopologyError("the model has no packed layers; call svite_scale.sparsify(model, density=...) before wrapping it")
+    access = access_for(model, optimizer)
+    if isinstance(access, TorchAccess):
+        _check_steps_values(model, access.optimizer)
     schedule = UpdateSchedule(
         total_steps=total_steps,
         update_every=update_every,
@@ -54,7 +57,7 @@ def attach(
         final_drop_fraction=final_drop_fraction,
     )
     group = dist.group.WORLD if dist.is_initialized() else None
-    return TopologyEngine(model, access_for(model, optimizer), schedule, grown_moments=grown_moments, group=group)
+    return TopologyEngine(model, access, schedule, grown_moments=grown_moments, group=group)
 
 
 def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> ParameterAccess:
@@ -69,6 +72,16 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
     if optimizer is None:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
     return TorchAccess(optimizer)
+
+
+def _check_steps_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose moments couldn't follow the weights: one built before ``sparsify`` or ``fully_shard``."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in packed_layers(model).items():
+        if id(layer.values) not in stepped:
+            raise TopologyError(
+                f"the optimizer doesn't step {name}.values; build it after sparsify() and after the engine wrapped the model"
+            )
 
 
 def _zero_access(engine: Any) -> ParameterAccess:

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -26,13 +27,13 @@ class Answer:
     err: str
 
 
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
-    """Runs the script in this process, as plain ``python`` would."""
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str, launcher: Mapping[str, str] | None = None) -> Answer:
+    """Runs the script in this process, as plain ``python`` would, or with a launcher's variables."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     capsys.readouterr()
     with (
         patch.object(sys, "argv", [str(SCRIPT), *arguments]),
-        patch.dict(os.environ, plain, clear=True),
+        patch.dict(os.environ, {**plain, **(launcher or {})}, clear=True),
         pytest.raises(SystemExit) as end,
     ):
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -42,9 +43,9 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
 
 
 def run_command(*command: str, timeout: float = 300.0) -> Answer:
-    """Runs a command with this Python's programs first in the path, and one thread in each process."""
+    """Runs a command on CPUs, with this Python's programs first in the path and one thread in each process."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**plain, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**plain, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     return Answer(ended.returncode, ended.stdout, ended.stderr)

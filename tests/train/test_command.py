@@ -62,6 +62,34 @@ def test_a_mistake_in_the_config_is_one_line_and_status_2(
     assert re.match(f"config error: {message}", line), line
 
 
+TWO_RANKS = {
+    "backend": (
+        "parallel.backend=single",
+        "parallel.backend = 'single': trains on one process, but 2 were started; use ddp, fsdp2 or deepspeed",
+    ),
+    "batch": (
+        "train.global_batch_size=15",
+        "train.global_batch_size = 15: is not divisible by world size (2) x train.accumulation_steps (1); use a multiple of 2",
+    ),
+    "density": ("sparsity.density=0", "sparsity.density = 0: is not above 0.0; use a number above 0.0 and up to 1.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", TWO_RANKS)
+def test_of_two_ranks_the_main_one_speaks(config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+    override, message = TWO_RANKS[mistake]
+    for rank, expected in ((0, f"config error: {message}\n"), (1, "")):
+        names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+        answer = run_here(capsys, "--config", str(config_path), override, launcher=names)
+        assert (answer.status, answer.out, answer.err) == (2, "", expected)
+
+
+def test_half_a_launcher_is_an_error_of_the_config(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--config", str(config_path), launcher={"RANK": "0"})
+    assert answer.status == 2
+    assert answer.err.startswith("config error: WORLD_SIZE = None: ")
+
+
 def test_a_config_that_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--config", str(tmp_path / "tiny.yaml"))
     assert answer.status == 2

@@ -84,7 +84,7 @@ def test_the_number_of_ranks_shares_the_bytes(capsys: pytest.CaptureFixture[str]
 
 def test_a_plan_for_ranks_that_cant_share_the_batch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "quickstart.yaml")
-    answer = run_here(capsys, "--config", config, "--dry-run", "--ranks", "3")
+    answer = run_here(capsys, "--config", config, "--dry-run", "--ranks", "3", "train.global_batch_size=128")
     assert (answer.status, answer.out) == (2, "")
     assert answer.err == (
         "config error: train.global_batch_size = 128: is not divisible by world size (3) x train.accumulation_steps (1); "
