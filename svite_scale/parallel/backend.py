@@ -50,7 +50,7 @@ class EngineOptions:
 
     Attributes:
         device: where the model trains.
-        units: submodules that are gathered and freed one at a time (FSDP2).
+        units: submodules that are gathered and freed one at a time (FSDP2, ZeRO-3).
         micro_batch_size: samples of one rank in one forward.
         accumulation_steps: micro-batches in one optimizer step.
         bf16: compute in bfloat16, with fp32 master values.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import logger
+from deepspeed.utils import logger, set_z3_leaf_module
 from torch import Tensor, nn
 
 from svite_scale.parallel.attach import access_for
 from svite_scale.parallel.backend import EngineOptions, OptimizerFactory
 from svite_scale.sparsity.access import ParameterAccess
 
-PERSISTENCE_THRESHOLD = 10_000
-"""ZeRO-3 keeps parameters of fewer elements (norms, biases) whole on every rank: they weigh less than gathering them costs."""
+SMALLEST_BUCKET = 2**18
+"""Elements; below this a collective costs more by being sent than by its size."""
 
 BUCKET_ALIGNMENT = 64
 """Elements; DeepSpeed wants bucket sizes that are multiples of its partitions' alignment."""
@@ -30,6 +31,11 @@ class DeepSpeedBackend:
         self.optimizer = build_optimizer(model)
         # DeepSpeed tells every step of its set-up at its own default level.
         logger.setLevel(logging.WARNING)
+        # On the CPU it counts devices by running numactl, many times a step, unless this says how many there are.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        for unit in options.units:
+            # ZeRO-3 then gathers a unit's parameters in one go, not those of each of its submodules.
+            set_z3_leaf_module(unit, True)
         config = deepspeed_config(stage, model, options)
         initial = [(p, p.detach().clone()) for p in model.parameters() if options.bf16 and p.requires_grad]
         self.wrapped, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
@@ -57,7 +63,8 @@ class DeepSpeedBackend:
 def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:
     """What DeepSpeed is initialised with. Buckets are sized by the model, so that they too shrink with its density."""
     sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    bucket = -(-max(max(sizes), sum(sizes) // 8) // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+    bucket = max(SMALLEST_BUCKET, *sizes, sum(sizes) // 8)
+    bucket = -(-bucket // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": options.accumulation_steps,
@@ -74,6 +81,7 @@ def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> di
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+            # By default small parameters stay whole on every rank; within a unit they cost no collective of their own.
+            "stage3_param_persistence_threshold": 0,
         },
     }
