@@ -21,7 +21,7 @@ MISTAKES = {
     "no such section": (["trian.epochs=3"], "trian.epochs = '3': is no known key; the nearest is train.epochs"),
     "density": (["sparsity.density=1.5"], r"sparsity.density = 1.5: .*\b1(\.0)?\b"),
     "type": (["train.epochs=many"], "train.epochs = 'many': is not a whole number; use a whole number of at least 1"),
-    "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(16\); use a divisor of it"),
+    "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(32\); use a divisor of it"),
     "patches": (["model.patch_size=3"], r"model.image_size = 8: is not divisible by the patch size \(3\); use a multiple"),
     "model": (["model.name=deit_tinny_patch16_224"], "model.name = .*did you mean deit_tiny_patch16_224"),
     "another kind of model": (["model.name=convit_tiny"], "model.name = 'convit_tiny': is a ConVit; use a VisionTransformer"),

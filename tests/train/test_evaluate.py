@@ -46,7 +46,7 @@ def naive(shards: Path, weights: dict[str, Tensor]) -> dict[str, float]:
     import timm
 
     model = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=10, img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
+        "vit_tiny_patch16_224", num_classes=10, img_size=8, in_chans=1, patch_size=4, embed_dim=32, depth=2, num_heads=2
     )
     model.load_state_dict(weights)
     model.double().eval()
