@@ -59,9 +59,9 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step, evaluating and saving on the way and at the end."""
         started = time.perf_counter()
-        progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
-        window = MetricsWindow(self.device)
         with Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker:
+            progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
+            window = MetricsWindow(self.device)
             if tracker.ui_command:
                 progress.write(f"watch the run with: {tracker.ui_command}")
             batches = self.train_data.batches(self.step, self.last_step)
