@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -50,6 +51,10 @@ def check_model(config: ModelConfig) -> None:
     if not isinstance(base, VisionTransformer):
         raise ConfigError(
             "model.name", config.name, f"is a {type(base).__name__}", "use a VisionTransformer, such as deit_tiny_patch16_224"
+        )
+    if base.attn_pool is not None or not isinstance(base.patch_embed, PatchEmbed):
+        raise ConfigError(
+            "model.name", config.name, "has a convolutional stem or attention pooling", "use a plain VisionTransformer"
         )
     patch_size = config.patch_size or base.patch_embed.patch_size[0]
     if config.image_size % patch_size:

@@ -51,11 +51,13 @@ def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, si
         return {**sharded, "values": shard(weights) * FP32, "mask": shard(size.mask_bytes), "gradients": shard(weights) * FP32}
     compute = FP32 if precision == "fp32" else 2
     held = shard if stage == 3 else int
+    # In bf16, stage 1 goes through an optimizer of DeepSpeed's that accumulates the whole gradient in fp32 on every rank.
+    gradients = weights * (2 + FP32) if stage == 1 and precision == "bf16" else shard(weights) * FP32
     return {
         "values": held(weights) * compute,
         "master values": shard(weights) * FP32,
         "mask": held(size.mask_bytes),
-        "gradients": shard(weights) * FP32,
+        "gradients": gradients,
         "moments": shard(weights) * MOMENTS,
         "statistics": statistics,
     }

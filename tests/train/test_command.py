@@ -25,6 +25,10 @@ MISTAKES = {
     "patches": (["model.patch_size=3"], r"model.image_size = 8: is not divisible by the patch size \(3\); use a multiple"),
     "model": (["model.name=deit_tinny_patch16_224"], "model.name = .*did you mean deit_tiny_patch16_224"),
     "another kind of model": (["model.name=convit_tiny"], "model.name = 'convit_tiny': is a ConVit; use a VisionTransformer"),
+    "attention pooling": (
+        ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
+        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain VisionTransformer",
+    ),
     "batch": (
         ["train.accumulation_steps=3"],
         r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
@@ -66,6 +70,10 @@ TWO_RANKS = {
     "backend": (
         "parallel.backend=single",
         "parallel.backend = 'single': trains on one process, but 2 were started; use ddp, fsdp2 or deepspeed",
+    ),
+    "attention pooling": (
+        ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
+        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain VisionTransformer",
     ),
     "batch": (
         "train.global_batch_size=15",

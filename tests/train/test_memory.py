@@ -34,6 +34,12 @@ PLANS = {
         4,
         {**QUARTER, "master values": 1000, "values": 500},
     ),
+    "zero 1 in bf16 has the whole gradient twice": (
+        ParallelConfig(backend="deepspeed", zero_stage=1),
+        "bf16",
+        4,
+        {**QUARTER, "master values": 1000, "values": 2000, "mask": 400, "gradients": 2000 + 4000},
+    ),
     "zero 2": (
         ParallelConfig(backend="deepspeed", zero_stage=2),
         "fp32",
