@@ -27,7 +27,7 @@ MISTAKES = {
     "another kind of model": (["model.name=convit_tiny"], "model.name = 'convit_tiny': is a ConVit; use a VisionTransformer"),
     "attention pooling": (
         ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
-        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain VisionTransformer",
+        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain Vision",
     ),
     "batch": (
         ["train.accumulation_steps=3"],
@@ -70,10 +70,6 @@ TWO_RANKS = {
     "backend": (
         "parallel.backend=single",
         "parallel.backend = 'single': trains on one process, but 2 were started; use ddp, fsdp2 or deepspeed",
-    ),
-    "attention pooling": (
-        ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
-        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain VisionTransformer",
     ),
     "batch": (
         "train.global_batch_size=15",
