@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from unittest import mock
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -19,9 +19,6 @@ from svite_scale.sparsity.sparsify import PACKED_TYPE, prunable_layers, random_m
 
 SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 """The engines that run on several ranks."""
-
-PERSISTENCE_THRESHOLD = 50
-"""Parameters of up to so many elements are kept whole by ZeRO-3."""
 
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -76,19 +73,26 @@ def build_backend(
         clip_grad_norm=clip,
     )
     if kind.startswith("zero"):
-        from svite_scale.parallel import deepspeed_backend
+        from svite_scale.parallel.deepspeed_backend import DeepSpeedBackend
 
-        # The default would keep all of so small a model whole on every rank; this has parameters on both sides.
-        with mock.patch.object(deepspeed_backend, "PERSISTENCE_THRESHOLD", PERSISTENCE_THRESHOLD):
-            return deepspeed_backend.DeepSpeedBackend(int(kind[-1]), model, optimizer_of, options)
+        return DeepSpeedBackend(int(kind[-1]), model, optimizer_of, options)
     from svite_scale.parallel.torch_backend import TorchBackend
 
     return TorchBackend(kind, model, optimizer_of, options)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters."""
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    """AdamW in two groups: weight decay on matrices and packed values, none on the rest, which stands first."""
+    return torch.optim.AdamW(decay_groups(model), lr=1e-3)
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups without and with weight decay."""
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.endswith(".values") or parameter.dim() > 1].append(parameter)
+    return [{"params": groups[decays], "weight_decay": 0.05 if decays else 0.0} for decays in groups if groups[decays]]
 
 
 def mask_digests(backend: Backend) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
-from tests.parallel.engines import SHARED, build_backend, mask_digests, small_vit
+from tests.parallel.engines import SHARED, build_backend, decay_groups, mask_digests, small_vit
 from tests.ranks import run_on_ranks
 
 STEPS, BATCH = 20, 24
@@ -51,15 +51,10 @@ class Result:
     masks: dict[str, str]
 
 
-def decayed(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Two groups: weight decay on packed values and matrices, none on the rest."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[key.endswith(".values") or parameter.dim() > 1].append(parameter)
-    parameters = [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
-    options = {"AdamW": {}, "NAdam": {"decoupled_weight_decay": True}, "RAdam": {"decoupled_weight_decay": True}}[name]
-    return getattr(torch.optim, name)(parameters, lr=1e-2, **options)
+def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    options = {} if name == "AdamW" else {"decoupled_weight_decay": True}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(decay_groups(model), lr=1e-2, **options)
+    return optimizer
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +71,7 @@ def train(run: Run) -> Result:
     backend = build_backend(
         run.kind,
         small_vit(checkpointing=run.checkpointing),
-        lambda model: decayed(model, run.optimizer),
+        lambda model: optimizer_of(model, run.optimizer),
         micro_batch_size=BATCH // (world_size if run.split else 1) // run.accumulation,
         accumulation_steps=run.accumulation,
         bf16=run.bf16,

@@ -61,7 +61,7 @@ UNITS = st.lists(st.tuples(st.booleans(), SCORE, SCORE), min_size=1, max_size=60
 TIED = st.lists(st.tuples(st.booleans(), SPECIAL, st.sampled_from([0.0, -0.0, 1.0])), min_size=1, max_size=200)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(units=UNITS | TIED, data=st.data(), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_the_decision_is_that_of_sorting(
     units: list[tuple[bool, float, float]], data: st.DataObject, dtype: torch.dtype
@@ -85,7 +85,7 @@ def test_many_units_with_heavy_ties(numel: int) -> None:
         assert prune_and_grow(active, drop, grow, count).tolist() == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(units=UNITS, data=st.data())
 def test_exactly_count_are_dropped_and_grown(units: list[tuple[bool, float, float]], data: st.DataObject) -> None:
     """With what is inactive always scored above what is active, nothing just dropped can come back."""
@@ -97,7 +97,7 @@ def test_exactly_count_are_dropped_and_grown(units: list[tuple[bool, float, floa
     assert int((new & ~active).sum()) == count
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(units=UNITS, data=st.data())
 def test_scores_that_are_not_read_may_be_nan(units: list[tuple[bool, float, float]], data: st.DataObject) -> None:
     active, drop, grow = (torch.tensor(column) for column in zip(*units, strict=True))
