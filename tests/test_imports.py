@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ NOT_EVEN_LATE = {
 """Libraries that a part knows nothing of."""
 
 LONGEST = 320
+FOLDERS = ("svite_scale", "launch", "examples", "tests", "benchmarks")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,22 +68,27 @@ def test_imports_go_downward(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_package_knows_neither_its_tests_nor_its_entries(path: Path) -> None:
-    assert not {name.partition(".")[0] for _, name in imported(path)} & {"tests", "launch", "benchmarks", "pytest"}
+    outside = {"tests", "launch", "examples", "digits", "benchmarks", "pytest"}
+    assert not {name.partition(".")[0] for _, name in imported(path)} & outside
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for folder in ("svite_scale", "launch", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+    sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")),
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST
 
 
-def test_no_entry_shadows_a_package() -> None:
-    """``launch/`` comes first on sys.path of a run, so a file there named like a library would hide it."""
-    names = {path.stem for path in (ROOT / "launch").glob("*.py")} | {p.name for p in (ROOT / "launch").iterdir() if p.is_dir()}
-    assert not names & ({name.partition(".")[0] for path in SOURCES for _, name in imported(path)} | sys.stdlib_module_names)
+@pytest.mark.parametrize("folder", ["launch", "examples"])
+def test_no_entry_shadows_a_package(folder: str) -> None:
+    """Its folder comes first on sys.path of a run, so a file there named like a library would hide it."""
+    entries = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()]
+    beside = {path.stem for path in entries}
+    assert beside
+    libraries = {name.partition(".")[0] for name in metadata.packages_distributions()}
+    assert not beside & (libraries | sys.stdlib_module_names)
 
 
 def test_importing_the_package_is_lean() -> None:

@@ -7,10 +7,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from svite_scale.sparsity.sharding import padded
+
+GATHER_BITS = 0x0102040810204080
+"""Times eight bools in memory order, read as an int64: its highest byte has bool i as bit i, and nothing carries into it."""
+
 
 def num_bytes(numel: int) -> int:
     """Bytes that a mask of ``numel`` positions takes."""
     return -(-numel // 8)
+
+
+def check_size(bits: Tensor, numel: int) -> None:
+    """Refuses, with a ``ValueError``, what can't be the packed mask of ``numel`` positions."""
+    if bits.dtype != torch.uint8 or bits.numel() != num_bytes(numel):
+        raise ValueError(f"{numel} positions need {num_bytes(numel)} uint8, not {bits.numel()} {bits.dtype}")
+
+
+def check_count(found: int, num_active: int) -> None:
+    """Refuses, with a ``ValueError``, a mask with ``found`` active positions where ``num_active`` are due."""
+    if found != num_active:
+        raise ValueError(f"the mask has {found} active positions, not {num_active}")
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -24,10 +41,8 @@ def pack(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool or mask.dim() != 1:
         raise ValueError(f"pack needs a 1-D bool mask, not {mask.dtype} of shape {tuple(mask.shape)}")
-    padded = torch.zeros(num_bytes(mask.numel()) * 8, dtype=torch.uint8, device=mask.device)
-    padded[: mask.numel()] = mask
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+    eights = padded(mask, num_bytes(mask.numel()) * 8).view(torch.int64)
+    return (eights * GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, numel: int) -> Tensor:
@@ -40,8 +55,7 @@ def unpack(bits: Tensor, numel: int) -> Tensor:
     Returns:
         bool, ``[numel]``.
     """
-    if bits.dtype != torch.uint8 or bits.numel() != num_bytes(numel):
-        raise ValueError(f"{numel} positions need {num_bytes(numel)} uint8, not {bits.numel()} {bits.dtype}")
+    check_size(bits, numel)
     # One 8-byte look-up per byte of mask writes eight bools at once.
     return _eight_bools(bits.device)[bits.int()].view(torch.bool)[:numel]
 

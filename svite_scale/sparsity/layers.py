@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.packed_weight import (
-    Convolution,
-    GradientSink,
-    PackedConv2dProduct,
-    PackedLinearProduct,
-    compress,
-    expand,
-)
+from svite_scale.sparsity.kernels import compress, expand
+from svite_scale.sparsity.packed_weight import Convolution, GradientSink, PackedConv2dProduct, PackedLinearProduct
 
 
 class PackedLayer(nn.Module):
@@ -61,7 +55,7 @@ class PackedLayer(nn.Module):
         if int(active.sum()) != self.num_active:
             raise TopologyError(f"{self.name}: the mask has {int(active.sum())} active weights, the layer {self.num_active}")
         self.mask.copy_(bits.pack(active))
-        self.values.copy_(compress(dense, self.mask))
+        self.values.copy_(compress(dense, self.mask, self.num_active))
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -71,7 +65,9 @@ class PackedLayer(nn.Module):
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """What the product computes in: autocast's dtype where it is on, else the input's."""
         device_type = x.device.type
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # meta knows none
+            return torch.get_autocast_dtype(device_type)
+        return x.dtype
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
@@ -95,7 +91,9 @@ class PackedConv2d(PackedLayer):
     def __init__(self, dense: nn.Conv2d, num_active: int, name: str) -> None:
         super().__init__(dense, num_active, name)
         if dense.padding_mode != "zeros" or isinstance(dense.padding, str):
-            raise TopologyError(f"{name}: can't pack a Conv2d with padding {dense.padding!r}, mode {dense.padding_mode!r}")
+            raise TopologyError(
+                f"{name}: can't pack a Conv2d of padding {dense.padding!r}, mode {dense.padding_mode!r}; list it in keep_dense"
+            )
         self.convolution = Convolution(
             cast(tuple[int, int], dense.stride),
             dense.padding,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""From packed weights to dense ones and back, and the two differentiable products that use them.
+"""The two differentiable products with a packed weight.
 
 A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
 ``[ceil(N / 8)]``). The dense weight exists only inside a forward or a backward of its layer: autograd keeps ``values`` and
@@ -17,30 +17,10 @@ import torch.nn.grad
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels import compress, expand
 
 GradientSink = Callable[[Tensor], None]
 """Takes a layer's dense weight gradient, shaped like the weight, inside its backward. May be a collective."""
-
-
-def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
-    """The dense weight.
-
-    Args:
-        values: float, ``[k]``.
-        mask: uint8, ``[ceil(N / 8)]`` with k bits set.
-        shape: shape of the dense weight, N elements.
-
-    Returns:
-        Like ``values``, of ``shape``; 0 where inactive.
-    """
-    numel = shape.numel()
-    return values.new_zeros(numel).masked_scatter_(bits.unpack(mask, numel), values).view(shape)
-
-
-def compress(dense: Tensor, mask: Tensor) -> Tensor:
-    """The active elements of a dense tensor of N elements, ``[k]``, in ascending flat position."""
-    return dense.flatten().masked_select(bits.unpack(mask, dense.numel()))
 
 
 class PackedLinearProduct(Function):
@@ -119,4 +99,4 @@ def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, sink: Gradient
     """Shows the dense gradient to the sink, then keeps its active elements."""
     if sink is not None:
         sink(dense)
-    return compress(dense, mask).to(values.dtype)
+    return compress(dense, mask, values.numel()).to(values.dtype)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import packed_weight
+from svite_scale.sparsity.kernels import compress, expand
 from svite_scale.sparsity.layers import PackedConv2d, PackedLinear
-from svite_scale.sparsity.packed_weight import PackedConv2dProduct, PackedLinearProduct, compress, expand
+from svite_scale.sparsity.packed_weight import PackedConv2dProduct, PackedLinearProduct
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
 
@@ -195,6 +196,21 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
+def test_the_meta_device_carries_shapes_forward_and_back(case: str) -> None:
+    twin, x = case_of(case)
+    twin.packed.to("meta")
+    x = x.to("meta").requires_grad_()
+    output = twin.packed(x)
+    assert output.is_meta
+    assert output.shape == twin.dense.to("meta")(x).shape
+    output.sum().backward()
+    for tensor in (x, twin.packed.values, twin.packed.bias):
+        assert tensor is not None
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
+
+
 def test_values_stand_in_ascending_flat_position() -> None:
     layer = PackedLinear(nn.Linear(3, 2, bias=False), 3, "layer")
     layer.set_weight(torch.arange(1.0, 7.0).view(2, 3), torch.tensor([False, True, False, True, False, True]))
@@ -218,5 +234,5 @@ def test_a_count_that_doesnt_fit_is_refused(num_active: int) -> None:
 
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
 def test_a_padding_that_isnt_zeros_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(TopologyError, match="conv: can't pack a Conv2d with padding"):
+    with pytest.raises(TopologyError, match=r"conv: can't pack a Conv2d of padding .*; list it in keep_dense"):
         PackedConv2d(nn.Conv2d(1, 2, 3, **options), 4, "conv")

@@ -1,0 +1,140 @@
+"""Packed weights to dense ones and back, by the fastest path that a tensor's device and dtype have.
+
+A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
+``[ceil(N / 8)]``). All paths give the same bits: elements are moved, never computed with. Neither function is differentiable;
+the products of :mod:`svite_scale.sparsity.packed_weight` are.
+
+- CPU, fp32, bf16 and fp16: C, compiled at the first use.
+- CUDA, the same dtypes: Triton.
+- Anything else, and where a fast path can't be had (which is logged, once): torch operations.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels import cpu_kernels, torch_kernels
+from svite_scale.sparsity.kernels.cpu_library import BuildError
+
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOG = logging.getLogger("svite_scale")
+
+
+class Kernels(Protocol):
+    """One path."""
+
+    def expand(self, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor: ...
+
+    def compress(self, dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor: ...
+
+    def count_digits(self, floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None: ...
+
+
+@torch.no_grad()
+def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+    """The dense weight.
+
+    Args:
+        values: float, ``[k]``.
+        mask: uint8, ``[ceil(N / 8)]`` with k bits set, on the same device. Bits past N mean nothing.
+        shape: shape of the dense weight, N elements.
+
+    Returns:
+        Like ``values``, of ``shape``; 0 where inactive.
+
+    Raises:
+        ValueError: the mask isn't of N positions or on another device, or, on the CPU, k of them aren't active. (On an
+            accelerator that count would make the host wait: with Triton, values that are missing are 0 and extra ones ignored.)
+    """
+    bits.check_size(mask, shape.numel())
+    return kernels_for(values, mask).expand(values, mask, shape)
+
+
+@torch.no_grad()
+def compress(dense: Tensor, mask: Tensor, num_active: int | None = None) -> Tensor:
+    """The active elements of a dense tensor.
+
+    Args:
+        dense: N elements of any shape.
+        mask: uint8, ``[ceil(N / 8)]`` with k bits set, on the same device. Bits past N mean nothing.
+        num_active: k. Where it isn't given it is counted, for which the host waits for the device; on the meta device it
+            must be given.
+
+    Returns:
+        Like ``dense``, ``[k]``, in ascending flat position.
+
+    Raises:
+        ValueError: the mask isn't of N positions or on another device, or, on the CPU, ``num_active`` of them aren't active.
+    """
+    bits.check_size(mask, dense.numel())
+    return kernels_for(dense, mask).compress(dense, mask, num_active)
+
+
+@torch.no_grad()
+def count_digits(floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
+    """Counts the active elements by a digit of their keys; see :mod:`svite_scale.sparsity.kernels.digits`.
+
+    Args:
+        floats: float32 or float64, N elements.
+        mask: uint8, ``[ceil(N / 8)]``, on the same device. Bits past N mean nothing.
+        shift: the digit's lowest bit in the key.
+        prefix: count those alone whose key has these bits above the digit; None for the leading digit.
+        counts: int64 ``[65536]``, to which they are added.
+    """
+    bits.check_size(mask, floats.numel())
+    kernels_for(floats, mask).count_digits(floats, mask, shift, prefix, counts)
+
+
+def kernels_for(elements: Tensor, mask: Tensor) -> Kernels:
+    """The path of a call with these. Subclasses of tensors, which may have no memory, and compiled graphs take torch's.
+
+    Raises:
+        ValueError: they are on different devices.
+    """
+    device = elements.device
+    if mask.device != device:
+        raise ValueError(f"the mask is on {mask.device}, the elements on {device}")
+    has_memory = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (elements, mask))
+    if has_memory and elements.dtype in FAST_DTYPES and not torch.compiler.is_compiling():
+        if device.type == "cpu":
+            return _cpu()
+        if device.type == "cuda":
+            return _cuda(device)
+    return torch_kernels
+
+
+@cache
+def _cpu() -> Kernels:
+    try:
+        return cpu_kernels.load()
+    except (BuildError, OSError) as error:
+        LOG.warning(
+            "The CPU kernels of packed weights can't be compiled, so slower torch operations take their place. "
+            "Install a C compiler (gcc or clang) or name one in CC. The reason: %s",
+            error,
+        )
+        return torch_kernels
+
+
+@cache
+def _cuda(device: torch.device) -> Kernels:
+    try:
+        from svite_scale.sparsity.kernels import triton_kernels
+
+        triton_kernels.try_out(device)
+    except Exception as error:  # whatever Triton, its compiler or its driver raises
+        LOG.warning(
+            "The Triton kernels of packed weights can't be used on %s, so slower torch operations take their place. "
+            "Install the triton that this torch was released with, and a C compiler. The reason: %s: %s",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return torch_kernels
+    return triton_kernels

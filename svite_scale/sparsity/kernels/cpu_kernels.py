@@ -1,0 +1,81 @@
+"""The CPU path: packed.c on elements of 2 and 4 bytes, called through ctypes on the tensors' own memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels.cpu_library import load_library
+
+
+class CpuKernels:
+    """The compiled kernels.
+
+    Args:
+        library: what :func:`~svite_scale.sparsity.kernels.cpu_library.load_library` returns.
+        instructions: ``"avx2"`` or ``"portable"``; the former only where the processor has it.
+    """
+
+    def __init__(self, library: ctypes.CDLL, instructions: str) -> None:
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        self._count_digits = _function(library, "count_digits_4", address, number, address, number, address)
+        self._count = _function(library, "count_active", address, number)
+        self._expand, self._compress = (
+            {
+                size: _function(library, f"{task}_{size}_{instructions}", address, number, address, address, number)
+                for size in (2, 4)
+            }
+            for task in ("expand", "compress")
+        )
+
+    def expand(self, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+        """See :func:`svite_scale.sparsity.kernels.expand`; for CPU tensors with elements of 2 or 4 bytes."""
+        values, mask = values.contiguous(), mask.contiguous()
+        dense = values.new_empty(shape)
+        found = self._expand[values.element_size()](
+            values.data_ptr(), values.numel(), mask.data_ptr(), dense.data_ptr(), dense.numel()
+        )
+        bits.check_count(found, values.numel())
+        return dense
+
+    def compress(self, dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
+        """See :func:`svite_scale.sparsity.kernels.compress`; for CPU tensors with elements of 2 or 4 bytes."""
+        dense, mask = dense.contiguous(), mask.contiguous()
+        if num_active is None:
+            num_active = int(self._count(mask.data_ptr(), dense.numel()))
+        values = dense.new_empty(num_active)
+        found = self._compress[dense.element_size()](
+            dense.data_ptr(), dense.numel(), mask.data_ptr(), values.data_ptr(), num_active
+        )
+        bits.check_count(found, num_active)
+        return values
+
+    def count_digits(self, floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
+        """See :func:`svite_scale.sparsity.kernels.count_digits`; for float32 CPU tensors."""
+        assert floats.dtype == torch.float32, "two digits"
+        assert counts.is_contiguous(), "written in place"
+        floats, mask = floats.contiguous(), mask.contiguous()
+        leading = -1 if prefix is None else prefix
+        self._count_digits(floats.data_ptr(), floats.numel(), mask.data_ptr(), leading, counts.data_ptr())
+
+
+def load() -> CpuKernels:
+    """The kernels for this processor.
+
+    Raises:
+        BuildError: the library can't be built.
+        OSError: it can't be written or loaded.
+    """
+    library = load_library()
+    return CpuKernels(library, "avx2" if library.has_avx2() else "portable")
+
+
+def _function(library: ctypes.CDLL, name: str, *arguments: type[Any]) -> Any:
+    """A C function of ``arguments`` that returns an int64."""
+    function = library[name]
+    function.argtypes, function.restype = arguments, ctypes.c_int64
+    return function

@@ -1,0 +1,82 @@
+"""The C library of the CPU kernels: compiled once by the system's C compiler, cached for the user, loaded with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("packed.c")
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
+"""Nothing in them asks for this machine's own instructions, so that a library in a shared home serves every node."""
+
+
+class BuildError(Exception):
+    """The library can't be built. The message says why."""
+
+
+def load_library() -> ctypes.CDLL:
+    """The compiled library: from the cache where it is there and loads, else built into it.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+        OSError: the library can't be written or loaded.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    name = f"packed-{_digest(compiler)}.so"
+    folder = _cache_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="svite_scale-") as private:
+            return ctypes.CDLL(str(_build(compiler, Path(private) / name)))  # stays loaded without its file
+    try:
+        return ctypes.CDLL(str(folder / name))
+    except OSError:  # not there, or damaged
+        return ctypes.CDLL(str(_build(compiler, folder / name)))
+
+
+def _cache_folder() -> Path | None:
+    """The package's folder in the user's cache, or None where it isn't there and writable, and the user's alone."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "svite_scale"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if is_private and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _digest(compiler: list[str]) -> str:
+    """Differs wherever the library might: by source, flags, compiler and architecture."""
+    parts = [SOURCE.read_text(), *FLAGS, *compiler, _run([*compiler, "--version"]), platform.machine()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(compiler: list[str], path: Path) -> Path:
+    """Compiles under a name of this process, then renames: many may build at once, and none sees half a file."""
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        _run([*compiler, *FLAGS, "-o", unfinished, str(SOURCE)])
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+    return path
+
+
+def _run(command: list[str]) -> str:
+    """What the compiler prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{shlex.join(command)}: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout

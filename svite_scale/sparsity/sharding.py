@@ -1,0 +1,67 @@
+"""Cutting flat tensors into one chunk per rank, and putting them together again."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+GATHERED_NUMEL = 2**18
+"""Elements in one all-gather, of all ranks together."""
+
+
+def chunk_numel(numel: int, world_size: int) -> int:
+    """Elements of the largest chunk."""
+    return -(-numel // world_size)
+
+
+def rank_numel(numel: int, rank: int, world_size: int) -> int:
+    """Elements of the rank's :func:`rank_chunk`."""
+    size = chunk_numel(numel, world_size)
+    return min(max(numel - rank * size, 0), size)
+
+
+def rank_chunk(full: Tensor, rank: int, world_size: int) -> Tensor:
+    """The rank's part of a tensor cut along dimension 0 as :meth:`torch.Tensor.chunk` cuts it; empty past the last chunk.
+
+    This is also how ``torch.distributed.tensor.Shard(0)`` cuts.
+    """
+    chunks = full.chunk(world_size)
+    return chunks[rank] if rank < len(chunks) else full[:0]
+
+
+def padded(tensor: Tensor, numel: int) -> Tensor:
+    """A flat tensor with zeros up to ``numel`` elements; itself where it has as many."""
+    return tensor if tensor.numel() == numel else torch.nn.functional.pad(tensor, (0, numel - tensor.numel()))
+
+
+def gather_chunks(chunk: Tensor, numel: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The whole of which each rank holds its :func:`rank_chunk`. A collective.
+
+    Args:
+        chunk: this rank's, flat.
+        numel: elements of the whole.
+        group: the ranks; None for a single one.
+    """
+    if group is None:
+        return chunk
+    return gather_equal(padded(chunk, chunk_numel(numel, dist.get_world_size(group))), group)[:numel]
+
+
+def gather_equal(chunk: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' flat chunks, all of one size, one after another. A collective."""
+    world_size, size = dist.get_world_size(group), chunk.numel()
+    full = chunk.new_empty(world_size, size)
+    # Piece by piece, because a collective may hold its result once more.
+    step = max(GATHERED_NUMEL // world_size, 1)
+    for start in range(0, size, step):
+        piece = chunk[start : start + step]
+        gathered = piece.new_empty(world_size * piece.numel())
+        dist.all_gather_into_tensor(gathered, piece, group=group)
+        full[:, start : start + piece.numel()] = gathered.view(world_size, -1)
+    return full.flatten()
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank and the world size in a group; None is a group of one."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
