@@ -10,6 +10,7 @@ or a whole run from a config: ``deepspeed launch/train.py --config configs/deit_
 """
 
 from svite_scale.parallel.attach import attach
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 
-__all__ = ["attach", "sparsify"]
+__all__ = ["TopologyOptions", "attach", "sparsify"]

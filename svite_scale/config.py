@@ -46,16 +46,45 @@ class SparsityConfig:
 
     density: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
     """Share of the prunable weights that is active; 1.0 trains the ordinary dense model."""
-    distribution: Literal["uniform", "erk"] = "erk"
-    update_every: Annotated[int, Bounds(low=1)] = 20000
-    """Optimizer steps between two topology updates."""
+    distribution: Literal["uniform", "er", "erk"] = "erk"
+    """How ``density`` is spread over the layers."""
+    power_scale: Annotated[float, Bounds(above=0.0)] = 1.0
+    """Exponent of ERK's ratio."""
+    densities: Annotated[dict[str, float], Bounds(above=0.0, high=1.0)] = field(default_factory=dict)
+    """Instead of ``density``: a layer's own, by pattern of its name (``blocks.*.attn.qkv``); the first that matches decides."""
+    masks: str | None = None
+    """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict."""
+    keep_dense: tuple[str, ...] = ()
+    """Patterns of layers that aren't made sparse and don't count in ``density``."""
+    method: str = "svite"
+    """What moves the weights: svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static
+    keeps the first mask, dense trains the ordinary dense model, whatever the density."""
+    random_share: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.5
+    """Share of the grown weights that ``method: mixed`` draws at random."""
+    update_unit: Literal["steps", "epochs"] = "steps"
+    """Unit of ``update_every`` and ``update_start``."""
+    update_every: Annotated[float, Bounds(above=0.0)] = 20000.0
+    """Optimizer steps, or epochs, between two topology updates."""
+    update_start: Annotated[float, Bounds(low=0.0)] = 0.0
+    """No topology update comes before this optimizer step, or epoch."""
+    update_batch_size: Annotated[int | None, Bounds(low=1)] = None
+    """Global batch that ``update_every`` and ``update_start`` are meant for, in steps: they are scaled by update_batch_size /
+    global_batch_size, so that as many samples lie between two updates. Null takes them as they are."""
     stop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.8
     """Topology updates stop at this share of all optimizer steps."""
+    drop_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From ``drop_fraction`` at the start to ``final_drop_fraction`` at the stop; constant stays at the former."""
     drop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.5
-    """Share of the active weights dropped at an update, at the start of the cosine."""
+    """Share of the active weights dropped at an update, at the start."""
     final_drop_fraction: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.005
+    grow_window: Annotated[int, Bounds(low=1)] = 1
+    """Optimizer steps before an update, its own included, whose gradients are averaged to choose what grows."""
+    grow_by: Literal["gradient", "magnitude"] = "gradient"
+    """|mean of the window's gradients|, or the mean of their magnitudes."""
     grown_moments: Literal["mean", "zero"] = "mean"
     """Second moment of a grown weight: its layer's mean, or zero."""
+    grown_warmup_steps: Annotated[int, Bounds(low=0)] = 0
+    """Optimizer steps over which the learning rate of grown weights rises to the others'; 0 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +234,52 @@ class Config:
 
 
 def check_sparsity(sparsity: SparsityConfig) -> None:
+    check_where(sparsity)
     if sparsity.final_drop_fraction > sparsity.drop_fraction:
         raise ConfigError(
             "sparsity.final_drop_fraction",
             sparsity.final_drop_fraction,
             f"is above sparsity.drop_fraction ({sparsity.drop_fraction}), but the schedule falls",
             "lower it",
+        )
+    if sparsity.update_unit == "epochs" and sparsity.update_batch_size is not None:
+        raise ConfigError(
+            "sparsity.update_batch_size",
+            sparsity.update_batch_size,
+            "scales updates by steps, but sparsity.update_unit is epochs, which scale by themselves",
+            "leave it null",
+        )
+    for name, value in (("update_every", sparsity.update_every), ("update_start", sparsity.update_start)):
+        if sparsity.update_unit == "steps" and not value.is_integer():
+            raise ConfigError(
+                f"sparsity.{name}", value, "is no whole number of steps", "round it, or set sparsity.update_unit=epochs"
+            )
+
+
+def check_where(sparsity: SparsityConfig) -> None:
+    """Refuses two fields that each say where the active weights are, and one that another makes void."""
+    given = {"densities": bool(sparsity.densities), "masks": sparsity.masks is not None}
+    instead = [name for name, is_given in given.items() if is_given]
+    if len(instead) == 2:
+        raise ConfigError(
+            "sparsity.masks",
+            sparsity.masks,
+            "also says where the weights are, as sparsity.densities does",
+            "leave one of them out",
+        )
+    if instead and sparsity.density != 1.0:
+        raise ConfigError(
+            "sparsity.density",
+            sparsity.density,
+            f"isn't used where sparsity.{instead[0]} is given",
+            f"set it to 1.0, or leave sparsity.{instead[0]} out",
+        )
+    if sparsity.power_scale != 1.0 and (instead or sparsity.distribution != "erk"):
+        raise ConfigError(
+            "sparsity.power_scale",
+            sparsity.power_scale,
+            "is only for a sparsity.density that is spread by erk",
+            "leave it out, or use sparsity.distribution=erk",
         )
 
 

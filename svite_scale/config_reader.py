@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from svite_scale.config import Config
 from svite_scale.errors import ConfigError
-from svite_scale.field_types import read_value
+from svite_scale.field_types import MAPPING, read_value, split_bounds
 from svite_scale.plain_yaml import PlainYamlError, dump, load
 
 Section = TypeVar("Section")
@@ -59,6 +59,8 @@ def write_config(config: Config, path: str | PathLike[str]) -> None:
 def plain(value: Any) -> Any:
     if is_dataclass(value):
         return to_dict(value)
+    if isinstance(value, dict):
+        return dict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -161,6 +163,11 @@ def section_error(key: str, value: object, schema: Mapping[str, Any]) -> ConfigE
 
 def unknown_key(key: str, value: object, schema: Mapping[str, Any]) -> ConfigError:
     """Names the nearest known key, whatever its section; a far-off key gets the list of its section's."""
+    mapping = next(
+        (known for known in schema if key.startswith(f"{known}.") and split_bounds(schema[known])[0] == MAPPING), None
+    )
+    if mapping is not None:
+        return ConfigError(key, value, "is one entry of a mapping", f"give all of it: {mapping}='{{KEY: VALUE, ...}}'")
     nearest = max(schema, key=lambda known: key_likeness(key, known))
     if key_likeness(key, nearest) >= NEAR:
         return ConfigError(key, value, "is no known key", f"the nearest is {nearest}")

@@ -78,7 +78,8 @@ def start(world: World, device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    elif world.local_size > 1:
+        # Alone, a process has the threads that torch or OMP_NUM_THREADS give it.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:

@@ -11,11 +11,11 @@ class SviteScaleError(Exception):
     """Base of all errors that this package raises for a user's mistake."""
 
 
-class ConfigError(SviteScaleError):
-    """A config field has a value that the run can't use.
+class FieldError(SviteScaleError):
+    """A named value can't be used.
 
     Args:
-        field: dotted name of the field, for example ``sparsity.density``.
+        field: what the value was given as.
         value: the value found, shown as written.
         problem: what is wrong with it, as the rest of a sentence.
         remedy: what to write instead.
@@ -24,6 +24,14 @@ class ConfigError(SviteScaleError):
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
         super().__init__(f"{field} = {value!r}: {problem}; {remedy}")
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+
+
+class ConfigError(FieldError):
+    """A config field, by its dotted name (``sparsity.density``), has a value that the run can't use."""
+
+
+class SparsifyError(FieldError, ValueError):
+    """An argument of ``sparsify``, by its name (``densities``), doesn't fit the model or the other arguments."""
 
 
 class TopologyError(SviteScaleError):

@@ -1,6 +1,7 @@
 """One value of a config field, checked against the field's type hint and bounds.
 
-Knows int, float, bool, str, ``X | None``, Literal, tuple and Annotated with :class:`svite_scale.config.Bounds`.
+Knows int, float, bool, str, ``X | None``, Literal, tuple, dict[str, float] and Annotated with
+:class:`svite_scale.config.Bounds`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from svite_scale.config import Bounds
 from svite_scale.errors import ConfigError
 
+MAPPING = dict[str, float]
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -31,12 +33,25 @@ def read_value(field: str, hint: Any, value: object) -> object:
     kind, nullable = split_null(bare)
     if value is None and nullable:
         return None
+    if kind == MAPPING:
+        return read_mapping(field, hint, value)
     typed = convert(kind, value)
     problem = f"is not {describe(bare)}" if typed is None else range_problem(typed, bounds)
     if problem is not None:
         quotes = ", in quotes if need be" if kind is str else ""
         raise ConfigError(field, value, problem, f"use {describe(hint)}{quotes}")
     return typed
+
+
+def read_mapping(field: str, hint: Any, value: object) -> dict[str, object]:
+    """Returns a mapping of text to numbers; the bounds are those of each number, and messages name the entry."""
+    if not isinstance(value, dict):
+        raise ConfigError(field, value, f"is not {describe_kind(MAPPING)}", f"use {describe(hint)}")
+    bounds = split_bounds(hint)[1]
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(field, value, f"has a key that is not text, {key!r}", "put it in quotes")
+    return {key: read_value(f"{field}[{key!r}]", Annotated[float, bounds], item) for key, item in value.items()}
 
 
 def split_bounds(hint: Any) -> tuple[Any, Bounds]:
@@ -125,6 +140,8 @@ def describe_kind(kind: Any) -> str:
         return f"a list, each entry {describe_kind(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}, each entry {describe_kind(args[0])}"
+    if kind == MAPPING:
+        return f"a mapping of text, each entry {NAMES[float]}"
     return NAMES[kind]
 
 

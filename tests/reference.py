@@ -6,6 +6,7 @@ imports svite_scale.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -24,14 +25,39 @@ def prune_and_grow(active: Sequence[bool], drop: Sequence[float], grow: Sequence
     return [index in topology for index in everything]
 
 
+def splitmix64(key: int, position: int) -> int:
+    """Output ``position`` of the published generator seeded with ``key``, in unbounded integers cut to 64 bits."""
+    word = (1 << 64) - 1
+    z = (key + (position + 1) * 0x9E3779B97F4A7C15) & word
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    return z ^ (z >> 31)
+
+
+def hashed_uniform(seed: int, step: int, name: str, positions: Sequence[int]) -> list[float]:
+    """The first 24 of 64 hashed bits as a number in [0, 1), for each position."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()[:8], "little")
+    return [(splitmix64(key, position) >> 40) / 2**24 for position in positions]
+
+
 def cosine_rate(initial: float, final: float, step: int, stop_step: int) -> float:
     """Half a cosine from ``initial`` at step 0 to ``final`` at ``stop_step``."""
     return final + (initial - final) * (1 + math.cos(math.pi * step / stop_step)) / 2
 
 
-def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """min(1, scale * sum of dimensions / product of dimensions), the scale found by bisection."""
-    ratio = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+def erk_densities(shapes: Mapping[str, Sequence[int]], density: float, power: float = 1.0) -> dict[str, float]:
+    """In proportion to (sum of dimensions / product of dimensions) ^ power."""
+    ratio = {name: (sum(shape) / math.prod(shape)) ** power for name, shape in shapes.items()}
+    return capped_densities(shapes, density, ratio)
+
+
+def er_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """In proportion to 1 / fan in + 1 / fan out, without the kernel."""
+    return capped_densities(shapes, density, {name: 1 / shape[0] + 1 / shape[1] for name, shape in shapes.items()})
+
+
+def capped_densities(shapes: Mapping[str, Sequence[int]], density: float, ratio: Mapping[str, float]) -> dict[str, float]:
+    """min(1, scale * ratio), the scale found by bisection."""
     budget = density * sum(math.prod(shape) for shape in shapes.values())
     low, high = 0.0, 1 / min(ratio.values())
     for _ in range(200):
@@ -49,6 +75,7 @@ class MaskedTrainer:
         masks: by parameter name, bool, for the masked parameters alone.
         gradients: of the last step, dense, before clipping.
         moments: by parameter name, the first and second moment, dense.
+        lr_shares: by parameter name, what each weight's learning rate is multiplied by; 1 where there is none.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], *, lr: float, weight_decay: float, clip: float) -> None:
@@ -59,6 +86,7 @@ class MaskedTrainer:
             self.weights[name] *= mask
         self.moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in self.weights.items()}
         self.gradients: dict[str, Tensor] = {}
+        self.lr_shares: dict[str, Tensor] = {}
         self.steps = 0
 
     def step(self, inputs: Tensor, labels: Tensor) -> float:
@@ -81,14 +109,20 @@ class MaskedTrainer:
         self.moments[name] = (first, second)
         corrected_first = first / (1 - beta1**self.steps)
         corrected_second = second / (1 - beta2**self.steps)
-        decayed = self.weights[name] * (1 - self.lr * self.weight_decay)
-        self.weights[name] = decayed - self.lr * corrected_first / (corrected_second.sqrt() + eps)
+        lr = self.lr * self.lr_shares.get(name, torch.ones((), dtype=torch.float64))
+        decayed = self.weights[name] * (1 - lr * self.weight_decay)
+        self.weights[name] = decayed - lr * corrected_first / (corrected_second.sqrt() + eps)
 
-    def update(self, name: str, count: int, grown_moments: str) -> tuple[set[int], set[int]]:
-        """Prunes and grows one parameter by the last step's gradient; returns the positions dropped and those grown."""
+    def update(
+        self, name: str, count: int, grown_moments: str, grow: Sequence[float] | None = None
+    ) -> tuple[set[int], set[int]]:
+        """Prunes and grows one parameter by the last step's gradient, or by the scores ``grow``; returns the positions dropped
+        and those grown.
+        """
         old = self.masks[name].flatten()
         weight, gradient = self.weights[name].flatten(), self.gradients[name].flatten()
-        new = torch.tensor(prune_and_grow(old.tolist(), weight.abs().tolist(), gradient.abs().tolist(), count))
+        scores = gradient.abs().tolist() if grow is None else grow
+        new = torch.tensor(prune_and_grow(old.tolist(), weight.abs().tolist(), scores, count))
         first, second = (moment.flatten() for moment in self.moments[name])
         start = float(second[old].mean()) if grown_moments == "mean" else 0.0
         weight, first, second = weight.clone(), first.clone(), second.clone()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from svite_scale.config import Bounds, Config
-from svite_scale.config_reader import read_config
+from svite_scale.config_reader import read_config, write_config
 from svite_scale.errors import ConfigError
 from svite_scale.field_types import describe, read_value
 from tests.config_text import MINIMAL, as_file, error_of, hints_of, written
@@ -57,6 +57,12 @@ def test_a_file_with_the_required_key_alone_gives_the_defaults(tmp_path: Path) -
         ("parallel.zero_stage", "2", 2),
         ("model.in_channels", "1", 1),
         ("optimizer.name", "radam", "radam"),
+        ("sparsity.densities", '{"blocks.*": 0.3, "*": 1}', {"blocks.*": 0.3, "*": 1.0}),
+        ("sparsity.densities", "{}", {}),
+        ("sparsity.densities", "{head: 5e-1, sparsity.density: 0.2}", {"head": 0.5, "sparsity.density": 0.2}),
+        ("sparsity.keep_dense", '["head", "blocks.0.*"]', ("head", "blocks.0.*")),
+        ("sparsity.masks", "masks/a.safetensors", "masks/a.safetensors"),
+        ("sparsity.distribution", "er", "er"),
         ("data.train", "data/train-{000..003}.tar", "data/train-{000..003}.tar"),
         ("run_dir", "runs/ü", "runs/ü"),
     ],
@@ -66,6 +72,15 @@ def test_files_and_overrides_read_alike(tmp_path: Path, key: str, text: str, exp
     from_override = value_at(read_config(written(tmp_path, MINIMAL), [f"{key}={text}"]), key)
     assert from_file == from_override == expected
     assert type(from_file) is type(from_override) is type(expected)
+
+
+def test_patterns_keep_their_order_and_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "sparsity:\n  densities:\n    z.*: 0.3\n    a.b: 0.5\n    '*': 1\n")
+    config = read_config(path)
+    assert list(config.sparsity.densities.items()) == [("z.*", 0.3), ("a.b", 0.5), ("*", 1.0)]
+    write_config(config, path)
+    assert list(read_config(path).sparsity.densities) == ["z.*", "a.b", "*"]
+    assert read_config(path, ['sparsity.densities={"*": 0.5}']).sparsity.densities == {"*": 0.5}
 
 
 def test_an_override_wins_over_the_file_and_over_an_earlier_one(tmp_path: Path) -> None:
@@ -96,6 +111,8 @@ def test_anchors_and_merges_work(tmp_path: Path) -> None:
 
 
 WHOLE, NUMBER, BOOL, TEXT = "is not a whole number", "is not a number", "is not true or false", "is not text"
+
+MAPPING = "a mapping of text, each entry a number"
 
 WRONG_VALUES = [
     ("train.epochs", "3.0", 3.0, WHOLE, "use a whole number of at least 1"),
@@ -132,6 +149,13 @@ WRONG_VALUES = [
     ("data.mean", "[0.5, a]", [0.5, "a"], "is not a list, each entry a number", "use a list, each entry a number"),
     ("data.mean", "[0.5, true]", [0.5, True], "is not a list, each entry a number", "use a list, each entry a number"),
     ("data.mean", "[0.5, .inf]", [0.5, math.inf], "is not finite", "use a list, each entry a number"),
+    ("sparsity.densities", "0.3", 0.3, f"is not {MAPPING}", f"use {MAPPING} above 0.0 and up to 1.0"),
+    ("sparsity.densities", "null", None, f"is not {MAPPING}", f"use {MAPPING} above 0.0 and up to 1.0"),
+    ("sparsity.densities", "{a: 0.5, 7: 0.3}", {"a": 0.5, 7: 0.3}, "has a key that is not text, 7", "put it in quotes"),
+    ("sparsity.keep_dense", "head", "head", "is not a list, each entry text", "use a list, each entry text"),
+    ("sparsity.keep_dense", "[1]", [1], "is not a list, each entry text", "use a list, each entry text"),
+    ("sparsity.masks", "7", 7, "is not text or null", "use text or null, in quotes if need be"),
+    ("sparsity.power_scale", "0", 0, "is not above 0.0", "use a number above 0.0"),
     ("tracking.mlflow", "no", "no", BOOL, "use true or false"),
     ("tracking.mlflow", "1", 1, BOOL, "use true or false"),
     ("tracking.mlflow", "null", None, BOOL, "use true or false"),
@@ -161,6 +185,25 @@ def test_a_wrong_value_is_named_alike_in_files_and_overrides(
     for error in (from_file, from_override):
         assert (error.field, error.value, error.problem, error.remedy) == (key, value, problem, remedy)
         assert str(error).startswith(f"{key} = {value!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "entry", "value", "problem"),
+    [
+        ('{"*": 1, "blocks.*": 1.5}', "blocks.*", 1.5, "is above 1.0"),
+        ("{head: 0}", "head", 0, "is not above 0.0"),
+        ("{head: .nan}", "head", None, "is not finite"),
+        ("{head: 30%}", "head", "30%", "is not a number"),
+        ("{head: {weight: 1}}", "head", {"weight": 1}, "is not a number"),
+    ],
+)
+def test_a_wrong_entry_of_a_mapping_is_named(tmp_path: Path, text: str, entry: str, value: object, problem: str) -> None:
+    from_file = error_of(written(tmp_path, as_file("sparsity.densities", text)))
+    from_override = error_of(written(tmp_path, MINIMAL), (f"sparsity.densities={text}",))
+    for error in (from_file, from_override):
+        assert (error.field, error.problem) == (f"sparsity.densities['{entry}']", problem)
+        assert error.remedy == "use a number above 0.0 and up to 1.0"
+        assert value is None or error.value == value
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,42 @@ MISTAKES = [
         "sparsity.final_drop_fraction = 0.2: is above sparsity.drop_fraction (0.1), but the schedule falls; lower it",
     ),
     (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(densities={"*": 0.5}, masks="a")),
+        "sparsity.masks = 'a': also says where the weights are, as sparsity.densities does; leave one of them out",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(density=0.3, densities={"*": 0.5})),
+        "sparsity.density = 0.3: isn't used where sparsity.densities is given; set it to 1.0, or leave sparsity.densities out",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(density=0.3, masks="")),
+        "sparsity.density = 0.3: isn't used where sparsity.masks is given; set it to 1.0, or leave sparsity.masks out",
+    ),
+    *(
+        (
+            Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity),
+            "sparsity.power_scale = 2.0: is only for a sparsity.density that is spread by erk; "
+            "leave it out, or use sparsity.distribution=erk",
+        )
+        for sparsity in (
+            SparsityConfig(density=0.3, distribution="er", power_scale=2.0),
+            SparsityConfig(densities={"*": 0.3}, power_scale=2.0),
+        )
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_every=2.5)),
+        "sparsity.update_every = 2.5: is no whole number of steps; round it, or set sparsity.update_unit=epochs",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_start=0.5)),
+        "sparsity.update_start = 0.5: is no whole number of steps; round it, or set sparsity.update_unit=epochs",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_unit="epochs", update_batch_size=512)),
+        "sparsity.update_batch_size = 512: scales updates by steps, but sparsity.update_unit is epochs, which scale by "
+        "themselves; leave it null",
+    ),
+    (
         Config(run_dir="r", parallel=TWO_RANKS, model=ModelConfig(in_channels=1)),
         "data.mean = [0.485, 0.456, 0.406]: has 3 entries for 1 channels; give one number per channel",
     ),

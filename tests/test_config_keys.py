@@ -73,6 +73,12 @@ def test_an_override_sets_fields_not_sections(tmp_path: Path) -> None:
     assert error.remedy == "set its fields: parallel.backend, parallel.zero_stage"
 
 
+def test_an_override_sets_a_mapping_as_a_whole(tmp_path: Path) -> None:
+    error = error_of(written(tmp_path, MINIMAL), ("sparsity.densities.blocks.*=0.3",))
+    assert (error.field, error.value, error.problem) == ("sparsity.densities.blocks.*", "0.3", "is one entry of a mapping")
+    assert error.remedy == "give all of it: sparsity.densities='{KEY: VALUE, ...}'"
+
+
 @pytest.mark.parametrize("override", ["sparsity.density", "--sparsity.density", "sparsity.density:0.5", ""])
 def test_an_override_needs_an_equals_sign(tmp_path: Path, override: str) -> None:
     error = error_of(written(tmp_path, MINIMAL), (override,))

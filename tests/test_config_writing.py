@@ -31,6 +31,11 @@ def numbers_and_text(kind: Any, bounds: Bounds) -> st.SearchStrategy[Any]:
     low = bounds.low if bounds.above is None else bounds.above
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
+    if get_origin(kind) is dict:
+        entries = st.floats(low, bounds.high, exclude_min=bounds.above is not None)
+        return st.dictionaries(st.sampled_from(AMBIGUOUS) | st.text(max_size=20), entries, max_size=3)
+    if kind == tuple[str, ...]:
+        return st.lists(st.text(max_size=20), max_size=4).map(tuple)
     if get_origin(kind) is tuple:
         items = st.floats(allow_nan=False, allow_infinity=False)
         return st.tuples(items, items) if get_args(kind)[-1] is float else st.lists(items, max_size=4).map(tuple)
@@ -52,6 +57,7 @@ def test_a_written_config_reads_back_equal(tmp_path: Path, config: Config) -> No
     path = tmp_path / "resolved.yaml"
     write_config(config, path)
     assert read_config(path) == config
+    assert list(read_config(path).sparsity.densities) == list(config.sparsity.densities), "the first pattern decides"
     assert yaml.safe_load(path.read_bytes()) == to_dict(config), "YAML 1.1 readers read the same"
 
 

@@ -8,7 +8,7 @@ from timm.models import VisionTransformer
 
 from svite_scale.config import Config
 from svite_scale.models.sparse_vit import plan_sparse_vit
-from svite_scale.sparsity.sparsify import LayerPlan
+from svite_scale.sparsity.layer_plan import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelCost:
     don't shorten. Norms, softmax and activations are left out, as in the paper's figures.
 
     Attributes:
-        layers: the prunable layers.
+        layers: the layers that can be made sparse, those kept dense included.
         attention_macs: queries times keys, and attention times values, over all blocks.
         params_dense: parameters of the dense model.
         params_active: the same, counting active weights only; masks aren't parameters.

@@ -6,18 +6,39 @@ import torch
 from timm.models import VisionTransformer
 
 from svite_scale.config import ModelConfig, SparsityConfig
+from svite_scale.errors import ConfigError, SparsifyError
 from svite_scale.models.vit import build_vit
-from svite_scale.sparsity.sparsify import LayerPlan, sparsify
+from svite_scale.sparsity.layer_plan import LayerPlan
+from svite_scale.sparsity.sparsify import sparsify
 
 
 def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) -> tuple[VisionTransformer, list[LayerPlan]]:
     """The model before any engine wraps it, and what is sparse in it. The same on every rank.
 
-    Weights are drawn from torch's global generator, which this seeds; masks from (seed, layer name).
+    Weights are drawn from torch's global generator, which this seeds; masks from (seed, layer name), or from a file.
+
+    Raises:
+        ConfigError: the model can't be built, or what ``sparsity`` says doesn't fit its layers.
     """
     torch.manual_seed(seed)
     vit = build_vit(model)
-    return vit, sparsify(vit, sparsity.density, distribution=sparsity.distribution, seed=seed)
+    if sparsity.method == "dense":
+        return vit, sparsify(vit, 1.0)
+    is_spread = not sparsity.densities and sparsity.masks is None
+    try:
+        plan = sparsify(
+            vit,
+            sparsity.density if is_spread else None,
+            distribution=sparsity.distribution,
+            power_scale=sparsity.power_scale,
+            densities=sparsity.densities or None,
+            masks=sparsity.masks,
+            keep_dense=sparsity.keep_dense,
+            seed=seed,
+        )
+    except SparsifyError as error:
+        raise ConfigError(f"sparsity.{error.field}", error.value, error.problem, error.remedy) from error
+    return vit, plan
 
 
 def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[VisionTransformer, list[LayerPlan]]:

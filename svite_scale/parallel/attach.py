@@ -12,6 +12,7 @@ from svite_scale.errors import TopologyError
 from svite_scale.parallel.torch_access import TorchAccess
 from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 
@@ -22,10 +23,12 @@ def attach(
     *,
     total_steps: int,
     update_every: int,
+    start_step: int = 0,
     stop_fraction: float = 0.8,
     drop_fraction: float = 0.5,
     final_drop_fraction: float = 0.005,
-    grown_moments: str = "mean",
+    drop_schedule: str = "cosine",
+    options: TopologyOptions | None = None,
 ) -> TopologyEngine:
     """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
 
@@ -36,13 +39,17 @@ def attach(
         optimizer: the torch optimizer that steps it; not needed for a DeepSpeed engine.
         total_steps: optimizer steps of the whole training.
         update_every: optimizer steps between two topology updates.
+        start_step: no update comes before this step.
         stop_fraction: no update comes after this share of training.
-        drop_fraction: share of the active weights moved at the start of the cosine.
-        final_drop_fraction: the same at its end.
-        grown_moments: second moment of grown weights, ``mean`` or ``zero``.
+        drop_fraction: share of the active weights moved at the start.
+        final_drop_fraction: the same at the stop.
+        drop_schedule: how the one becomes the other: ``cosine``, ``linear``, or ``constant``.
+        options: the method, its growth window, how grown weights start; see
+            :class:`~svite_scale.sparsity.options.TopologyOptions`.
 
     Raises:
         TopologyError: the model has no packed layers, its engine isn't supported, or the optimizer steps other parameters.
+        ValueError: numbers that don't fit together.
     """
     if not packed_layers(model):
         raise TopologyError("the model has no packed layers; call svite_scale.sparsify(model, density=...) before wrapping it")
@@ -52,12 +59,14 @@ def attach(
     schedule = UpdateSchedule(
         total_steps=total_steps,
         update_every=update_every,
+        start_step=start_step,
         stop_fraction=stop_fraction,
         drop_fraction=drop_fraction,
         final_drop_fraction=final_drop_fraction,
+        drop_schedule=drop_schedule,
     )
     group = dist.group.WORLD if dist.is_initialized() else None
-    return TopologyEngine(model, access, schedule, grown_moments=grown_moments, group=group)
+    return TopologyEngine(model, access, schedule, options, group=group)
 
 
 def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> ParameterAccess:
@@ -71,7 +80,8 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
         return _zero_access(model)
     if optimizer is None:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
-    return TorchAccess(optimizer)
+    # Accelerate's wrapper passes on the state of the optimizer in it, but can't be hooked.
+    return TorchAccess(getattr(optimizer, "optimizer", optimizer))
 
 
 def _check_steps_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

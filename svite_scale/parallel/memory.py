@@ -18,10 +18,12 @@ class ModelSize:
     Attributes:
         trainable: trainable elements: active weights, biases, norms, embeddings.
         mask_bytes: bytes of all packed masks together.
+        statistics_bytes: bytes of the topology's statistics together: a bit per weight, and one per active weight.
     """
 
     trainable: int
     mask_bytes: int
+    statistics_bytes: int
 
 
 def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
@@ -42,7 +44,7 @@ def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, si
         return -(-count // world_size)
 
     weights, stage = size.trainable, parallel.zero_stage
-    statistics = shard(size.mask_bytes)
+    statistics = shard(size.statistics_bytes)
     if parallel.backend in ("single", "ddp"):
         kept = {"values": weights * FP32, "master values": 0, "mask": size.mask_bytes, "gradients": weights * FP32}
         return {**kept, "moments": weights * MOMENTS, "statistics": statistics}

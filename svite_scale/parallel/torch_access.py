@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.errors import TopologyError
 from svite_scale.parallel.moments import elementwise
-from svite_scale.sparsity.ever_active import rank_chunk
+from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, rank_and_size, rank_chunk
 
 
 class TorchAccess:
@@ -28,17 +27,30 @@ class TorchAccess:
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         _copy(parameter.detach(), value)
 
-    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = elementwise(self.optimizer.state.get(parameter, {}), parameter.shape)
-        return {name: _full(moment) for name, moment in state.items()}
+    def moment_names(self, parameter: nn.Parameter) -> list[str]:
+        return list(elementwise(self.optimizer.state.get(parameter, {}), parameter.shape))
 
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        for name, moment in moments.items():
-            _copy(self.optimizer.state[parameter][name], moment)
+    def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        return _full(self.optimizer.state[parameter][name])
+
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        _copy(self.optimizer.state[parameter][name], value)
+
+    def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        values = parameter.detach()
+        if not isinstance(values, DTensor):
+            return values, 0
+        rank, world_size = rank_and_size(values.device_mesh.get_group())
+        return values.to_local(), rank * chunk_numel(values.numel(), world_size)
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dim() == 1 and tensor.placements == (Shard(0),):
+        # As packed values are; full_tensor() would hold them several times meanwhile.
+        return gather_chunks(tensor.to_local(), tensor.numel(), tensor.device_mesh.get_group())
+    return tensor.full_tensor()
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:
@@ -49,5 +61,4 @@ def _copy(tensor: Tensor, value: Tensor) -> None:
         raise TopologyError(
             f"can't write a tensor placed as {tensor.placements}; shard it over one mesh axis, along dimension 0"
         )
-    group = tensor.device_mesh.get_group()
-    tensor.to_local().copy_(rank_chunk(value, dist.get_rank(group), dist.get_world_size(group)))
+    tensor.to_local().copy_(rank_chunk(value, *rank_and_size(tensor.device_mesh.get_group())))

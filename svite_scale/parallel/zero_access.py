@@ -21,9 +21,10 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from svite_scale.parallel.moments import elementwise
+from svite_scale.sparsity.sharding import gather_equal
 
 
-def moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
+def flat_moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the elementwise state that a torch optimizer holds for ZeRO's flat partitions; empty before the first step."""
     for flat, state in optimizer.state.items():
         return list(elementwise(state, flat.shape))
@@ -45,14 +46,22 @@ class ReplicatedZeroAccess:
             safe_set_full_fp32_param(parameter, value)
         parameter.detach().copy_(value)
 
-    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        self._link(parameter)
-        return {name: safe_get_full_optimizer_state(parameter, name) for name in moment_names(self.optimizer)}
+    def moment_names(self, parameter: nn.Parameter) -> list[str]:
+        return flat_moment_names(self.optimizer)
 
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
+    def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         self._link(parameter)
-        for name, moment in moments.items():
-            safe_set_full_optimizer_state(parameter, moment, name)
+        return safe_get_full_optimizer_state(parameter, name)
+
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        self._link(parameter)
+        safe_set_full_optimizer_state(parameter, value, name)
+
+    def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        mapping = _mapping(parameter)
+        if mapping is None:
+            return parameter.detach().new_empty(0, dtype=torch.float32), 0
+        return mapping.get_hp_fragment().detach(), mapping.lp_fragment_address.start
 
     def _link(self, parameter: nn.Parameter) -> None:
         """Makes DeepSpeed find the parameter's moments.
@@ -60,7 +69,7 @@ class ReplicatedZeroAccess:
         It looks for all groups' moments after the first group's first step, when the other groups don't have any yet, and
         doesn't look again.
         """
-        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # None where other ranks hold the parameter
+        mapping = _mapping(parameter)
         if mapping is None:
             return
         (flat,) = self.optimizer.param_groups[mapping.param_group_index]["params"]
@@ -93,22 +102,35 @@ class PartitionedZeroAccess:
             if dist.get_rank() == 0:
                 parameter.detach().copy_(value)
 
-    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        names = moment_names(self.optimizer)
-        return {name: _gather(safe_get_local_optimizer_state(parameter, name), parameter) for name in names}
+    def moment_names(self, parameter: nn.Parameter) -> list[str]:
+        return flat_moment_names(self.optimizer)
 
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        for name, moment in moments.items():
-            local = safe_get_local_optimizer_state(parameter, name)
-            safe_set_local_optimizer_state(parameter, _slice(moment, local), name)
+    def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        return _gather(safe_get_local_optimizer_state(parameter, name), parameter)
+
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        local = safe_get_local_optimizer_state(parameter, name)
+        safe_set_local_optimizer_state(parameter, _slice(value, local), name)
+
+    def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        local = safe_get_local_fp32_param(parameter).detach()
+        return local, dist.get_rank() * local.numel()
+
+
+def _mapping(parameter: nn.Parameter) -> Any:
+    """Where ZeRO-1 and 2 keep this rank's part of a parameter's master values; None where other ranks hold them all.
+
+    DeepSpeed's functions of public name read it too, but give whole tensors, by a collective.
+    """
+    return parameter._hp_mapping  # type: ignore[attr-defined]
 
 
 def _gather(local: Tensor, parameter: nn.Parameter) -> Tensor:
     """The full tensor of a parameter whose slices all ranks hold."""
     # The slices are views of a flat tensor with a gradient, which a collective outside no_grad() can't take.
-    local = local.detach()
-    full = local.new_empty(dist.get_world_size() * local.numel())
-    dist.all_gather_into_tensor(full, local.contiguous())
+    group = dist.group.WORLD
+    assert group is not None, "DeepSpeed has joined the process group"
+    full = gather_equal(local.detach(), group)
     # ds_shape is what DeepSpeed leaves on a partitioned parameter, whose own shape is (0,).
     shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
     return full[: shape.numel()].view(shape)

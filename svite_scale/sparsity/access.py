@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
 class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
 
-    Every method is a collective: all ranks call it with the same parameter, and get or give the same full tensor.
-    Implementations for each engine are in :mod:`svite_scale.parallel`.
+    Every method but :meth:`local_values` is a collective: all ranks call it with the same parameter, and get or give the same
+    full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
+
+    Attributes:
+        optimizer: the torch optimizer that steps the fp32 values, or the engine's partitions of them.
     """
+
+    optimizer: torch.optim.Optimizer
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The full value on every rank: fp32 master values of a trainable parameter, the bytes of a mask."""
@@ -20,11 +26,21 @@ class ParameterAccess(Protocol):
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces the full value, in the master copy and in what the next forward computes with."""
 
-    def read_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's elementwise state by its name (``exp_avg``, ...), each fp32 and shaped like the parameter.
+    def moment_names(self, parameter: nn.Parameter) -> list[str]:
+        """What the optimizer calls its elementwise state of the parameter (``exp_avg``, ...), the same on every rank.
 
         Empty before the first optimizer step.
         """
 
-    def write_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:
-        """Replaces what :meth:`read_moments` returned."""
+    def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One kind of elementwise optimizer state, fp32, shaped like the parameter."""
+
+    def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Replaces what :meth:`read_moment` returned."""
+
+    def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """This rank's part of the values that the optimizer steps, and where it begins. Not a collective.
+
+        Returns:
+            A view, fp32 ``[any]``, and its offset in the flat parameter; what lies past the parameter's end is padding.
+        """

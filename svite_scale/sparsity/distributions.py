@@ -19,56 +19,93 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     return dict.fromkeys(shapes, density)
 
 
-def erk(shapes: Shapes, density: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: a layer's density is proportional to the sum of its dimensions over their product.
+def er(shapes: Shapes, density: float) -> dict[str, float]:
+    """Erdos-Renyi: a layer's density is proportional to (fan in + fan out) / (fan in * fan out), whatever its kernel's size.
 
-    Layers whose share would pass 1 are dense, and the others take up the difference, so that the active weights over all
-    layers are ``density`` of the total.
+    A layer whose share would pass 1 is dense, and the others take up the difference.
 
     Args:
         shapes: weight shape of each layer, ``[out, in]`` or ``[out, in, *kernel]``.
         density: global density, in (0, 1].
 
-    Source: Evci et al., "Rigging the Lottery" (arXiv:1911.11134), section 3; used by the SViTE paper.
+    Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+    network science" (Nature Communications 9, 2018); Evci et al., "Rigging the Lottery" (arXiv:1911.11134), section 3.
     """
-    _check(shapes, density)
-    numel = {name: math.prod(shape) for name, shape in shapes.items()}
-    ratio = {name: sum(shape) / numel[name] for name, shape in shapes.items()}
-    budget = density * sum(numel.values())
-    dense: set[str] = set()
-    while True:
-        sparse = [name for name in shapes if name not in dense]
-        if not sparse:
-            return dict.fromkeys(shapes, 1.0)
-        remaining = budget - sum(numel[name] for name in dense)
-        scale = remaining / sum(ratio[name] * numel[name] for name in sparse)
-        over = {name for name in sparse if scale * ratio[name] > 1.0}
-        if not over:
-            return {name: 1.0 if name in dense else scale * ratio[name] for name in shapes}
-        # Each layer held at 1 raises the others' scale, so all that are over stay over.
-        dense |= over
+    return _spread(shapes, density, {name: _sum_over_product(shape[:2]) for name, shape in shapes.items()})
 
 
-DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "erk": erk}
+def erk(shapes: Shapes, density: float, *, power_scale: float = 1.0) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: a layer's density is proportional to the sum of its dimensions over their product.
+
+    A layer whose share would pass 1 is dense, and the others take up the difference, so that the active weights over all
+    layers are ``density`` of the total.
+
+    Args:
+        shapes: weight shape of each layer, ``[out, in]`` or ``[out, in, *kernel]``.
+        density: global density, in (0, 1].
+        power_scale: exponent of the ratio, above 0; near 0 all layers get the same density, above 1 they differ more.
+
+    Source: Evci et al., "Rigging the Lottery" (arXiv:1911.11134), section 3, and its code for the exponent; used by the SViTE
+    paper.
+    """
+    if not power_scale > 0.0:
+        raise ValueError(f"power_scale ({power_scale}) must be above 0")
+    return _spread(shapes, density, {name: _sum_over_product(shape) for name, shape in shapes.items()}, power_scale)
+
+
+DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {"uniform": uniform, "er": er, "erk": erk}
 
 
 def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
     """Exact numbers of active weights, whose sum is the rounded global budget.
 
     Each layer gets the floor of its share; what the floors leave goes one weight at a time to the largest remainders (ties to
-    the earlier layer). So no layer is a whole weight off its share, except that each keeps at least one weight.
+    the earlier layer), so no layer is a whole weight off its share. A layer with a share below 1 gets one weight all the same;
+    what that takes beyond the budget is taken back from the largest layers.
 
     Args:
         shapes: weight shape of each layer.
         densities: density of each layer, in (0, 1].
+
+    Raises:
+        ValueError: the budget is below one weight per layer.
     """
     share = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
+    budget = round(math.fsum(share.values()))
+    if budget < len(share):
+        raise ValueError(f"leaves {budget} active weights for {len(share)} layers, of which each needs one")
     result = {name: max(1, math.floor(value)) for name, value in share.items()}
-    missing = round(sum(share.values())) - sum(result.values())
+    missing = budget - sum(result.values())
     by_remainder = sorted(share, key=lambda name: result[name] - share[name])
     for name in by_remainder[: max(missing, 0)]:
         result[name] += 1
-    return {name: min(count, math.prod(shapes[name])) for name, count in result.items()}
+    for _ in range(-missing):
+        result[max(result, key=result.__getitem__)] -= 1
+    return result
+
+
+def _spread(shapes: Shapes, density: float, ratio: Mapping[str, float], power: float = 1.0) -> dict[str, float]:
+    """Densities min(1, scale * ratio ** power), with the scale at which the active weights meet the global density."""
+    _check(shapes, density)
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
+    result = dict.fromkeys(shapes, 1.0)
+    sparse, budget = list(shapes), density * sum(numel.values())
+    while sparse:
+        # In units of the largest, so that no power is too small for a float.
+        largest = max(ratio[name] for name in sparse)
+        weight = {name: (ratio[name] / largest) ** power for name in sparse}
+        scale = budget / sum(weight[name] * numel[name] for name in sparse)
+        over = [name for name in sparse if scale * weight[name] > 1.0]
+        if not over:
+            return result | {name: scale * weight[name] for name in sparse}
+        # Each layer held at 1 raises the others' scale, so all that are over stay over.
+        budget -= sum(numel[name] for name in over)
+        sparse = [name for name in sparse if name not in over]
+    return result
+
+
+def _sum_over_product(dimensions: Sequence[int]) -> float:
+    return sum(dimensions) / math.prod(dimensions)
 
 
 def _check(shapes: Shapes, density: float) -> None:

@@ -1,4 +1,4 @@
-"""Growth statistics: dense gradients of one step, averaged and sharded over the ranks."""
+"""Growth statistics: dense gradients of the last steps before an update, averaged and sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -11,70 +11,124 @@ from torch import Tensor
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, padded, rank_and_size, rank_numel
 
-
-def shard_numel(numel: int, world_size: int) -> int:
-    """Positions of a layer that one rank keeps statistics for: a multiple of 8, so that bits shard at the same places."""
-    return -(-numel // (8 * world_size)) * 8
+GROW_BY = ("gradient", "magnitude")
+"""|mean of the window's gradients|, or mean of their magnitudes, step by step."""
 
 
 class GrowthScores:
-    """|dense gradient| of every packed layer, averaged over ranks and micro-batches, each rank keeping 1/W of it.
+    """Magnitude of the dense gradient of every packed layer over a window of steps, each rank keeping 1/W of it.
 
-    Between :meth:`start` and :meth:`stop`, each backward of a layer hands over its dense gradient, which is reduce-scattered
-    at once: no rank ever holds more than one layer's dense gradient, and outside that window nothing is held and nothing is
-    sent.
+    While it listens, each backward of a layer hands over its dense gradient, which is reduce-scattered at once: no rank ever
+    holds more than one layer's dense gradient. While it doesn't, nothing is held and nothing is sent. Gradients are averaged
+    over ranks and steps and summed over the micro-batches of a step, whose losses are scaled by the training loop.
+
+    Attributes:
+        num_steps: optimizer steps heard in full.
+        listening: whether backwards are heard.
+        sums: by layer name, this rank's chunk of the sum over the window, fp32 ``[ceil(N / W)]``, zeros past the end.
     """
 
-    def __init__(self, layers: Iterable[PackedLayer], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, layers: Iterable[PackedLayer], group: dist.ProcessGroup | None, *, by: str = "gradient") -> None:
         """Args:
         layers: of one model.
         group: the data-parallel ranks; None without ``torch.distributed``.
+        by: one of :data:`GROW_BY`.
         """
         self.layers = list(layers)
         self.group = group
-        self.world_size = dist.get_world_size(group) if group is not None else 1
-        self._shards: dict[str, Tensor] = {}
+        self.rank, self.world_size = rank_and_size(group)
+        self.by_magnitude = by == "magnitude"
+        self.num_steps = 0
+        self.listening = False
+        self.sums: dict[str, Tensor] = {}
+        self._this_step: dict[str, Tensor] = {}
 
-    def start(self) -> None:
-        """Listens to the layers' backwards from now on, forgetting what was heard before."""
-        self._shards.clear()
+    def listen(self) -> None:
+        """Hears the layers' backwards from now on; what was heard before stays."""
+        self.listening = True
         for layer in self.layers:
             layer.gradient_sink = partial(self._add, layer)
 
     def stop(self) -> None:
-        """Listens no more, and forgets what was heard."""
+        """Hears no more, and forgets what was heard."""
+        self.listening = False
         for layer in self.layers:
             layer.gradient_sink = None
-        self._shards.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was heard."""
+        self.num_steps = 0
+        self.sums.clear()
+        self._this_step.clear()
+
+    def end_step(self) -> None:
+        """An optimizer step is done: the micro-batches heard since the last one were its."""
+        if not self.listening:
+            return
+        self.num_steps += 1
+        if self.by_magnitude:
+            for name, gradient in self._this_step.items():
+                self._accumulate(self.sums, name, gradient.abs_())
+            self._this_step.clear()
+
+    def all_finite(self) -> bool:
+        """Whether every gradient heard was finite, on every rank. A collective."""
+        # A sum takes little time and no memory, but may overflow where its terms don't.
+        finite = torch.stack([chunk.sum() for chunk in self.sums.values()]).isfinite().all()
+        if not finite:
+            finite = torch.stack([chunk.isfinite().all() for chunk in self.sums.values()]).all()
+        finite = finite.int()
+        if self.group is not None:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(finite)
+
+    def check_complete(self) -> None:
+        """Raises:
+        TopologyError: no backward reached some layer since it listens.
+        """
+        missing = [layer.name for layer in self.layers if layer.name not in self.sums]
+        if missing:
+            raise TopologyError(
+                f"no gradient of {', '.join(missing)} was heard before a topology update: call topology.step() once after each "
+                "optimizer step, and let every packed layer take part in the loss"
+            )
 
     def gather(self, layer: PackedLayer) -> Tensor:
-        """The layer's scores, fp32 ``[N]``, on every rank. A collective.
+        """The layer's scores, fp32 ``[N]``, on every rank. A collective."""
+        whole = gather_chunks(self.sums[layer.name], layer.shape.numel(), self.group)
+        magnitude = whole.abs() if self.group is None else whole.abs_()
+        # Scaled once, here: scaling each term would break ties among sums that are equal.
+        return magnitude.div_(self.world_size * max(self.num_steps, 1))
 
-        Raises:
-            TopologyError: no backward reached the layer since :meth:`start`.
-        """
-        if layer.name not in self._shards:
-            raise TopologyError(f"{layer.name}: no gradient reached this layer in the step of a topology update")
-        shard = self._shards[layer.name]
-        if self.group is None:
-            return shard[: layer.shape.numel()].abs()
-        full = shard.new_empty(self.world_size * shard.numel())
-        dist.all_gather_into_tensor(full, shard, group=self.group)
-        return full[: layer.shape.numel()].abs_()
+    def chunk(self, layer: PackedLayer) -> Tensor:
+        """This rank's chunk of the layer's sums without the zeros past the end."""
+        return self.sums[layer.name][: rank_numel(layer.shape.numel(), self.rank, self.world_size)]
+
+    def restore(self, num_steps: int, chunks: dict[str, Tensor]) -> None:
+        """Goes on in a window of which :meth:`chunk` was saved."""
+        self.num_steps = num_steps
+        for layer in self.layers:
+            self.sums[layer.name] = padded(chunks[layer.name], chunk_numel(layer.shape.numel(), self.world_size)).clone()
 
     def _add(self, layer: PackedLayer, gradient: Tensor) -> None:
         """Adds one micro-batch's dense gradient. A collective, called inside backward in the same order on every rank."""
-        shard = self._reduce_scatter(gradient.flatten().float())
-        held = self._shards.setdefault(layer.name, torch.zeros_like(shard))
-        held.add_(shard, alpha=1 / self.world_size)
+        held = self._this_step if self.by_magnitude else self.sums
+        self._accumulate(held, layer.name, self._reduce_scatter(gradient.flatten().float()))
+
+    def _accumulate(self, held: dict[str, Tensor], name: str, chunk: Tensor) -> None:
+        if name in held:
+            held[name].add_(chunk)
+        else:
+            held[name] = chunk
 
     def _reduce_scatter(self, gradient: Tensor) -> Tensor:
-        """Sum over ranks of this rank's part of a flat gradient, padded with zeros."""
-        size = shard_numel(gradient.numel(), self.world_size)
-        padded = torch.nn.functional.pad(gradient, (0, size * self.world_size - gradient.numel()))
+        """Sum over ranks of this rank's part of a flat gradient, padded with zeros; a new tensor."""
         if self.group is None:
-            return padded
-        shard = padded.new_empty(size)
-        dist.reduce_scatter_tensor(shard, padded, group=self.group)
-        return shard
+            return gradient.clone()
+        size = chunk_numel(gradient.numel(), self.world_size)
+        chunk = gradient.new_empty(size)
+        dist.reduce_scatter_tensor(chunk, padded(gradient, size * self.world_size), group=self.group)
+        return chunk

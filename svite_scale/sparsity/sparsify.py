@@ -2,76 +2,82 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.distributions import DISTRIBUTIONS, counts
+from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.layer_plan import Allocation, LayerPlan, plan_layers
 from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
+from svite_scale.sparsity.mask_file import MaskFile
+from svite_scale.sparsity.update import grow
 
 PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One prunable layer: where it is, its weight's shape, and how many of its weights are active."""
-
-    name: str
-    shape: torch.Size
-    num_active: int
-
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    @property
-    def density(self) -> float:
-        return self.num_active / self.numel
-
-    @property
-    def is_packed(self) -> bool:
-        """A layer whose weights are all active stays an ordinary dense module: there's nothing to pack or to move."""
-        return self.num_active < self.numel
+logger = logging.getLogger("svite_scale")
 
 
-def sparsify(model: nn.Module, density: float, *, distribution: str = "erk", seed: int = 0) -> list[LayerPlan]:
-    """Replaces the prunable Linear and Conv2d modules of a model by packed ones, in place.
+def sparsify(
+    model: nn.Module,
+    density: float | None = None,
+    *,
+    distribution: str = "erk",
+    power_scale: float = 1.0,
+    densities: Mapping[str, float] | None = None,
+    masks: str | PathLike[str] | None = None,
+    keep_dense: Sequence[str] = (),
+    seed: int = 0,
+) -> list[LayerPlan]:
+    """Replaces the prunable Linear and Conv2d modules of a model by packed ones, in place: all of them, or none on an error.
 
     Call it before any engine wraps the model, on every rank with the same arguments: the masks then agree without
-    communication, since each is drawn uniformly at random from (seed, layer name). Active weights keep their initial values.
-    Norms, biases, position embeddings and class tokens stay dense.
+    communication, since each is a function of (seed, layer name), or comes from a file. Active weights keep their initial
+    values. Norms, biases, position embeddings and class tokens stay dense.
+
+    Where the active weights are is said by exactly one of ``density``, ``densities`` and ``masks``. Counts are exact, and a
+    layer whose share is below one weight keeps one, which is logged. Patterns are those of
+    :mod:`~svite_scale.sparsity.layer_patterns`.
 
     Args:
         model: for example a timm VisionTransformer; on the meta device only shapes are planned and packed.
-        density: share of all prunable weights that stays active, in (0, 1]; counts are exact.
-        distribution: ``erk`` or ``uniform``.
+        density: share of all prunable weights that stays active, in (0, 1].
+        distribution: of ``density`` over the layers, ``erk``, ``er`` or ``uniform``.
+        power_scale: exponent of ERK's ratio, above 0.
+        densities: density in (0, 1] by pattern of layer names; the first pattern that matches a layer decides it.
+        masks: a safetensors file that :class:`~svite_scale.sparsity.mask_file.MaskFile` describes.
+        keep_dense: patterns of layers that aren't made sparse, and don't count in ``density``.
         seed: of the masks.
 
     Returns:
         The plan that was carried out, layer by layer, in order of registration.
 
     Raises:
-        TopologyError: nothing is prunable, a weight is shared, or a module is packed already.
-        ValueError: density or distribution is out of range.
+        TopologyError: nothing is prunable, a weight is shared or frozen, or a module is packed already or can't be.
+        SparsifyError: patterns, masks or density don't fit the model; it is a ValueError too.
+        ValueError: an argument is out of range, or not exactly one of the three is given.
     """
+    allocation = Allocation(
+        density=density,
+        distribution=distribution,
+        power_scale=power_scale,
+        densities=densities,
+        masks=masks,
+        keep_dense=tuple(keep_dense),
+    )
     layers = prunable_layers(model)
-    plan = plan_layers(layers, density, distribution)
-    for entry in plan:
-        if entry.is_packed:
-            replace_module(model, entry.name, _packed(layers[entry.name], entry, seed))
+    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation)
+    refuse_shared(model, {entry.name for entry in plan if not entry.kept_dense})
+    file = None if masks is None else MaskFile(masks)
+    packed = {entry.name: _packed(layers[entry.name], entry, file, seed) for entry in plan if entry.is_packed}
+    # Nothing can fail any more, and nothing was changed yet.
+    for name, module in packed.items():
+        replace_module(model, name, module)
+    _warn_of_raised(plan)
     return plan
-
-
-def plan_layers(layers: dict[str, nn.Linear | nn.Conv2d], density: float, distribution: str) -> list[LayerPlan]:
-    """The exact count of active weights of each layer under a global density."""
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution {distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
-    shapes = {name: layer.weight.shape for name, layer in layers.items()}
-    num_active = counts(shapes, DISTRIBUTIONS[distribution](shapes, density))
-    return [LayerPlan(name, shape, num_active[name]) for name, shape in shapes.items()]
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -82,15 +88,21 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         raise TopologyError("the model is packed already; sparsify a dense model")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     layers = {name: module for name, module in layers.items() if type(module) in PACKED_TYPE}
+    if "" in layers:
+        raise TopologyError(f"the model is itself a {type(model).__name__}; put it in an nn.Sequential to make it sparse")
     if not layers:
         raise TopologyError(f"{type(model).__name__} has no Linear or Conv2d module to make sparse")
+    return layers
+
+
+def refuse_shared(model: nn.Module, names: set[str]) -> None:
+    """Refuses a model in which one of the named modules shares a parameter with another module."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), name)
-            if other != name and (name in layers or other in layers):
+            if other != name and (name in names or other in names):
                 raise TopologyError(f"{other} and {name} share a parameter; untie them before making them sparse")
-    return layers
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -99,17 +111,41 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def random_mask(numel: int, num_active: int, seed: int, name: str) -> Tensor:
-    """A uniformly random mask, bool ``[numel]`` with exactly ``num_active`` set; a pure function of its arguments."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    mask = torch.zeros(numel, dtype=torch.bool)
-    mask[torch.randperm(numel, generator=generator)[:num_active]] = True
-    return mask
+def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """A uniformly random mask, the same on every device: the positions of the largest hashed numbers.
+
+    Args:
+        numel: positions, N.
+        num_active: positions to set.
+        seed: of the run.
+        name: of the layer.
+        device: where to draw it.
+
+    Returns:
+        bool ``[N]`` with exactly ``num_active`` set.
+    """
+    nothing = torch.zeros(numel, dtype=torch.bool, device=device)
+    return grow(nothing, hashed_uniform(seed, 0, name, numel, device), num_active).active
 
 
-def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, seed: int) -> PackedLayer:
+def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None, seed: int) -> PackedLayer:
+    """The packed layer that takes the place of a dense one, which it leaves as it is."""
+    weight = dense.weight
+    if not weight.requires_grad:
+        raise TopologyError(f"{plan.name}: its weight is frozen, and sparse weights are trained; list it in keep_dense")
     layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]
-    if not dense.weight.is_meta:
-        layer.set_weight(dense.weight, random_mask(plan.numel, plan.num_active, seed, plan.name).to(dense.weight.device))
+    if not weight.is_meta:
+        if file is None:
+            mask = random_mask(plan.numel, plan.num_active, seed, plan.name, weight.device)
+        else:
+            mask = file.read(plan.name, plan.shape).to(weight.device)
+        layer.set_weight(weight, mask)
     return layer
+
+
+def _warn_of_raised(plan: Iterable[LayerPlan]) -> None:
+    raised = [entry.name for entry in plan if entry.raised]
+    if raised:
+        logger.warning(
+            "layers with a share of the density below one weight keep one each (%d): %s", len(raised), ", ".join(raised)
+        )

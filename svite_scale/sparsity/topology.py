@@ -2,64 +2,45 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import ParameterAccess
-from svite_scale.sparsity.ever_active import EverActive
 from svite_scale.sparsity.growth import GrowthScores
+from svite_scale.sparsity.history import History
+from svite_scale.sparsity.layer_decision import decide, write_topology
 from svite_scale.sparsity.layers import PackedLayer, packed_layers
-from svite_scale.sparsity.remap import remap_moments, remap_values
+from svite_scale.sparsity.methods import Method
+from svite_scale.sparsity.newcomers import Newcomers
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.remap import Remap
 from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.update import prune_and_grow
+from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.warmup import GrownWarmup
 
-GROWN_MOMENTS = ("mean", "zero")
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What an update did to one layer: ``dropped`` weights went and as many came, ``regrown`` of them the very ones that
-    went.
-    """
-
-    dropped: int
-    regrown: int
-
-
-@dataclass(frozen=True)
-class TopologyUpdate:
-    """What one update did.
-
-    Attributes:
-        step: the optimizer step after which it came.
-        rate: share of each layer's active weights that was dropped and grown.
-        ever_active: share of all packed weights that have been active at any time.
-        layers: by layer name.
-    """
-
-    step: int
-    rate: float
-    ever_active: float
-    layers: dict[str, LayerUpdate] = field(repr=False)
+logger = logging.getLogger("svite_scale")
 
 
 class TopologyEngine:
     """Prunes and grows the packed layers of a model on a schedule (the paper's Algorithm 1; DESIGN section 3).
 
-    After an update step's optimizer step, layer by layer: drop the active weights with the smallest magnitude, grow the
-    inactive ones with the largest gradient of that step, averaged over ranks and micro-batches. The number of active weights
-    of a layer never changes, so neither does any shape. A weight that is dropped and grown in one update keeps its value and
-    moments; other grown weights start at 0.
+    After an update step's optimizer step, layer by layer: the method's weights go and as many come, by default those of
+    smallest magnitude and those of largest gradient, averaged over ranks, micro-batches and the growth window. The number of
+    active weights of a layer never changes, so neither does any shape. A weight that is dropped and grown in one update keeps
+    its value and moments; other grown weights start at 0.
 
     Attributes:
+        layers: the packed layers by name.
         steps: optimizer steps seen so far.
-        ever_active: the weights that have ever been active.
+        last_update: the step after which weights last moved; 0 before the first time.
+        postponed: updates that were put off because a gradient wasn't finite.
+        history: which weights have ever been active, and which all the time.
+        newcomers: which active weights came at the last update.
     """
 
     def __init__(
@@ -67,8 +48,8 @@ class TopologyEngine:
         model: nn.Module,
         access: ParameterAccess,
         schedule: UpdateSchedule,
+        options: TopologyOptions | None = None,
         *,
-        grown_moments: str = "mean",
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """A collective: all ranks build their engine after the model is wrapped.
@@ -77,85 +58,165 @@ class TopologyEngine:
             model: holds packed layers; wrapped by an engine or not.
             access: reads and writes the wrapped model's parameters.
             schedule: when weights move, and how many.
-            grown_moments: second moment of a grown weight: its layer's ``mean``, or ``zero``. First moments start at zero.
+            options: which weights move, and how they start.
             group: the data-parallel ranks; None where ``torch.distributed`` isn't in use.
         """
-        if grown_moments not in GROWN_MOMENTS:
-            raise ValueError(f"grown_moments {grown_moments!r} is unknown; use one of {', '.join(GROWN_MOMENTS)}")
         self.layers = packed_layers(model)
         self.access = access
         self.schedule = schedule
-        self.grown_moments = grown_moments
-        self.steps = 0
-        self.scores = GrowthScores(self.layers.values(), group)
-        self.ever_active = EverActive(self.layers.values(), group)
+        self.options = options or TopologyOptions()
+        check_fits(self.options, schedule)
+        self.steps = self.last_update = self.postponed = 0
+        self._retry_step = 0
+        self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
+        self.history = History(group)
+        self.newcomers = Newcomers(self.layers.values(), group)
+        warmup_steps = self.options.grown_warmup_steps
+        self.warmup = GrownWarmup(self.layers.values(), access, warmup_steps) if warmup_steps else None
         for layer in self.layers.values():
-            self.ever_active.mark(layer, access.read(layer.mask))
-        self._listen()
+            self.history.begin(layer, access.read(layer.mask))
+        self._prepare_step()
 
     @property
     def rate(self) -> float:
-        """Share of the active weights that an update now would move; 0 after the last update."""
-        return self.schedule.rate(self.steps) if self.layers and self.steps <= self.schedule.stop_step else 0.0
+        """Share of the active weights that an update now would move; 0 where no weight moves any more."""
+        return self.schedule.rate(self.steps) if self._moves and self.steps <= self.schedule.stop_step else 0.0
+
+    @property
+    def next_update(self) -> int | None:
+        """The optimizer step after which weights move next; None if they don't any more."""
+        if not self._moves:
+            return None
+        scheduled = self.schedule.next_update(self.steps)
+        retry = self._retry_step if self.steps < self._retry_step <= self.schedule.stop_step else None
+        return min((step for step in (scheduled, retry) if step is not None), default=None)
 
     def step(self) -> TopologyUpdate | None:
-        """Counts one optimizer step, and updates the topology if one is due. Call it right after each optimizer step.
+        """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
-        A collective on update steps: all ranks call it.
+        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, the update is
+        postponed by another window and :attr:`postponed` counts it; past the last step that the schedule allows, it is left
+        out.
 
         Returns:
-            What changed, or None where no update was due.
+            What changed, or None where nothing did.
 
         Raises:
-            TopologyError: a score is NaN, or no gradient reached a layer; the message names the layer.
+            TopologyError: a weight is NaN, or no gradient reached a layer; the message names the layer.
         """
+        due = self.next_update == self.steps + 1
         self.steps += 1
-        update = self._update() if self.layers and self.schedule.is_update(self.steps) else None
-        self._listen()
+        self.growth.end_step()
+        update = self._try_update() if due else None
+        self._prepare_step()
         return update
 
-    def resume(self, steps: int) -> None:
-        """Goes on after ``steps`` optimizer steps, as a loaded checkpoint says."""
-        self.steps = steps
-        self._listen()
+    def counters(self) -> dict[str, int]:
+        """What :meth:`resume` needs besides the tensors of :meth:`state`, as plain integers."""
+        return {
+            "steps": self.steps,
+            "last_update": self.last_update,
+            "postponed": self.postponed,
+            "retry_step": self._retry_step,
+            "heard_steps": self.growth.num_steps,
+        }
 
-    def _listen(self) -> None:
-        """Collects growth scores during the next step if an update follows it, and only then."""
-        if self.schedule.is_update(self.steps + 1):
-            self.scores.start()
+    def state(self) -> dict[str, tuple[Tensor, int]]:
+        """The statistics: by name, this rank's chunk of a flat tensor, cut as ``Shard(0)`` cuts, and the whole's elements."""
+        state: dict[str, tuple[Tensor, int]] = {}
+        for name, layer in self.layers.items():
+            state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
+            state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
+            if self.growth.num_steps:
+                state[f"growth/{name}"] = self.growth.chunk(layer), layer.shape.numel()
+        return state
+
+    def resume(self, counters: Mapping[str, int]) -> None:
+        """Goes on after the step that :meth:`counters` told; :meth:`state` then has the tensors to load, and
+        :meth:`load_state` takes them.
+        """
+        self.steps, self.last_update = counters["steps"], counters["last_update"]
+        self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
+        self._prepare_step()
+        if counters["heard_steps"]:
+            empty = {name: torch.zeros(0, device=layer.values.device) for name, layer in self.layers.items()}
+            self.growth.restore(counters["heard_steps"], empty)
+
+    def load_state(self, chunks: Mapping[str, Tensor]) -> None:
+        """Takes the chunks that :meth:`state` has names for. A collective."""
+        for name, layer in self.layers.items():
+            self.history.chunks[name] = chunks[f"history/{name}"]
+            self.newcomers.chunks[name] = chunks[f"newcomers/{name}"]
+            if self.warmup:
+                self.warmup.start(layer, self.newcomers.read(layer))
+        if self.growth.num_steps:
+            self.growth.restore(self.growth.num_steps, {name: chunks[f"growth/{name}"] for name in self.layers})
+        self._prepare_step()
+
+    @property
+    def _moves(self) -> bool:
+        return bool(self.layers) and self.options.scores is not None
+
+    def _prepare_step(self) -> None:
+        """Hears gradients during the next step if it lies in a growth window, and only then."""
+        due = self.next_update
+        if due is not None and due - self.steps <= self.options.grow_window:
+            self.growth.listen()
         else:
-            self.scores.stop()
+            self.growth.stop()
+        if self.warmup:
+            self.warmup.prepare(self.steps - self.last_update)
+
+    def _try_update(self) -> TopologyUpdate | None:
+        self.growth.check_complete()
+        method = self.options.scores
+        update = None
+        if self.growth.all_finite():
+            assert method is not None, "only methods that move weights have updates"
+            update = self._update(method)
+        else:
+            self.postponed += 1
+            self._retry_step = self.steps + self.options.grow_window
+            logger.warning("gradients before step %d aren't finite: its topology update is postponed", self.steps)
+        self.growth.clear()
+        return update
 
     @torch.no_grad()
-    def _update(self) -> TopologyUpdate:
+    def _update(self, method: Method) -> TopologyUpdate:
         rate = self.schedule.rate(self.steps)
-        layers = {name: self._update_layer(layer, rate) for name, layer in self.layers.items()}
-        return TopologyUpdate(self.steps, rate, self.ever_active.fraction(), layers)
+        self.last_update = self.steps
+        layers = {name: self._update_layer(layer, method, rate) for name, layer in self.layers.items()}
+        return TopologyUpdate(self.steps, rate, layers, self.history.counts())
 
-    def _update_layer(self, layer: PackedLayer, rate: float) -> LayerUpdate:
-        """One layer's update; the layer's dense scores live only in here."""
-        count = num_moved(layer.num_active, rate)
-        values = self.access.read(layer.values)
-        active = bits.unpack(self.access.read(layer.mask), layer.shape.numel())
-        magnitude = values.new_zeros(active.numel()).masked_scatter_(active, values.abs())
-        try:
-            topology = prune_and_grow(active, magnitude, self.scores.gather(layer), count)
-        except TopologyError as error:
-            raise TopologyError(f"topology update of {layer.name} after step {self.steps}: {error}") from error
-        kept = int((active & topology).sum())
-        self._write_layer(layer, values, active, topology)
-        came = layer.num_active - kept
-        return LayerUpdate(dropped=count, regrown=count - came)
-
-    def _write_layer(self, layer: PackedLayer, values: Tensor, active: Tensor, topology: Tensor) -> None:
-        moments = self.access.read_moments(layer.values)
-        self.access.write(layer.values, remap_values(values, active, topology))
-        self.access.write_moments(layer.values, remap_moments(moments, active, topology, self.grown_moments))
-        mask = bits.pack(topology)
-        self.access.write(layer.mask, mask)
-        self.ever_active.mark(layer, mask)
+    def _update_layer(self, layer: PackedLayer, method: Method, rate: float) -> LayerUpdate:
+        """One layer's update; the layer's dense tensors live only in here."""
+        decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
+        remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
+        write_topology(layer, remap, self.access, self.options.grown_moments)
+        self.history.follow(layer, decision.old_mask, decision.new_mask)
+        grown_survival = self.newcomers.follow(layer, remap)
+        if self.warmup:
+            self.warmup.start(layer, ~remap.stays)
+        return LayerUpdate(
+            numel=layer.shape.numel(),
+            num_active=layer.num_active,
+            dropped=decision.count,
+            regrown=decision.count - int((~remap.stays).count_nonzero()),
+            grown_survival=grown_survival,
+            drop_threshold=decision.drop_threshold,
+            grow_threshold=decision.grow_threshold,
+        )
 
 
-def num_moved(num_active: int, rate: float) -> int:
-    """Weights that an update drops and grows in a layer: ceil(rate * active)."""
-    return min(math.ceil(rate * num_active), num_active)
+def check_fits(options: TopologyOptions, schedule: UpdateSchedule) -> None:
+    """Refuses windows that would reach from one update to the next.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    if options.grow_window > schedule.update_every:
+        raise ValueError(f"grow_window ({options.grow_window}) is longer than update_every ({schedule.update_every})")
+    if options.grown_warmup_steps > schedule.update_every:
+        raise ValueError(
+            f"grown_warmup_steps ({options.grown_warmup_steps}) is longer than update_every ({schedule.update_every})"
+        )

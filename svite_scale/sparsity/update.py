@@ -1,15 +1,32 @@
 """One prune-and-grow decision, the same for elements, heads and neurons.
 
-This pure function is the reference for everything distributed: given the same scores it returns the same topology, bit for
-bit, on every rank, for every world size, on every backend.
+These pure functions are the reference for everything distributed: given the same scores they return the same topology, bit
+for bit, on every rank, for every world size, on every backend.
 """
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels.digits import KEY_TYPES
+from svite_scale.sparsity.selection import kth_smallest, parts
+
+
+class Decision(NamedTuple):
+    """Half an update.
+
+    Attributes:
+        active: bool ``[units]``, afterwards.
+        threshold: the last score that was dropped or grown; None where ``count`` was 0.
+    """
+
+    active: Tensor
+    threshold: float | None
 
 
 def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count: int) -> Tensor:
@@ -31,27 +48,54 @@ def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count
     Raises:
         TopologyError: a score that is read is NaN, or ``count`` is out of range.
     """
-    active_positions = active.nonzero().squeeze(1)
-    if not 0 <= count <= active_positions.numel():
-        raise TopologyError(f"can't drop {count} of {active_positions.numel()} active units")
-    dropped = active_positions[_extreme(drop_score[active_positions], count, largest=False, role="drop")]
-    topology = active.clone()
-    topology[dropped] = False
-    candidates = (~topology).nonzero().squeeze(1)
-    grown = candidates[_extreme(grow_score[candidates], count, largest=True, role="grow")]
-    topology[grown] = True
-    return topology
+    return grow(drop(active, drop_score, count).active, grow_score, count).active
 
 
-def _extreme(score: Tensor, count: int, *, largest: bool, role: str) -> Tensor:
-    """Positions of the ``count`` smallest or largest scores, ties to the lower position, as int64 ``[count]``."""
-    if score.isnan().any():
-        raise TopologyError(f"{int(score.isnan().sum())} of {score.numel()} {role} scores are NaN")
+def drop(active: Tensor, score: Tensor, count: int) -> Decision:
+    """The first half of :func:`prune_and_grow`: without the ``count`` active units of smallest ``score``."""
+    chosen, threshold = choose(active, score, count, "drop")
+    return Decision(chosen.logical_xor_(active), threshold)
+
+
+def grow(active: Tensor, score: Tensor, count: int) -> Decision:
+    """The second half of :func:`prune_and_grow`: with the ``count`` inactive units of largest ``score``."""
+    chosen, threshold = choose(~active, score, count, "grow")
+    return Decision(chosen.logical_or_(active), threshold)
+
+
+def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "grow"]) -> tuple[Tensor, float | None]:
+    """The eligible units that :func:`drop` or :func:`grow` moves: those of smallest, or of largest, score.
+
+    Returns:
+        The chosen units as a new bool ``[units]``, and the last score chosen, None where ``count`` is 0.
+    """
+    score = score if score.dtype in KEY_TYPES else score.float()
+    chosen, available, largest = torch.zeros_like(eligible), int(eligible.count_nonzero()), role == "grow"
+    if not 0 <= count <= available:
+        raise TopologyError(f"can't {role} {count} of {available} {'inactive' if largest else 'active'} units")
+    check_no_nan(score, eligible, role)
     if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=score.device)
-    # topk leaves the choice among equals open, so it only yields the threshold; what ties with it is taken in order.
-    chosen = torch.topk(score, count, largest=largest, sorted=False).values
-    threshold = chosen.min() if largest else chosen.max()
-    beyond = (score > threshold if largest else score < threshold).nonzero().squeeze(1)
-    ties = (score == threshold).nonzero().squeeze(1)
-    return torch.cat([beyond, ties[: count - beyond.numel()]])
+        return chosen, None
+
+    threshold = kth_smallest(score, bits.pack(eligible), available - count + 1 if largest else count)
+    for part in parts(eligible.numel()):
+        beyond = score[part] > threshold if largest else score[part] < threshold
+        torch.logical_and(beyond, eligible[part], out=chosen[part])
+    missing = count - int(chosen.count_nonzero())
+    for part in parts(eligible.numel()):
+        if not missing:
+            break
+        ties = (eligible[part] & (score[part] == threshold)).nonzero().squeeze(1)[:missing]
+        chosen[part][ties] = True
+        missing -= ties.numel()
+    return chosen, threshold
+
+
+def check_no_nan(score: Tensor, eligible: Tensor, role: str) -> None:
+    """Refuses, with a :class:`TopologyError`, a NaN among the eligible units' scores."""
+    # The sum is NaN if a score is, and far quicker to have.
+    if not score.sum().isnan():
+        return
+    num_nan = sum(int((score[part].isnan() & eligible[part]).count_nonzero()) for part in parts(eligible.numel()))
+    if num_nan:
+        raise TopologyError(f"{num_nan} of {int(eligible.count_nonzero())} {role} scores are NaN")

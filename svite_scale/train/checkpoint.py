@@ -26,10 +26,9 @@ from svite_scale.config_reader import to_dict
 from svite_scale.errors import CheckpointError
 from svite_scale.parallel.backend import Backend
 from svite_scale.parallel.moments import scalars, write_scalars
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.ever_active import rank_chunk
+from svite_scale.sparsity.sharding import rank_chunk
 from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.train.tracking import flatten
+from svite_scale.train.tracking import flatten_config
 
 LATEST = "latest"
 RUN_STATE = "run.json"
@@ -94,18 +93,18 @@ class Checkpoint:
         path = latest(self.directory)
         run_state = json.loads((path / RUN_STATE).read_text())
         check_same_run(run_state["config"], self.config, path)
+        # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
+        self.topology.resume(run_state["topology"])
         state = self._state()
         check_same_tensors(path, state)
         dcp.load(state, checkpoint_id=path)
         self._write(state)
         write_scalars(self.backend.optimizer, run_state["optimizer_scalars"])
-        step: int = run_state["step"]
-        self.topology.resume(step)
-        return step
+        return self.topology.steps
 
     def _publish(self, partial: Path, final: Path) -> None:
         run_state = {
-            "step": self.topology.steps,
+            "topology": self.topology.counters(),
             "optimizer_scalars": scalars(self.backend.optimizer),
             "config": to_dict(self.config),
         }
@@ -123,11 +122,10 @@ class Checkpoint:
         for name, parameter in self.backend.model.named_parameters():
             state[f"model/{name}"] = _sharded(access.read(parameter), mesh)
             if parameter.requires_grad:
-                for moment, value in access.read_moments(parameter).items():
-                    state[f"optimizer/{moment}/{name}"] = _sharded(value, mesh)
-        for layer in self.topology.layers.values():
-            chunk = self.topology.ever_active.chunks[layer.name]
-            state[f"ever_active/{layer.name}"] = _from_chunk(chunk, bits.num_bytes(layer.shape.numel()), mesh)
+                for moment in access.moment_names(parameter):
+                    state[f"optimizer/{moment}/{name}"] = _sharded(access.read_moment(parameter, moment), mesh)
+        for name, (chunk, numel) in self.topology.state().items():
+            state[f"topology/{name}"] = _from_chunk(chunk, numel, mesh)
         return state
 
     def _write(self, state: dict[str, DTensor]) -> None:
@@ -137,10 +135,10 @@ class Checkpoint:
             shape = access.read(parameter).shape
             access.write(parameter, value.view(shape))
             if parameter.requires_grad:
-                moments = {moment: state[f"optimizer/{moment}/{name}"] for moment in access.read_moments(parameter)}
-                access.write_moments(parameter, {moment: value.full_tensor().view(shape) for moment, value in moments.items()})
-        for name, layer in self.topology.layers.items():
-            self.topology.ever_active.chunks[name] = state[f"ever_active/{layer.name}"].to_local()
+                for moment in access.moment_names(parameter):
+                    full = state[f"optimizer/{moment}/{name}"].full_tensor()
+                    access.write_moment(parameter, moment, full.view(shape))
+        self.topology.load_state({name: state[f"topology/{name}"].to_local() for name in self.topology.state()})
 
 
 def latest(directory: Path) -> Path:
@@ -164,7 +162,7 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
     Raises:
         CheckpointError: names the field and both values.
     """
-    now, then = flatten(to_dict(config)), flatten(saved)
+    now, then = flatten_config(to_dict(config)), flatten_config(saved)
     for field in now:
         if field.startswith(FIXED_FIELDS) and then.get(field) != now[field]:
             raise CheckpointError(

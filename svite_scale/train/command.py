@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from svite_scale.errors import ConfigError, SviteScaleError
 from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
 from svite_scale.train.plan import describe
+from svite_scale.train.topology import check_method
 from svite_scale.train.tracking import METRICS
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
@@ -32,6 +34,8 @@ def main(arguments: argparse.Namespace) -> int:
     world = World()
     try:
         world = World.from_environment()
+        # All ranks build the same model; the main one says what is to be said of it.
+        logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
@@ -51,6 +55,7 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
         raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
     config.check(world_size)
     check_model(config.model)
+    check_method(config.sparsity)
     if world.is_main:
         print(describe(config, world_size))
     return 0
@@ -60,6 +65,7 @@ def train(config: Config, world: World, *, resume: bool) -> int:
     """Checks all that can be checked, then joins the process group and trains."""
     config.check(world.size)
     check_model(config.model)
+    check_method(config.sparsity)
     device = distributed.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume)

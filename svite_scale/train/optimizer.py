@@ -17,6 +17,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
 }
+FUSED = {"adam", "adamw"}
+"""Those that torch can step in one pass over memory, on the CPU as on GPUs."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -41,7 +43,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of a model's trainable parameters. Its learning rate is set by the schedule before each step."""
     groups = parameter_groups(model, config.weight_decay)
-    return OPTIMIZERS[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps)  # type: ignore[call-arg]
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name in FUSED:
+        options["fused"] = True
+    return OPTIMIZERS[config.name](groups, **options)
 
 
 def peak_lr(config: OptimizerConfig, global_batch_size: int) -> float:

@@ -7,7 +7,7 @@ from svite_scale.models.flops import ModelCost, model_cost
 from svite_scale.models.sparse_vit import plan_sparse_vit
 from svite_scale.parallel.memory import ModelSize, bytes_per_rank
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.sparsify import LayerPlan
+from svite_scale.sparsity.layer_plan import LayerPlan, plan_density
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -18,11 +18,11 @@ def describe(config: Config, world_size: int) -> str:
     """
     model, plan = plan_sparse_vit(config.model, config.sparsity)
     cost = model_cost(model, plan)
-    sparse = ModelSize(
-        trainable=cost.params_active,
-        mask_bytes=sum(bits.num_bytes(layer.numel) for layer in plan if layer.is_packed),
-    )
-    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0)
+    packed = [layer for layer in plan if layer.is_packed]
+    mask_bytes = sum(bits.num_bytes(layer.numel) for layer in packed)
+    newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in packed)
+    sparse = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
+    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
         _layers(plan),
         _costs(config, cost),
@@ -37,10 +37,21 @@ def _layers(plan: list[LayerPlan]) -> str:
     for layer in plan:
         shape = "x".join(str(size) for size in layer.shape)
         row = f"{layer.name:{width}}  {shape:>18}  {layer.density:8.4f}  {layer.num_active:11,}  {layer.numel:11,}"
-        lines.append(row if layer.is_packed else f"{row}  stays dense")
-    active, total = sum(layer.num_active for layer in plan), sum(layer.numel for layer in plan)
-    lines.append(f"{'all prunable':{width}}  {'':>18}  {active / total:8.4f}  {active:11,}  {total:11,}")
+        lines.append("  ".join([row, *_remarks(layer)]))
+    sparse = [layer for layer in plan if not layer.kept_dense]
+    active, total = sum(layer.num_active for layer in sparse), sum(layer.numel for layer in sparse)
+    lines.append(f"{'all prunable':{width}}  {'':>18}  {plan_density(plan):8.4f}  {active:11,}  {total:11,}")
     return "\n".join(lines)
+
+
+def _remarks(layer: LayerPlan) -> list[str]:
+    """What is special about a layer."""
+    remarks = {
+        "raised to one weight": layer.raised,
+        "kept dense": layer.kept_dense,
+        "stays dense": not (layer.is_packed or layer.kept_dense),
+    }
+    return [remark for remark, holds in remarks.items() if holds]
 
 
 def _costs(config: Config, cost: ModelCost) -> str:

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import IO
 
 from svite_scale.config import Config
-from svite_scale.config_reader import to_dict, write_config
+from svite_scale.config_reader import leaf_hints, to_dict, write_config
 
 METRICS = "metrics.jsonl"
 Metrics = Mapping[str, float]
+FIELDS = leaf_hints(Config).keys()
 
 
 class Tracker:
@@ -100,7 +101,7 @@ class MlflowRun:
         location = None if config.tracking.uri else (parent / "mlartifacts").as_uri()
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name, location)
         run_id: str = self.client.create_run(experiment_id, run_name=run_dir.name).info.run_id
-        for key, value in flatten(to_dict(config)).items():
+        for key, value in flatten_config(to_dict(config)).items():
             self.client.log_param(run_id, key, value)
         return run_id
 
@@ -116,11 +117,15 @@ class MlflowRun:
         self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
-def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted names of the leaves of nested mappings."""
+def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A config's fields by their dotted names; a field that is itself a mapping stays whole."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in FIELDS:
+            flat |= flatten_config(value, f"{name}.")
+        else:
+            flat[name] = value
     return flat
 
 

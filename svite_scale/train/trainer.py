@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from svite_scale.config import Config
@@ -18,13 +17,13 @@ from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
-from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine, TopologyUpdate
+from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.optimizer import build_optimizer, build_schedule
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
+from svite_scale.train.topology import build_topology
 from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
 
@@ -47,7 +46,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.backend, self.density = self._build_backend()
         self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
-        self.topology = self._build_topology()
+        self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
         self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
         self.resumed_step = self._load() if resume else None
 
@@ -104,7 +103,7 @@ class Trainer:
             window.add(loss.detach(), logits.detach(), batch.labels)
         window.step(self.backend.step())
         update = self.topology.step()
-        return update_metrics(update) if update else {}
+        return update.metrics() if update else {}
 
     def _build_backend(self) -> tuple[Backend, float]:
         """The wrapped model, and the active share of its prunable weights."""
@@ -119,20 +118,7 @@ class Trainer:
             clip_grad_norm=config.train.clip_grad_norm,
         )
         backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
-        return backend, sum(layer.num_active for layer in plan) / sum(layer.numel for layer in plan)
-
-    def _build_topology(self) -> TopologyEngine:
-        sparsity = self.config.sparsity
-        schedule = UpdateSchedule(
-            total_steps=self.total_steps,
-            update_every=sparsity.update_every,
-            stop_fraction=sparsity.stop_fraction,
-            drop_fraction=sparsity.drop_fraction,
-            final_drop_fraction=sparsity.final_drop_fraction,
-        )
-        return TopologyEngine(
-            self.backend.model, self.backend.access, schedule, grown_moments=sparsity.grown_moments, group=dist.group.WORLD
-        )
+        return backend, plan_density(plan)
 
     def _load(self) -> int:
         """Loads the newest checkpoint; returns its step."""
@@ -162,6 +148,7 @@ class Trainer:
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
             "drop_rate": self.topology.rate,
+            "postponed_updates": self.topology.postponed,
         }
 
     def _summary(self, seconds: float, evaluation: dict[str, float]) -> dict[str, object]:
@@ -209,12 +196,3 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
     if num_classes > model.num_classes:
         raise ConfigError("model.num_classes", model.num_classes, f"is too few for labels 0 to {num_classes - 1}", "raise it")
     return train_data, eval_data
-
-
-def update_metrics(update: TopologyUpdate) -> dict[str, float]:
-    """What to log of a topology update: weights moved, weights that only left and came back, and the share ever active."""
-    return {
-        "dropped": sum(layer.dropped for layer in update.layers.values()),
-        "regrown": sum(layer.regrown for layer in update.layers.values()),
-        "ever_active": update.ever_active,
-    }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import timm.layers
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +16,7 @@ from svite_scale.config import Config, ModelConfig, SparsityConfig
 from svite_scale.models.flops import count, model_cost
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
+from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear, packed_layers
 
 # By hand: 196 patches of 768 pixels into D; 12 blocks of 12 D^2 weights over 197 tokens and two products of 197^2 D; a head of
 # 1000 D.
@@ -99,3 +101,49 @@ def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str
     assert seen == packed
     assert cost.params_active == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 0 < cost.saving < 0.5, "attention's own products aren't shortened"
+
+
+@pytest.mark.usefixtures("unfused_attention")
+def test_layers_kept_dense_cost_what_torch_counts() -> None:
+    """Their multiply-accumulates are in the dense count and in the sparse one; the others' fall with their density."""
+    sparsity = SparsityConfig(density=0.3, keep_dense=("patch_embed.*", "blocks.*.mlp.fc2", "head"))
+    model, plan = build_sparse_vit(MODELS["class token"], sparsity, seed=0)
+    cost = model_cost(model, plan)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.randn(1, 1, 40, 40))
+    whole = counter.get_total_flops()
+    kinds = counter.get_flop_counts()
+    inactive = sum(
+        sum(kinds[f"VisionTransformer.{layer.name}"].values()) * (1 - layer.num_active / layer.shape.numel())
+        for layer in packed_layers(model).values()
+    )
+    assert sorted({layer.name.rpartition(".")[2] for layer in packed_layers(model).values()}) == ["fc1", "proj", "qkv"]
+    assert 2 * cost.dense_macs == pytest.approx(whole, rel=1e-3)
+    assert 2 * cost.sparse_macs == pytest.approx(whole - inactive, rel=1e-3)
+    assert cost.saving == pytest.approx(inactive / whole, rel=1e-3)
+    dense_twin = count(Config(run_dir="unused", model=MODELS["class token"]))
+    assert (cost.dense_macs, cost.params_dense) == (dense_twin.dense_macs, dense_twin.params_dense)
+    assert cost.params_active == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_masks_and_densities_reach_the_count(tmp_path: Path) -> None:
+    model, plan = build_sparse_vit(MODELS["class token"], SparsityConfig(), seed=0)
+    halves = {f"{entry.name}.weight": torch.arange(entry.numel).view(entry.shape) % 2 for entry in plan}
+    save_file(halves, tmp_path / "masks")
+    costs = [
+        count(Config(run_dir="unused", model=MODELS["class token"], sparsity=sparsity))
+        for sparsity in (
+            SparsityConfig(masks=str(tmp_path / "masks")),
+            SparsityConfig(densities={"*": 0.5}),
+            SparsityConfig(density=0.5, distribution="uniform"),
+        )
+    ]
+    assert costs[0] == costs[1] == costs[2]
+    powers = [
+        count(Config(run_dir="unused", model=MODELS["class token"], sparsity=SparsityConfig(density=0.3, power_scale=power)))
+        for power in (0.5, 1.0)
+    ]
+    assert powers[0].sparse_macs != powers[1].sparse_macs
+    assert powers[0].params_active == powers[1].params_active
+    assert costs[0].sparse_macs < costs[0].dense_macs == model_cost(model, plan).dense_macs

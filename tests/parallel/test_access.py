@@ -61,7 +61,7 @@ def read_all(backend: Backend, parameters: dict[str, nn.Parameter]) -> Snapshot:
 
 def read_all_moments(backend: Backend, parameters: dict[str, nn.Parameter]) -> dict[str, Snapshot]:
     return {
-        name: {key: moment.numpy().copy() for key, moment in backend.access.read_moments(parameter).items()}
+        name: {key: backend.access.read_moment(parameter, key).numpy().copy() for key in backend.access.moment_names(parameter)}
         for name, parameter in parameters.items()
         if parameter.requires_grad
     }
@@ -72,7 +72,8 @@ def write_all(backend: Backend, parameters: dict[str, nn.Parameter], twin: nn.Mo
     for name, parameter in parameters.items():
         backend.access.write(parameter, values[name])
         if parameter.requires_grad:
-            backend.access.write_moments(parameter, moments[name])
+            for key, moment in moments[name].items():
+                backend.access.write_moment(parameter, key, moment)
 
 
 def exercise(kind: str, bf16: bool) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor, Shard
 from svite_scale.errors import TopologyError
 from svite_scale.parallel.attach import access_for, attach
 from svite_scale.parallel.torch_access import TorchAccess
-from svite_scale.sparsity.ever_active import rank_chunk
 from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.sharding import rank_chunk
 from svite_scale.sparsity.sparsify import sparsify
 from tests.parallel.engines import adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks
@@ -113,10 +114,12 @@ def test_attach_passes_its_options_on() -> None:
         adamw(model),
         total_steps=100,
         update_every=7,
+        start_step=3,
         stop_fraction=0.5,
         drop_fraction=0.4,
         final_drop_fraction=0.1,
-        grown_moments="zero",
+        drop_schedule="linear",
+        options=TopologyOptions(grown_moments="zero"),
     )
     schedule = topology.schedule
     assert (schedule.update_every, schedule.stop_step, schedule.drop_fraction, schedule.final_drop_fraction) == (
@@ -125,9 +128,10 @@ def test_attach_passes_its_options_on() -> None:
         0.4,
         0.1,
     )
-    assert topology.grown_moments == "zero"
+    assert (schedule.start_step, schedule.drop_schedule) == (3, "linear")
+    assert topology.options.grown_moments == "zero"
     assert isinstance(topology.access, TorchAccess)
-    assert topology.scores.group is None
+    assert topology.growth.group is None
 
 
 def test_attach_moves_weights_in_a_plain_loop() -> None:
@@ -142,9 +146,3 @@ def test_attach_moves_weights_in_a_plain_loop() -> None:
         if topology.step() is not None:
             updated.append(step + 1)
     assert updated == [2, 4, 6, 8]
-
-
-def test_an_unknown_rule_for_grown_moments_is_refused() -> None:
-    model = packed()
-    with pytest.raises(ValueError, match="'median' is unknown; use one of mean, zero"):
-        attach(model, adamw(model), total_steps=10, update_every=2, grown_moments="median")

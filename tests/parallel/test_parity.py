@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 from tests.parallel.engines import SHARED, build_backend, decay_groups, mask_digests, small_vit
 from tests.ranks import run_on_ranks
 
 STEPS, BATCH = 20, 24
+DEFAULTS = TopologyOptions()
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Run:
     clip: float | None = 0.3
     checkpointing: bool = False
     optimizer: str = "AdamW"
+    options: TopologyOptions = DEFAULTS
 
     @property
     def on_one_process(self) -> Run:
         """What the run must equal."""
-        return Run(clip=self.clip, optimizer=self.optimizer)
+        return Run(clip=self.clip, optimizer=self.optimizer, options=self.options)
 
 
 @dataclass
@@ -78,7 +81,7 @@ def train(run: Run) -> Result:
         clip=run.clip,
     )
     schedule = UpdateSchedule(total_steps=STEPS, update_every=5)
-    topology = TopologyEngine(backend.model, backend.access, schedule, group=dist.group.WORLD)
+    topology = TopologyEngine(backend.model, backend.access, schedule, run.options, group=dist.group.WORLD)
     result = Result([], [], {}, {})
     for step in range(STEPS):
         images, labels = batch(step)
@@ -165,6 +168,33 @@ def test_activation_checkpointing(kind: str) -> None:
 @pytest.mark.parametrize("kind", SHARED)
 def test_bf16_is_close_to_fp32(kind: str) -> None:
     assert_parity(Run(kind, 2, bf16=True), 2e-2)
+
+
+MIXED = TopologyOptions(method="mixed", seed=1, grow_window=3, grow_by="magnitude", grown_warmup_steps=4, grown_moments="zero")
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_mixed_method_over_a_window_with_warm_up(kind: str) -> None:
+    assert_parity(Run(kind, 2, options=MIXED), 1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_same_split_over_three_ranks_in_micro_batches(kind: str) -> None:
+    assert_parity(Run(kind, 3, split=True, accumulation=2, options=MIXED), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
+def test_warm_up_in_bf16(kind: str) -> None:
+    assert_parity(Run(kind, 2, bf16=True, options=MIXED), 2e-2)
+
+
+def test_window_random_share_and_warm_up_each_make_a_difference() -> None:
+    """So that the parity of a run with all of them says something about each."""
+    results = [results_of(Run(options=MIXED))[0]]
+    for change in ({"grow_window": 1}, {"grow_by": "gradient"}, {"grown_warmup_steps": 0}, {"random_share": 0.2}):
+        results += results_of(Run(options=replace(MIXED, **change)))  # type: ignore[arg-type]
+    for result in results[1:]:
+        assert result.losses != pytest.approx(results[0].losses, abs=1e-5)
 
 
 def test_bf16_computes_in_bf16() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from svite_scale.sparsity.distributions import DISTRIBUTIONS, counts, erk, uniform
+from svite_scale.sparsity.distributions import DISTRIBUTIONS, counts, er, erk, uniform
 from tests import reference
 from tests.sparsity.deit import UNPRUNED, deit_shapes
 
@@ -22,10 +22,23 @@ DENSITY = st.floats(0.001, 1.0)
 def test_erk_on_deit(size: str, density: float) -> None:
     shapes = deit_shapes(size)
     densities = erk(shapes, density)
-    assert densities == pytest.approx(reference.erk_densities(shapes, density), rel=1e-9)
+    assert densities == pytest.approx(reference.erk_densities(shapes, density), abs=1e-9)
     assert list(densities) == list(shapes)
+    for power in (0.5, 2.0):
+        found = erk(shapes, density, power_scale=power)
+        assert found == pytest.approx(reference.erk_densities(shapes, density, power), abs=1e-9)
+        assert found != densities
     total = sum(math.prod(shape) for shape in shapes.values())
     assert sum(counts(shapes, densities).values()) == round(density * total)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.4, 0.5, 0.6, 0.7])
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_er_on_deit(size: str, density: float) -> None:
+    shapes = deit_shapes(size)
+    densities = er(shapes, density)
+    assert densities == pytest.approx(reference.er_densities(shapes, density), abs=1e-9)
+    assert list(densities) == list(shapes)
 
 
 def test_deit_tiny_at_30_percent_sparsity_has_4_02_million_parameters() -> None:
@@ -56,13 +69,41 @@ def test_erk_counts_kernels() -> None:
     assert densities["conv"] / densities["fc"] == pytest.approx((11 / 48) / (70 / 1200))
 
 
-@given(shapes=SHAPES, density=DENSITY)
-def test_erk_meets_the_density(shapes: dict[str, list[int]], density: float) -> None:
-    densities = erk(shapes, density)
+def test_er_counts_no_kernels() -> None:
+    """(out + in) over their product."""
+    densities = er({"conv": (4, 3, 2, 2), "fc": (30, 40)}, 0.05)
+    assert densities["conv"] / densities["fc"] == pytest.approx((7 / 12) / (70 / 1200))
+
+
+def test_the_exponent_is_that_of_the_ratio() -> None:
+    shapes = {"conv": (4, 3, 2, 2), "fc": (30, 40)}
+    for power in (0.5, 2.0):
+        densities = erk(shapes, 0.01, power_scale=power)
+        assert densities["conv"] / densities["fc"] == pytest.approx(((11 / 48) / (70 / 1200)) ** power)
+    # Exponents far from 1 end at the same density everywhere, and at whole layers one after another.
+    assert erk(shapes, 0.1, power_scale=1e-9) == pytest.approx({"conv": 0.1, "fc": 0.1})
+    assert erk(shapes, 0.1, power_scale=1e3) == pytest.approx({"conv": 1.0, "fc": (124.8 - 48) / 1200})
+
+
+@given(shapes=SHAPES, density=DENSITY, power=st.sampled_from([0.5, 1.0, 2.0]))
+def test_erk_and_er_meet_the_density(shapes: dict[str, list[int]], density: float, power: float) -> None:
     total = sum(math.prod(shape) for shape in shapes.values())
-    assert all(0 < value <= 1 for value in densities.values())
-    assert sum(densities[name] * math.prod(shape) for name, shape in shapes.items()) == pytest.approx(density * total)
-    assert densities == pytest.approx(reference.erk_densities(shapes, density), rel=1e-6)
+    for densities, expected in (
+        (erk(shapes, density, power_scale=power), reference.erk_densities(shapes, density, power)),
+        (er(shapes, density), reference.er_densities(shapes, density)),
+    ):
+        assert all(0 < value <= 1 for value in densities.values())
+        assert sum(densities[name] * math.prod(shape) for name, shape in shapes.items()) == pytest.approx(density * total)
+        assert densities == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@given(shapes=SHAPES, density=DENSITY, more=DENSITY)
+def test_no_layer_loses_density_where_the_whole_gains_some(
+    distribution: str, shapes: dict[str, list[int]], density: float, more: float
+) -> None:
+    low, high = (DISTRIBUTIONS[distribution](shapes, value) for value in sorted((density, more)))
+    assert all(high[name] >= low[name] * (1 - 1e-12) for name in shapes)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -77,17 +118,33 @@ def test_density_1_is_dense(distribution: str, shapes: dict[str, list[int]]) -> 
 @given(shapes=SHAPES, density=DENSITY)
 def test_counts_hit_the_budget_exactly(distribution: str, shapes: dict[str, list[int]], density: float) -> None:
     densities = DISTRIBUTIONS[distribution](shapes, density)
-    result = counts(shapes, densities)
     share = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
-    for name, count in result.items():
-        assert isinstance(count, int)
-        assert 1 <= count <= math.prod(shapes[name])
-        assert abs(count - share[name]) < 1, "within one weight of its share"
-    budget = round(sum(share.values()))
-    kept_alive = sum(1 for value in share.values() if value < 1)
-    assert budget <= sum(result.values()) <= budget + kept_alive
-    if not kept_alive:
-        assert sum(result.values()) == budget
+    budget = round(math.fsum(share.values()))
+    assume(budget >= len(shapes))
+    result = counts(shapes, densities)
+    assert sum(result.values()) == budget
+    assert list(result) == list(shapes)
+    assert all(isinstance(count, int) and 1 <= count <= math.prod(shapes[name]) for name, count in result.items())
+    assert all(result[name] == 1 for name in shapes if share[name] < 1)
+    # What raised layers take beyond the floors' leavings comes from the largest alone.
+    excess = sum(max(1, math.floor(value)) for value in share.values()) - budget
+    if excess <= 0:
+        assert all(abs(result[name] - share[name]) < 1 for name in shapes if share[name] >= 1), "within one weight"
+        return
+    losers = {name for name in shapes if result[name] < math.floor(share[name])}
+    assert sum(math.floor(share[name]) - result[name] for name in losers) == excess
+    assert all(result[other] <= result[name] + 1 for name in losers for other in shapes), "no layer is left larger"
+
+
+@given(shapes=SHAPES, density=DENSITY, more=DENSITY)
+def test_a_greater_density_has_no_fewer_weights(shapes: dict[str, list[int]], density: float, more: float) -> None:
+    """And no layer loses more than the weight that rounding moves, where no layer is raised."""
+    low, high = sorted((density, more))
+    fewer, greater = erk(shapes, low), erk(shapes, high)
+    assume(all(fewer[name] * math.prod(shape) >= 1 for name, shape in shapes.items()))
+    before, after = counts(shapes, fewer), counts(shapes, greater)
+    assert sum(before.values()) <= sum(after.values())
+    assert all(before[name] <= after[name] + 1 for name in shapes)
 
 
 def test_counts_by_hand() -> None:
@@ -96,6 +153,26 @@ def test_counts_by_hand() -> None:
     assert counts(shapes, {"a": 0.5, "b": 0.5, "c": 0.3, "d": 0.01}) == {"a": 2, "b": 2, "c": 3, "d": 1}
     # Equal remainders go to the earlier layer.
     assert counts(shapes, {"a": 0.5, "b": 0.5, "c": 1.0, "d": 1.0}) == {"a": 3, "b": 2, "c": 9, "d": 10}
+
+
+def test_raised_layers_are_paid_for_by_the_largest() -> None:
+    # Shares 0.2, 0.2, 0.2, 0.2, 3, 4 of a budget of 8 (7.8): 4 raised and 7 are three too many.
+    shapes = {"a": (1, 2), "b": (1, 2), "c": (1, 2), "d": (1, 2), "e": (1, 30), "f": (1, 40)}
+    densities = {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.1, "e": 0.1, "f": 0.1}
+    assert counts(shapes, densities) == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 2, "f": 2}
+
+
+def test_a_budget_below_one_weight_per_layer_is_refused() -> None:
+    shapes = {"a": (1, 10), "b": (1, 10), "c": (1, 10)}
+    assert counts(shapes, dict.fromkeys(shapes, 0.1)) == {"a": 1, "b": 1, "c": 1}
+    with pytest.raises(ValueError, match="leaves 2 active weights for 3 layers, of which each needs one"):
+        counts(shapes, dict.fromkeys(shapes, 0.08))
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, float("nan")])
+def test_an_exponent_out_of_range_is_refused(power: float) -> None:
+    with pytest.raises(ValueError, match=r"power_scale .* must be above 0"):
+        erk({"a": (2, 2)}, 0.5, power_scale=power)
 
 
 def test_uniform_is_the_same_everywhere() -> None:

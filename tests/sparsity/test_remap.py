@@ -6,34 +6,46 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from svite_scale.sparsity.remap import remap_moments, remap_values
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.remap import Remap
 
 OLD = torch.tensor([True, False, True, True, False, False])
 NEW = torch.tensor([False, True, True, False, False, True])
 """Positions 0 and 3 go, 1 and 5 come, 2 stays."""
 
 
+def remap_of(old: Tensor, new: Tensor) -> Remap:
+    return Remap(bits.pack(old), bits.pack(new), torch.Size([old.numel()]), int(old.sum()))
+
+
 def test_what_stays_keeps_its_value_and_what_comes_gets_the_fill() -> None:
-    values = torch.tensor([1.0, 2.0, 3.0])
-    assert remap_values(values, OLD, NEW).tolist() == [0, 2, 0]
-    assert remap_values(values, OLD, NEW, fill=7.0).tolist() == [7, 2, 7]
-    assert remap_values(values, OLD, NEW, fill=values.mean()).tolist() == [2, 2, 2]
-    assert remap_values(values, OLD, OLD, fill=7.0).tolist() == [1, 2, 3]
+    values, remap = torch.tensor([1.0, 2.0, 3.0]), remap_of(OLD, NEW)
+    assert remap.stays.tolist() == [False, True, False]
+    assert remap.carry(values).tolist() == [0, 2, 0]
+    assert remap.carry(values, 7.0).tolist() == [7, 2, 7]
+    assert remap.carry(values, values.mean()).tolist() == [2, 2, 2]
+    assert remap.carry(torch.tensor([True, True, False]), False).tolist() == [False, True, False]
+    assert remap.carry(torch.tensor([True, False, True]), False).tolist() == [False, False, False]
+    assert remap_of(OLD, OLD).carry(values, 7.0).tolist() == [1, 2, 3]
     assert values.tolist() == [1, 2, 3], "the argument is left as it was"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_dtype_stays(dtype: torch.dtype) -> None:
-    assert remap_values(torch.ones(3, dtype=dtype), OLD, NEW, fill=torch.tensor(0.5)).dtype == dtype
+    assert remap_of(OLD, NEW).carry(torch.ones(3, dtype=dtype), torch.tensor(0.5)).dtype == dtype
 
 
-@given(state=st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(allow_nan=False, width=32)), min_size=1, max_size=50))
-def test_remap_is_that_of_a_dense_tensor(state: list[tuple[bool, bool, float]]) -> None:
-    old, new, values = map(list, zip(*state, strict=True))
+@given(state=st.lists(st.tuples(st.booleans(), st.floats(allow_nan=False, width=32)), min_size=1, max_size=50), data=st.data())
+def test_remap_is_that_of_a_dense_tensor(state: list[tuple[bool, float]], data: st.DataObject) -> None:
+    old, values = map(list, zip(*state, strict=True))
+    new = data.draw(st.permutations(old))
     packed = torch.tensor([value for value, active in zip(values, old, strict=True) if active])
-    expected = [value if was else 9.0 for was, now, value in state if now]
-    assert remap_values(packed, torch.tensor(old), torch.tensor(new), fill=9.0).tolist() == expected
+    remap = remap_of(torch.tensor(old), torch.tensor(new))
+    assert remap.stays.tolist() == [was for was, now in zip(old, new, strict=True) if now]
+    expected = [value if was else 9.0 for was, now, value in zip(old, new, values, strict=True) if now]
+    assert remap.carry(packed, 9.0).tolist() == expected
 
 
 MOMENTS = {
@@ -50,9 +62,5 @@ TABLE = {
 
 @pytest.mark.parametrize("grown", TABLE)
 def test_moments_of_grown_weights(grown: str) -> None:
-    remapped = remap_moments(MOMENTS, OLD, NEW, grown)
-    assert {name: moment.tolist() for name, moment in remapped.items()} == TABLE[grown]
-
-
-def test_no_moments_stay_none() -> None:
-    assert remap_moments({}, OLD, NEW, "mean") == {}
+    remap = remap_of(OLD, NEW)
+    assert {name: remap.carry_moment(name, moment, grown).tolist() for name, moment in MOMENTS.items()} == TABLE[grown]

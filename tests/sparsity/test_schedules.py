@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svite_scale.sparsity.schedules import UpdateSchedule, cosine
-from svite_scale.sparsity.topology import num_moved
+from svite_scale.sparsity.layer_decision import num_moved
+from svite_scale.sparsity.schedules import UpdateSchedule, constant, cosine, linear
 from tests import reference
 
 
@@ -20,6 +20,14 @@ def test_cosine_by_hand(step: int, rate: float) -> None:
 def test_cosine_is_its_closed_form(initial: float, final: float, total: int, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, total))
     assert cosine(initial, step, total, final) == pytest.approx(reference.cosine_rate(initial, final, step, total), abs=1e-12)
+
+
+@given(initial=st.floats(0.0, 1.0), final=st.floats(0.0, 1.0), total=st.integers(1, 10**6), data=st.data())
+def test_linear_and_constant_are_their_closed_forms(initial: float, final: float, total: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, total))
+    assert linear(initial, step, total, final) == pytest.approx((initial * (total - step) + final * step) / total, abs=1e-12)
+    assert linear(initial, total + step, total, final) == pytest.approx(final, abs=1e-12)
+    assert constant(initial, step, total, final) == initial
 
 
 def test_cosine_of_no_steps_is_its_end() -> None:
@@ -38,13 +46,38 @@ def test_no_update_comes_after_the_stop(total: int, every: int, stop: float) -> 
     schedule = UpdateSchedule(total_steps=total, update_every=every, stop_fraction=stop)
     updates = [step for step in range(total + 1) if schedule.is_update(step)]
     assert len(updates) == schedule.num_updates
-    assert all(step % every == 0 and 0 < step <= stop * total for step in updates)
+    assert all(step % every == 0 and 0 < step <= stop * total + 1e-9 for step in updates)
+
+
+@pytest.mark.parametrize(("stop", "total", "step"), [(0.29, 100, 29), (0.57, 100, 57), (0.8, 375300, 300240), (1.0, 7, 7)])
+def test_the_stop_is_the_decimal_that_was_written(stop: float, total: int, step: int) -> None:
+    assert UpdateSchedule(total_steps=total, update_every=1, stop_fraction=stop).stop_step == step
+
+
+@given(total=st.integers(1, 120), every=st.integers(1, 130), start=st.integers(0, 130), stop=st.floats(0.0, 1.0))
+def test_updates_are_the_multiples_between_start_and_stop(total: int, every: int, start: int, stop: float) -> None:
+    schedule = UpdateSchedule(total_steps=total, update_every=every, start_step=start, stop_fraction=stop)
+    updates = [step for step in range(1, schedule.stop_step + 1) if step % every == 0 and step >= start]
+    assert [step for step in range(-1, total + 1) if schedule.is_update(step)] == updates
+    assert schedule.num_updates == len(updates)
+    for step in range(-1, total + 2):
+        assert schedule.next_update(step) == next((update for update in updates if update > step), None)
 
 
 @pytest.mark.parametrize("step", [1, 10, 79, 80])
 def test_the_rate_falls_until_the_stop(step: int) -> None:
     schedule = UpdateSchedule(total_steps=100, update_every=1, drop_fraction=0.4, final_drop_fraction=0.1)
     assert schedule.rate(step) == pytest.approx(reference.cosine_rate(0.4, 0.1, step, 80))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rates"), [("cosine", [0.4, 0.25, 0.1]), ("linear", [0.4, 0.25, 0.1]), ("constant", [0.4] * 3)]
+)
+def test_the_rate_falls_from_the_start(shape: str, rates: list[float]) -> None:
+    schedule = UpdateSchedule(
+        total_steps=100, update_every=1, start_step=20, drop_fraction=0.4, final_drop_fraction=0.1, drop_schedule=shape
+    )
+    assert [schedule.rate(step) for step in (20, 50, 80)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +88,15 @@ def test_the_rate_falls_until_the_stop(step: int) -> None:
         ({"total_steps": 1, "update_every": 1, "stop_fraction": 1.5}, r"stop_fraction \(1\.5\)"),
         ({"total_steps": 1, "update_every": 1, "drop_fraction": 1.5}, r"drop_fraction \(1\.5\)"),
         ({"total_steps": 1, "update_every": 1, "drop_fraction": 0.1, "final_drop_fraction": 0.2}, r"\(0\.2\) <= drop_fraction"),
+        ({"total_steps": 1, "update_every": 1, "start_step": -1}, r"start_step \(-1\)"),
+        (
+            {"total_steps": 1, "update_every": 1, "drop_schedule": "step"},
+            "use one of cosine, linear, constant",
+        ),
         ({"total_steps": 1, "update_every": 1, "final_drop_fraction": -0.1}, r"final_drop_fraction \(-0\.1\)"),
     ],
 )
-def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, float], message: str) -> None:
+def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UpdateSchedule(**options)  # type: ignore[arg-type]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -14,13 +17,15 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import svite_scale
-from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.distributions import counts, erk
+from svite_scale.sparsity.hashing import hashed_uniform
 from svite_scale.sparsity.layers import PackedConv2d, PackedLinear, packed_layers
-from svite_scale.sparsity.sparsify import LayerPlan, random_mask, sparsify
+from svite_scale.sparsity.sparsify import random_mask, sparsify
 from tests.sparsity.deit import UNPRUNED, deit_shapes
 
+# The package's name sparsify is the function's.
+sparsify_module = sys.modules[random_mask.__module__]
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 MODELS: dict[str, Callable[[], VisionTransformer]] = {
     "vit_tiny": lambda: timm.create_model("vit_tiny_patch16_224", **TINY),
@@ -128,6 +133,18 @@ def test_a_random_mask_has_exactly_its_count_and_no_preference() -> None:
     assert (drawn.sum(dim=0) - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
 
 
+def test_a_random_mask_is_where_the_hashed_numbers_are_largest() -> None:
+    numbers = hashed_uniform(7, 0, "blocks.0", 30).tolist()
+    largest = sorted(range(30), key=lambda position: -numbers[position])[:11]
+    assert random_mask(30, 11, 7, "blocks.0").nonzero().flatten().tolist() == sorted(largest)
+    assert random_mask(30, 30, 7, "blocks.0").all()
+
+
+def test_equal_numbers_give_the_lower_positions() -> None:
+    with patch.object(sparsify_module, "hashed_uniform", lambda *_: torch.tensor([0.5, 0.2, 0.5, 0.5, 0.9])):
+        assert random_mask(5, 3, 0, "layer").tolist() == [True, False, True, False, True]
+
+
 @pytest.mark.parametrize(("size", "density"), [("tiny", 0.7), ("small", 0.5), ("base", 0.3)])
 def test_deit_on_the_meta_device(size: str, density: float) -> None:
     with torch.device("meta"):
@@ -155,12 +172,6 @@ def test_uniform_packs_every_layer_alike() -> None:
         assert abs(entry.num_active - 0.25 * entry.numel) < 1
 
 
-def test_a_plan_knows_its_sizes() -> None:
-    plan = LayerPlan("fc", torch.Size((4, 5)), 8)
-    assert (plan.numel, plan.is_packed, plan.num_active / plan.numel) == (20, True, 0.4)
-    assert not LayerPlan("fc", torch.Size((4, 5)), 20).is_packed
-
-
 def test_mode_and_dtype_stay() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval().double()
     sparsify(model, 0.5)
@@ -177,62 +188,27 @@ def test_a_subclass_stays_dense() -> None:
     assert type(model[1]) is OwnLinear
 
 
-def tied(first: nn.Module, second: nn.Module) -> nn.Module:
-    second.weight = first.weight
-    return nn.ModuleDict({"first": first, "second": second})
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        tied(nn.Linear(4, 4), nn.Linear(4, 4)),
-        tied(nn.Embedding(4, 4), nn.Linear(4, 4)),
-        tied(nn.Linear(4, 4), nn.Embedding(4, 4)),
-    ],
-)
-def test_tied_weights_are_refused(model: nn.Module) -> None:
-    with pytest.raises(TopologyError, match="first and second share a parameter; untie them"):
-        sparsify(model, 0.5)
-    assert not packed_layers(model), "a refused model is left as it was"
-
-
-def test_a_tied_bias_is_refused() -> None:
-    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
-    second.bias = first.bias
-    with pytest.raises(TopologyError, match="first and second share a parameter"):
-        sparsify(nn.ModuleDict({"first": first, "second": second}), 0.5)
-
-
-def test_a_module_that_stands_twice_in_the_model_is_refused() -> None:
-    shared = nn.Linear(4, 4)
-    with pytest.raises(TopologyError, match="first and second share a parameter"):
-        sparsify(nn.ModuleDict({"first": shared, "second": shared}), 0.5)
-
-
-def test_weights_tied_among_dense_modules_are_no_matter() -> None:
-    first, second = nn.LayerNorm(4), nn.LayerNorm(4)
-    second.weight = first.weight
-    assert len(sparsify(nn.Sequential(first, second, nn.Linear(4, 4)), 0.5)) == 1
-
-
-def test_packing_twice_is_refused() -> None:
+def test_densities_by_pattern_and_layers_kept_dense() -> None:
     model = built("vit_tiny")
-    sparsify(model, 0.5)
-    with pytest.raises(TopologyError, match="packed already"):
-        sparsify(model, 0.5)
+    plan = svite_scale.sparsify(model, densities={"*.qkv": 0.1, "blocks.*": 0.3, "*": 0.5}, keep_dense=["head"])
+    found = {entry.name: (round(entry.density, 2), entry.kept_dense) for entry in plan}
+    for block in ("blocks.0", "blocks.1"):
+        assert [found[f"{block}.{kind}"][0] for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")] == [0.1, 0.3, 0.3, 0.3]
+    assert (found["patch_embed.proj"], found["head"]) == ((0.5, False), (1.0, True))
+    assert type(model.head) is nn.Linear
+    assert packed_layers(model).keys() == {entry.name for entry in plan} - {"head"}
 
 
-def test_nothing_to_pack_is_refused() -> None:
-    with pytest.raises(TopologyError, match="LayerNorm has no Linear or Conv2d"):
-        sparsify(nn.LayerNorm(3), 0.5)
+def test_raised_layers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(40, 40), nn.Linear(3, 2))
 
-
-def test_an_unknown_distribution_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'erdos' is unknown; use one of uniform, erk"):
-        sparsify(nn.Sequential(nn.Linear(3, 3)), 0.5, distribution="erdos")
-
-
-@pytest.mark.parametrize("density", [0.0, 1.1])
-def test_a_density_out_of_range_is_refused(density: float) -> None:
-    with pytest.raises(ValueError, match="must be in"):
-        sparsify(nn.Sequential(nn.Linear(3, 3)), density)
+    with caplog.at_level(logging.WARNING, logger="svite_scale"):
+        plan = sparsify(model(), 0.1, distribution="uniform")
+        assert [entry.raised for entry in plan] == [True, False, True]
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("svite_scale", "WARNING")
+        assert record.getMessage() == "layers with a share of the density below one weight keep one each (2): 0, 2"
+        caplog.clear()
+        sparsify(model(), 0.5, distribution="uniform")
+        assert not caplog.records

@@ -29,18 +29,18 @@ ENGINES = {
 
 @dataclass
 class State:
-    """What a rank's trainer holds, in full tensors but for ``ever_active``, which is this rank's chunk.
+    """What a rank's trainer holds, in full tensors but for ``statistics``, which are this rank's chunks.
 
     Attributes:
         step: optimizer steps done.
         tensors: parameters by name, moments by ``name:moment``.
-        ever_active: packed bits by layer name.
+        statistics: of the topology, by name.
         scalars: the optimizer's, such as its own count of steps.
     """
 
     step: int
     tensors: dict[str, np.ndarray[Any, Any]]
-    ever_active: dict[str, np.ndarray[Any, Any]]
+    statistics: dict[str, np.ndarray[Any, Any]]
     scalars: dict[str, float]
 
 
@@ -56,8 +56,9 @@ def state_of(trainer: Trainer) -> State:
         for name, parameter in trainer.backend.model.named_parameters():
             tensors[name] = array(access.read(parameter))
             if parameter.requires_grad:
-                tensors |= {f"{name}:{moment}": array(value) for moment, value in access.read_moments(parameter).items()}
-    chunks = {name: array(chunk) for name, chunk in trainer.topology.ever_active.chunks.items()}
+                moments = access.moment_names(parameter)
+                tensors |= {f"{name}:{moment}": array(access.read_moment(parameter, moment)) for moment in moments}
+    chunks = {name: array(chunk) for name, (chunk, _) in trainer.topology.state().items()}
     return State(trainer.step, tensors, chunks, scalars(trainer.backend.optimizer))
 
 
@@ -80,9 +81,9 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
     return state_of(trainer)
 
 
-def whole_ever_active(states: list[State]) -> dict[str, np.ndarray[Any, Any]]:
+def whole_statistics(states: list[State]) -> dict[str, np.ndarray[Any, Any]]:
     """The ranks' chunks put together."""
-    return {name: np.concatenate([state.ever_active[name] for state in states]) for name in states[0].ever_active}
+    return {name: np.concatenate([state.statistics[name] for state in states]) for name in states[0].statistics}
 
 
 def assert_same_state(left: list[State], right: list[State]) -> None:
@@ -92,10 +93,10 @@ def assert_same_state(left: list[State], right: list[State]) -> None:
         assert state.tensors.keys() == left[0].tensors.keys()
         for name, tensor in state.tensors.items():
             np.testing.assert_array_equal(tensor, left[0].tensors[name], err_msg=name)
-    ours, theirs = whole_ever_active(left), whole_ever_active(right)
+    ours, theirs = whole_statistics(left), whole_statistics(right)
     assert ours.keys() == theirs.keys()
-    for name, bits in ours.items():
-        np.testing.assert_array_equal(bits, theirs[name], err_msg=name)
+    for name, statistic in ours.items():
+        np.testing.assert_array_equal(statistic, theirs[name], err_msg=name)
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

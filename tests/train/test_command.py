@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from svite_scale.config_reader import read_config
 from tests.train.command_line import run_here
@@ -20,6 +21,27 @@ MISTAKES = {
     "unknown key": (["train.epoch=3"], "train.epoch = '3': is no known key; the nearest is train.epochs"),
     "no such section": (["trian.epochs=3"], "trian.epochs = '3': is no known key; the nearest is train.epochs"),
     "density": (["sparsity.density=1.5"], r"sparsity.density = 1.5: .*\b1(\.0)?\b"),
+    "pattern": (
+        ["sparsity.density=1.0", 'sparsity.densities={"block.*": 0.5, "*": 0.6}'],
+        r"sparsity.densities = \{'block.\*': 0.5\}: decides no layer, since it matches none .*; use names such as blocks",
+    ),
+    "no pattern": (
+        ["sparsity.density=1.0", 'sparsity.densities={"blocks.*": 0.5}'],
+        r"sparsity.densities = .*: no pattern matches layer patch_embed.proj; add \"\*\": DENSITY at the end",
+    ),
+    "kept dense": (["sparsity.keep_dense=[heads]"], "sparsity.keep_dense = 'heads': matches no prunable layer; use names"),
+    "no mask file": (
+        ["sparsity.density=1.0", "sparsity.masks=none.safetensors"],
+        "sparsity.masks = 'none.safetensors': is no file; check the path",
+    ),
+    "too few weights": (
+        ["sparsity.density=0.0001"],
+        "sparsity.density = 0.0001: leaves 3 active weights for 10 layers, of which each needs one; raise it",
+    ),
+    "two sources": (
+        ['sparsity.densities={"*": 0.5}'],
+        "sparsity.density = 0.6: isn't used where sparsity.densities is given; set it to 1.0, or leave sparsity.densities out",
+    ),
     "type": (["train.epochs=many"], "train.epochs = 'many': is not a whole number; use a whole number of at least 1"),
     "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(32\); use a divisor of it"),
     "patches": (["model.patch_size=3"], r"model.image_size = 8: is not divisible by the patch size \(3\); use a multiple"),
@@ -64,6 +86,29 @@ def test_a_mistake_in_the_config_is_one_line_and_status_2(
     assert (answer.status, answer.out) == (2, "")
     (line,) = [line for line in answer.err.splitlines() if "step/s]" not in line]
     assert re.match(f"config error: {message}", line), line
+
+
+@pytest.mark.parametrize("mistake", ["pattern", "no pattern", "kept dense", "no mask file", "too few weights", "two sources"])
+def test_a_dry_run_finds_it_too(config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+    overrides, message = MISTAKES[mistake]
+    answer = run_here(capsys, "--config", str(config_path), "--dry-run", *overrides)
+    assert (answer.status, answer.out) == (2, "")
+    assert re.fullmatch(f"config error: {message}.*\n", answer.err), answer.err
+
+
+def test_masks_of_another_model_are_a_mistake_in_the_config(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_path.parent / "masks.safetensors"
+    save_file({"head.weight": torch.ones(10, 33)}, path)
+    start = ["--config", str(config_path), "--dry-run", "sparsity.density=1.0", f"sparsity.masks={path}"]
+    found = f"config error: sparsity.masks = '{path}': "
+    assert run_here(capsys, *start).err == found + (
+        "has no tensor patch_embed.proj.weight; add it, or list patch_embed.proj in keep_dense\n"
+    )
+    answer = run_here(capsys, *start, 'sparsity.keep_dense=["[!h]*"]')
+    assert (answer.status, answer.err) == (
+        2,
+        found + "its tensor head.weight is of shape (10, 33); use the weight's, (10, 32)\n",
+    )
 
 
 TWO_RANKS = {

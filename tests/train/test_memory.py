@@ -18,13 +18,13 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 from tests.ranks import run_on_ranks
 
-SIZE = ModelSize(trainable=1000, mask_bytes=400)
+SIZE = ModelSize(trainable=1000, mask_bytes=400, statistics_bytes=500)
 FULL = {"values": 4000, "master values": 0, "mask": 400, "gradients": 4000, "moments": 8000}
-QUARTER = {"values": 1000, "master values": 0, "mask": 100, "gradients": 1000, "moments": 2000, "statistics": 100}
+QUARTER = {"values": 1000, "master values": 0, "mask": 100, "gradients": 1000, "moments": 2000, "statistics": 125}
 PLANS = {
-    "single": (ParallelConfig(backend="single"), "fp32", 1, {**FULL, "statistics": 400}),
-    "ddp": (ParallelConfig(backend="ddp"), "fp32", 4, {**FULL, "statistics": 100}),
-    "ddp in bf16 computes under autocast": (ParallelConfig(backend="ddp"), "bf16", 4, {**FULL, "statistics": 100}),
+    "single": (ParallelConfig(backend="single"), "fp32", 1, {**FULL, "statistics": 500}),
+    "ddp": (ParallelConfig(backend="ddp"), "fp32", 4, {**FULL, "statistics": 125}),
+    "ddp in bf16 computes under autocast": (ParallelConfig(backend="ddp"), "bf16", 4, {**FULL, "statistics": 125}),
     "fsdp2": (ParallelConfig(backend="fsdp2"), "fp32", 4, QUARTER),
     "fsdp2 in bf16 gathers in bf16 and keeps fp32": (ParallelConfig(backend="fsdp2"), "bf16", 4, QUARTER),
     "zero 3": (ParallelConfig(backend="deepspeed", zero_stage=3), "fp32", 4, {**QUARTER, "master values": 1000}),
@@ -50,7 +50,7 @@ PLANS = {
         ParallelConfig(backend="fsdp2"),
         "fp32",
         3,
-        {"values": 1336, "master values": 0, "mask": 134, "gradients": 1336, "moments": 2672, "statistics": 134},
+        {"values": 1336, "master values": 0, "mask": 134, "gradients": 1336, "moments": 2672, "statistics": 167},
     ),
 }
 
@@ -86,7 +86,7 @@ def held(engine: str) -> dict[str, int]:
         "mask": sum(map(local_bytes, frozen)),
         "gradients": sum(local_bytes(parameter.grad) for parameter in trainable if parameter.grad is not None),
         "moments": sum(map(local_bytes, state)),
-        "statistics": sum(map(local_bytes, topology.ever_active.chunks.values())),
+        "statistics": sum(local_bytes(chunk) for chunk, _ in topology.state().values()),
     }
 
 
@@ -102,10 +102,12 @@ def local_bytes(tensor: Tensor) -> int:
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)])
 def test_engines_hold_what_the_plan_says(engine: str, world_size: int) -> None:
     """FSDP2 cuts each parameter by itself, and the ends differ: only the ranks' sum is the plan's."""
-    model, _ = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
+    model, plan = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
+    mask_bytes = sum(-(-layer.numel // 8) for layer in plan if layer.is_packed)
     size = ModelSize(
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        mask_bytes=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        mask_bytes=mask_bytes,
+        statistics_bytes=mask_bytes + sum(-(-layer.num_active // 8) for layer in plan if layer.is_packed),
     )
     plan = bytes_per_rank(ParallelConfig(backend=engine), "fp32", world_size, size)  # type: ignore[arg-type]
     ranks = run_on_ranks(world_size, held, engine)

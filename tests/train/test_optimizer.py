@@ -63,6 +63,28 @@ def test_the_named_optimizer_gets_the_configs_numbers(name: str) -> None:
         assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (3e-3, (0.8, 0.95), 1e-6, decay)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_fused_where_torch_can_and_the_same(name: str) -> None:
+    """The fused step agrees with torch's plain one, over more elements than fit whole vectors."""
+    torch.manual_seed(0)
+    config = OptimizerConfig(name=name, lr=3e-3, weight_decay=0.1)  # type: ignore[arg-type]
+    model, plain_model = (nn.Linear(37, 11) for _ in range(2))
+    plain_model.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(model, config)
+    groups = parameter_groups(plain_model, 0.1)
+    plain = OPTIMIZERS[name](groups, lr=3e-3, betas=config.betas, eps=config.eps, foreach=False)  # type: ignore[call-arg]
+    assert bool(optimizer.defaults.get("fused")) == (name in ("adam", "adamw"))
+    for _ in range(3):
+        x = torch.randn(5, 37)
+        for each in (model, plain_model):
+            each.zero_grad()
+            each(x).square().sum().backward()
+        optimizer.step()
+        plain.step()
+    for parameter, expected in zip(model.parameters(), plain_model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_peak_scales_linearly_with_the_batch_it_is_meant_for() -> None:
     scaled = OptimizerConfig(lr=5e-4, lr_batch_size=512)
     assert peak_lr(scaled, 512) == 5e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -102,3 +103,42 @@ def test_a_dry_run_needs_no_shards_and_leaves_nothing(tmp_path: Path, capsys: py
     assert answer.status == 0
     assert "single, bf16, 1 rank(s)" in answer.out
     assert list(tmp_path.iterdir()) == []
+
+
+QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"), "--dry-run", "parallel.backend=single")
+
+
+def test_layers_kept_dense_are_marked_and_dont_count(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, *QUICKSTART, 'sparsity.keep_dense=["patch_embed.*", head]')
+    assert (answer.status, answer.err) == (0, "")
+    *layers, total = rows(answer.out, ROW)
+    assert [layer["name"] for layer in layers if layer["rest"] == "  kept dense"] == ["patch_embed.proj", "head"]
+    assert not [layer for layer in layers if "stays dense" in layer["rest"]]
+    counted = [layer for layer in layers if not layer["rest"]]
+    assert number(total["total"]) == sum(number(layer["total"]) for layer in counted)
+    assert number(total["active"]) == round(0.3 * number(total["total"]))
+    assert total["density"] == "0.3000"
+
+
+def test_raised_layers_are_marked_and_named_on_the_main_rank(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    raising = [*QUICKSTART, "sparsity.density=0.001", "sparsity.distribution=uniform"]
+    launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    answer = run_here(capsys, *raising, "parallel.backend=ddp", launcher=launcher)
+    assert (answer.status, answer.out) == (0, "")
+    assert not logging.getLogger("svite_scale").isEnabledFor(logging.WARNING), "nor where it builds the model"
+    answer = run_here(capsys, *raising)
+    assert answer.status == 0
+    raised = [layer for layer in rows(answer.out, ROW) if layer["rest"] == "  raised to one weight"]
+    assert [(layer["name"], layer["active"]) for layer in raised] == [("head", "1")]
+    assert caplog.messages == ["layers with a share of the density below one weight keep one each (1): head"]
+    assert number(rows(answer.out, ROW)[-1]["active"]) == round(0.001 * number(rows(answer.out, ROW)[-1]["total"]))
+
+
+def test_a_plan_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, *QUICKSTART, "sparsity.density=1.0", 'sparsity.densities={"*.mlp.*": 0.25, "*": 0.5}')
+    assert answer.status == 0
+    *layers, _ = rows(answer.out, ROW)
+    assert {layer["density"] for layer in layers if ".mlp." in layer["name"]} == {"0.2500"}
+    assert {layer["density"] for layer in layers if ".mlp." not in layer["name"]} == {"0.5000"}

@@ -9,7 +9,7 @@ import pytest
 
 from svite_scale.config import Config
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run, whole_ever_active
+from tests.train.runs import ENGINES, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run, whole_statistics
 from tests.train.tiny import tiny_config
 
 STOP, END = 6, 10
@@ -56,6 +56,32 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     assert min(moved.values()) > 10
 
 
+WINDOW = ("sparsity.grow_window=3", "sparsity.grown_warmup_steps=4", "sparsity.method=mixed")
+"""The window of the update after step 8 begins with step 6, and the weights grown after step 4 warm up until then."""
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero2", 2), ("zero3", 3)])
+def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both(
+    tmp_path: Path, digits: Path, engine: str, world_size: int
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *WINDOW))
+    saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *WINDOW))
+    assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *WINDOW))
+    assert_same_state(ended, resumed)
+    assert not any(name.startswith("growth/") for name in resumed[0].statistics)
+
+
+def test_a_growth_window_goes_on_under_another_engine(tmp_path: Path, digits: Path) -> None:
+    source, straight = tmp_path / "source", tmp_path / "straight"
+    saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP, *WINDOW))
+    assert_same_state(saved, run_on_ranks(3, loaded, config_of(digits, source, "zero3", END, *WINDOW)))
+    run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END, *WINDOW))
+    run_on_ranks(3, resumed_run, config_of(digits, source, "zero1", END, *WINDOW))
+    assert losses_of(source) == pytest.approx(losses_of(straight), abs=1e-5)
+
+
 def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> None:
     """From 2 ranks of FSDP2 to one process and to 3 ranks of ZeRO-3, from there back to FSDP2, and on with training."""
     source, straight, back = tmp_path / "source", tmp_path / "straight", tmp_path / "back"
@@ -65,10 +91,14 @@ def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> No
     assert_same_state(saved, on_zero3)
     assert_same_state(saved, run_on_ranks(2, loaded, config_of(digits, back, "fsdp2", END)))
 
-    tensors, ever_active = saved[0].tensors, whole_ever_active(saved)
+    tensors, statistics = saved[0].tensors, whole_statistics(saved)
     assert all(np.abs(tensors[name]).max() > 0 for name in tensors if name.endswith((":exp_avg", ":exp_avg_sq")))
-    marked = {name: int(np.unpackbits(bits).sum()) for name, bits in ever_active.items()}
-    assert all(marked[name] > tensors[f"{name}.values"].size for name in marked), "some weights were active once and aren't now"
+    marked = {name: int(np.unpackbits(bits).sum()) for name, bits in statistics.items()}
+    for name in (name.removesuffix(".values") for name in tensors if name.endswith(".values")):
+        num_active = tensors[f"{name}.values"].size
+        # After the first update: of the first mask those that stayed, because they did, and those that left, because they were.
+        assert marked[f"history/{name}"] == num_active
+        assert marked[f"newcomers/{name}"] > 0
 
     run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END))
     run_on_ranks(3, resumed_run, config_of(digits, back, "zero3", END))

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from svite_scale.config import Config, TrackingConfig
+from svite_scale.config import Config, SparsityConfig, TrackingConfig
 from svite_scale.config_reader import read_config
 from svite_scale.train.randomness import seed_step
-from svite_scale.train.tracking import Tracker, flatten
+from svite_scale.train.tracking import Tracker, flatten_config
 from svite_scale.train.window import MetricsWindow
 from tests.ranks import run_on_ranks
 from tests.train.runs import metrics_of
@@ -73,8 +73,22 @@ def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path
     assert len(client.search_runs([run.info.experiment_id])) == 2
 
 
-def test_flattened_names_are_dotted() -> None:
-    assert flatten({"a": 1, "b": {"c": [2, 3], "d": {"e": None}}}) == {"a": 1, "b.c": [2, 3], "b.d.e": None}
+def test_flattened_names_are_dotted_and_a_mapping_of_patterns_stays_whole() -> None:
+    nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": None}}, "sparsity": {"densities": {"blocks.*": 0.3}}}
+    flat = {"a": 1, "b.c": [2, 3], "b.d.e": None, "sparsity.densities": {"blocks.*": 0.3}}
+    assert flatten_config(nested) == flat
+
+
+def test_mlflow_takes_patterns_of_layers(tmp_path: Path) -> None:
+    """Its names of parameters allow no asterisk."""
+    from mlflow import MlflowClient
+
+    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
+    sparsity = SparsityConfig(densities={"blocks.*": 0.3, "*": 0.5})
+    with Tracker(Config(run_dir="a", sparsity=sparsity, tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True):
+        pass
+    logged = MlflowClient(uri).get_run((run_dir / "mlflow_run_id").read_text().strip()).data.params
+    assert logged["sparsity.densities"] == str({"blocks.*": 0.3, "*": 0.5})
 
 
 def windows(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str, float]]:

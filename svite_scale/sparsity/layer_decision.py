@@ -1,0 +1,97 @@
+"""One layer's part of a topology update: which weights go and come, and writing it down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.growth import GrowthScores
+from svite_scale.sparsity.kernels import expand
+from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.methods import Candidates, Method, Score
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.remap import Remap
+from svite_scale.sparsity.update import drop, grow
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What is to become of a layer's topology.
+
+    Attributes:
+        count: weights dropped, and grown.
+        old_mask: uint8 ``[ceil(N / 8)]``.
+        new_mask: the same, afterwards.
+        drop_threshold: largest score dropped; None where ``count`` is 0.
+        grow_threshold: smallest score grown; None where ``count`` is 0.
+    """
+
+    count: int
+    old_mask: Tensor
+    new_mask: Tensor
+    drop_threshold: float | None
+    grow_threshold: float | None
+
+
+def num_moved(num_active: int, rate: float) -> int:
+    """Weights that an update drops and grows in a layer: ceil(rate * active)."""
+    return min(math.ceil(rate * num_active), num_active)
+
+
+def decide(
+    layer: PackedLayer,
+    method: Method,
+    rate: float,
+    step: int,
+    options: TopologyOptions,
+    access: ParameterAccess,
+    growth: GrowthScores,
+) -> LayerDecision:
+    """What a method does to a layer, the same on every rank. A collective; changes nothing.
+
+    Raises:
+        TopologyError: a score is NaN or has the wrong shape; the message names the layer.
+    """
+    old_mask = access.read(layer.mask).clone()
+    active = bits.unpack(old_mask, layer.shape.numel())
+    count = num_moved(layer.num_active, rate)
+
+    def scored(score: Score, eligible: Tensor) -> Tensor:
+        candidates = Candidates(
+            name=layer.name,
+            step=step,
+            seed=options.seed,
+            count=count,
+            eligible=eligible,
+            random_share=options.random_share,
+            read_values=lambda: expand(access.read(layer.values), old_mask, torch.Size([active.numel()])),
+            read_gradient=lambda: growth.gather(layer),
+        )
+        result = score(candidates)
+        if result.shape != active.shape or not result.is_floating_point():
+            raise TopologyError(
+                f"a score must be float of shape {tuple(active.shape)}, not {result.dtype} of {tuple(result.shape)}"
+            )
+        return result
+
+    try:
+        active, drop_threshold = drop(active, scored(method.drop, active), count)
+        active, grow_threshold = grow(active, scored(method.grow, ~active), count)
+    except TopologyError as error:
+        raise TopologyError(f"topology update of {layer.name} after step {step}: {error}") from error
+    return LayerDecision(count, old_mask, bits.pack(active), drop_threshold, grow_threshold)
+
+
+def write_topology(layer: PackedLayer, remap: Remap, access: ParameterAccess, grown_moments: str) -> None:
+    """Carries a layer's values and optimizer state to the new mask, one tensor at a time. A collective."""
+    values = layer.values
+    access.write(values, remap.carry(access.read(values)))
+    for name in access.moment_names(values):
+        access.write_moment(values, name, remap.carry_moment(name, access.read_moment(values, name), grown_moments))
+    access.write(layer.mask, remap.new)

@@ -1,0 +1,53 @@
+"""How a topology engine moves weights; when is the schedule's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svite_scale.sparsity.growth import GROW_BY
+from svite_scale.sparsity.methods import METHODS, Method
+
+GROWN_MOMENTS = ("mean", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyOptions:
+    """Options of a topology engine.
+
+    Args:
+        method: which weights go and which come: a name of :data:`~svite_scale.sparsity.methods.METHODS`, or a pair of scores.
+        random_share: share of the grown weights that ``mixed`` draws at random.
+        seed: of what methods draw.
+        grow_window: optimizer steps before an update, its own included, whose gradients are averaged.
+        grow_by: ``gradient`` grows by |mean of the window's gradients|, ``magnitude`` by the mean of their magnitudes.
+        grown_moments: second moment of a grown weight: its layer's ``mean``, or ``zero``. First moments start at zero.
+        grown_warmup_steps: optimizer steps over which the learning rate of grown weights rises to the others'; 0 is off.
+    """
+
+    method: str | Method = "svite"
+    random_share: float = 0.5
+    seed: int = 0
+    grow_window: int = 1
+    grow_by: str = "gradient"
+    grown_moments: str = "mean"
+    grown_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("grow_by", self.grow_by, GROW_BY),
+            ("grown_moments", self.grown_moments, GROWN_MOMENTS),
+        ):
+            if isinstance(value, str) and value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")
+        if not 0.0 <= self.random_share <= 1.0:
+            raise ValueError(f"random_share ({self.random_share}) must be in [0, 1]")
+        if self.grow_window < 1:
+            raise ValueError(f"grow_window ({self.grow_window}) must be at least 1")
+        if self.grown_warmup_steps < 0:
+            raise ValueError(f"grown_warmup_steps ({self.grown_warmup_steps}) must be at least 0")
+
+    @property
+    def scores(self) -> Method | None:
+        """The method's pair of scores; None where no weight moves."""
+        return METHODS[self.method] if isinstance(self.method, str) else self.method

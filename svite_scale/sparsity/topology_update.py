@@ -1,0 +1,95 @@
+"""What one topology update did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from svite_scale.sparsity.history import HistoryCounts
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """What an update did to one layer.
+
+    Attributes:
+        numel: weights, N.
+        num_active: active ones, k.
+        dropped: weights that went, those that came back at once included.
+        regrown: of them, those that the same update grew again; they never left.
+        grown_survival: of the weights grown at the update before, the share still active; None where there were none.
+        drop_threshold: largest score that was dropped (|weight|, by most methods); None where none was.
+        grow_threshold: smallest score that was grown (|gradient|, by default).
+    """
+
+    numel: int
+    num_active: int
+    dropped: int
+    regrown: int
+    grown_survival: float | None
+    drop_threshold: float | None
+    grow_threshold: float | None
+
+    @property
+    def grown(self) -> int:
+        """Weights that came and weren't there before; as many left."""
+        return self.dropped - self.regrown
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """What one update did.
+
+    Attributes:
+        step: the optimizer step after which it came.
+        rate: share of each layer's active weights that was dropped and grown.
+        layers: by layer name.
+        history: by layer name, how many weights have ever been active, and how many since training began.
+    """
+
+    step: int
+    rate: float
+    layers: Mapping[str, LayerUpdate] = field(repr=False)
+    history: Mapping[str, HistoryCounts] = field(repr=False)
+
+    @property
+    def ever_active(self) -> float:
+        """Share of all packed weights that have been active at any time: the in-time over-parameterization rate."""
+        return sum(counts.ever_active for counts in self.history.values()) / sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def initial_survival(self) -> float:
+        """Share of the active weights that have been active since training began."""
+        survivors = sum(counts.initial_survivors for counts in self.history.values())
+        return survivors / sum(layer.num_active for layer in self.layers.values())
+
+    def metrics(self) -> Metrics:
+        """Totals by name, and each layer's figures as ``layers/<figure>/<layer>``."""
+        layers = self.layers.values()
+        totals: Metrics = {
+            "dropped": sum(layer.dropped for layer in layers),
+            "grown": sum(layer.grown for layer in layers),
+            "regrown": sum(layer.regrown for layer in layers),
+            "initial_survival": self.initial_survival,
+            "ever_active": self.ever_active,
+        }
+        for name in self.layers:
+            totals |= {f"layers/{figure}/{name}": value for figure, value in self._layer_metrics(name).items()}
+        return totals
+
+    def _layer_metrics(self, name: str) -> Metrics:
+        layer = self.layers[name]
+        figures = {
+            "density": layer.num_active / layer.numel,
+            "dropped": layer.dropped,
+            "grown": layer.grown,
+            "regrown": layer.regrown,
+            "initial_survival": self.history[name].initial_survivors / layer.num_active,
+            "ever_active": self.history[name].ever_active / layer.numel,
+            "drop_threshold": layer.drop_threshold,
+            "grow_threshold": layer.grow_threshold,
+            "grown_survival": layer.grown_survival,
+        }
+        return {figure: value for figure, value in figures.items() if value is not None}

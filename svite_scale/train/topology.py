@@ -1,0 +1,66 @@
+"""The topology engine that a config describes."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from svite_scale.config import Config, SparsityConfig
+from svite_scale.errors import ConfigError
+from svite_scale.parallel.backend import Backend
+from svite_scale.sparsity.methods import METHODS
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.topology import TopologyEngine
+
+
+def check_method(sparsity: SparsityConfig) -> None:
+    """Raises:
+    ConfigError: there is no such method.
+    """
+    if sparsity.method not in METHODS:
+        raise ConfigError("sparsity.method", sparsity.method, "is no method", f"use one of {', '.join(METHODS)}")
+
+
+def build_topology(config: Config, backend: Backend, steps_per_epoch: int, total_steps: int) -> TopologyEngine:
+    """The engine over a wrapped model. A collective.
+
+    Raises:
+        ConfigError: windows that don't fit between two updates.
+    """
+    schedule = update_schedule(config, steps_per_epoch, total_steps)
+    sparsity = config.sparsity
+    for name in ("grow_window", "grown_warmup_steps"):
+        steps = getattr(sparsity, name)
+        if steps > schedule.update_every:
+            problem = f"is longer than the {schedule.update_every} steps between two updates"
+            raise ConfigError(f"sparsity.{name}", steps, problem, "shorten it, or raise sparsity.update_every")
+    options = TopologyOptions(
+        method=sparsity.method,
+        random_share=sparsity.random_share,
+        seed=config.seed,
+        grow_window=sparsity.grow_window,
+        grow_by=sparsity.grow_by,
+        grown_moments=sparsity.grown_moments,
+        grown_warmup_steps=sparsity.grown_warmup_steps,
+    )
+    return TopologyEngine(backend.model, backend.access, schedule, options, group=dist.group.WORLD)
+
+
+def update_schedule(config: Config, steps_per_epoch: int, total_steps: int) -> UpdateSchedule:
+    """When a run of ``total_steps`` optimizer steps updates its topology."""
+    sparsity = config.sparsity
+    if sparsity.update_unit == "epochs":
+        scale = float(steps_per_epoch)
+    elif sparsity.update_batch_size is not None:
+        scale = sparsity.update_batch_size / config.train.global_batch_size
+    else:
+        scale = 1.0
+    return UpdateSchedule(
+        total_steps=total_steps,
+        update_every=max(1, round(sparsity.update_every * scale)),
+        start_step=round(sparsity.update_start * scale),
+        stop_fraction=sparsity.stop_fraction,
+        drop_fraction=sparsity.drop_fraction,
+        final_drop_fraction=sparsity.final_drop_fraction,
+        drop_schedule=sparsity.drop_schedule,
+    )

@@ -1,0 +1,94 @@
+"""A small packed training on one process, and its naive twin."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from svite_scale.parallel.torch_access import TorchAccess
+from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.topology_update import TopologyUpdate
+from tests import reference
+
+STEPS, UPDATE_EVERY, STOP = 20, 4, 16
+LR, WEIGHT_DECAY = 1e-2, 0.05
+CLIP = 0.1
+
+
+def dense_model() -> VisionTransformer:
+    torch.manual_seed(0)
+    sizes = {"img_size": 12, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return VisionTransformer(**sizes, in_chans=1, mlp_ratio=2.0, init_values=0.5).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(6, 1, 12, 12, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 5, (6,), generator=generator)
+
+
+def dense_mask(layer: PackedLayer) -> Tensor:
+    """The layer's mask, unpacked by numpy."""
+    flat = np.unpackbits(layer.mask.numpy(), bitorder="little")[: layer.shape.numel()]
+    return torch.from_numpy(flat.astype(bool)).view(layer.shape)
+
+
+class PackedTrainer:
+    """The package's own pieces in a plain loop, on one process."""
+
+    def __init__(self, options: TopologyOptions | None = None) -> None:
+        self.model = dense_model()
+        sparsify(self.model, 0.3)
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=LR, weight_decay=WEIGHT_DECAY)
+        schedule = UpdateSchedule(total_steps=STEPS, update_every=UPDATE_EVERY)
+        self.topology = TopologyEngine(self.model, TorchAccess(self.optimizer), schedule, options)
+        self.heard: dict[str, Tensor] = {}
+
+    def backward(self, images: Tensor, labels: Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        loss.backward()
+        growth = self.topology.growth
+        self.heard = {name: growth.gather(layer) for name, layer in self.topology.layers.items() if name in growth.sums}
+        return float(loss.detach())
+
+    def naive_twin(self) -> reference.MaskedTrainer:
+        """With the same weights and masks."""
+        masks = {f"{name}.weight": dense_mask(layer) for name, layer in self.topology.layers.items()}
+        return reference.MaskedTrainer(dense_model(), masks, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP)
+
+    def step(self) -> TopologyUpdate | None:
+        """Clips, steps, and updates the topology if it is due."""
+        norm = nn.utils.clip_grad_norm_(self.trainable, CLIP)
+        assert norm > CLIP, "clipping is at work"
+        self.optimizer.step()
+        return self.topology.step()
+
+
+def assert_close(actual: Tensor | None, expected: Tensor, what: str) -> None:
+    assert actual is not None, what
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}: {text}")
+
+
+def assert_state(packed: PackedTrainer, naive: reference.MaskedTrainer, step: int) -> None:
+    """Weights and moments, each expanded and compared in full."""
+    layers = packed.topology.layers
+    for name, parameter in packed.model.named_parameters():
+        if name in naive.weights:
+            assert_close(parameter, naive.weights[name], f"{name} after step {step}")
+    for name, layer in layers.items():
+        weight = f"{name}.weight"
+        mask = naive.masks[weight]
+        assert torch.equal(dense_mask(layer), mask), f"{name} after step {step}"
+        assert_close(layer.values, naive.weights[weight][mask], f"{name} after step {step}")
+        state = packed.optimizer.state[layer.values]
+        for moment, expected in zip(("exp_avg", "exp_avg_sq"), naive.moments[weight], strict=True):
+            assert not expected[~mask].any()
+            assert_close(state[moment], expected[mask], f"{moment} of {name} after step {step}")

@@ -1,0 +1,49 @@
+"""What docs/methods.md shows works as it says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from svite_scale.config import SparsityConfig
+from svite_scale.sparsity.methods import METHODS
+from tests import reference
+from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, dense_mask
+
+PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+
+
+def test_the_method_of_the_page_drops_what_matters_least_to_the_loss() -> None:
+    names: dict[str, Any] = {}
+    exec(PAGE.split("```python")[1].split("```")[0], names)
+    packed = PackedTrainer(names["options"])
+    naive = packed.naive_twin()
+    for step in range(1, UPDATE_EVERY + 1):
+        packed.backward(*batch(step))
+        naive.step(*batch(step))
+        update = packed.step()
+    assert update is not None
+    rate = reference.cosine_rate(0.5, 0.005, UPDATE_EVERY, STOP)
+    for name, layer in packed.topology.layers.items():
+        weight, gradient = (table[f"{name}.weight"].flatten() for table in (naive.weights, naive.gradients))
+        before = naive.masks[f"{name}.weight"].flatten().tolist()
+        count = math.ceil(rate * layer.num_active)
+        sensitivity = (weight * gradient).abs().tolist()
+        expected = reference.prune_and_grow(before, sensitivity, gradient.abs().tolist(), count)
+        assert dense_mask(layer).flatten().tolist() == expected
+        assert expected != reference.prune_and_grow(before, weight.abs().tolist(), gradient.abs().tolist(), count)
+
+
+def test_the_page_names_every_method_and_every_default() -> None:
+    assert all(f"| `{method}` |" in PAGE for method in METHODS)
+    for line in PAGE.splitlines():
+        keys, _, rest = line.removeprefix("| ").partition(" | ")
+        if line.startswith("| `") and hasattr(SparsityConfig(), keys.split("`")[1]):
+            shown = [word.strip("` ") for word in rest.split(" | ")[0].split(",")]
+            assert shown == [written(getattr(SparsityConfig(), key.strip("` "))) for key in keys.split(",")]
+
+
+def written(value: object) -> str:
+    """A default as the page writes it."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

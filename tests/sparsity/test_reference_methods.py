@@ -1,0 +1,251 @@
+"""Every method, growth window and warm-up against the naive dense-masked trainer, with the statistics by sets of positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity.methods import METHODS, Candidates, Method, magnitude
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
+from tests import reference
+from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, assert_state, batch, dense_mask
+
+SEED, SHARE = 3, 0.3
+
+
+def positions(mask: Tensor) -> set[int]:
+    return set(mask.flatten().nonzero().flatten().tolist())
+
+
+class Twins:
+    """A packed training and its naive twin, which grows by what ``grow_scores`` says.
+
+    Attributes:
+        heard: the naive gradients of each step, flat, by layer name.
+        initial: positions active from the start and never dropped, by layer name.
+        ever: positions that have ever been active.
+        newcomers: positions grown at the last update.
+    """
+
+    def __init__(self, options: TopologyOptions) -> None:
+        self.options = options
+        self.packed = PackedTrainer(options)
+        self.naive = self.packed.naive_twin()
+        self.heard: list[dict[str, Tensor]] = []
+        self.initial = {name: positions(dense_mask(layer)) for name, layer in self.packed.topology.layers.items()}
+        self.ever = {name: set(active) for name, active in self.initial.items()}
+        self.newcomers: dict[str, set[int]] = {name: set() for name in self.initial}
+        self.came = 0
+
+    def step(self, step: int) -> None:
+        images, labels = batch(step)
+        warmup, since = self.options.grown_warmup_steps, (step - 1) % UPDATE_EVERY + 1
+        for name, grown in self.newcomers.items():
+            share = torch.ones_like(self.naive.weights[f"{name}.weight"])
+            if warmup:
+                share.view(-1)[sorted(grown)] = min(1.0, since / warmup)
+            self.naive.lr_shares[f"{name}.weight"] = share
+        self.packed.backward(images, labels)
+        self.naive.step(images, labels)
+        self.heard.append({name: self.naive.gradients[f"{name}.weight"].flatten() for name in self.initial})
+        due = step % UPDATE_EVERY == 0 and step <= STOP and self.options.scores is not None
+        update = self.packed.step()
+        assert (update is not None) == due
+        if update is not None:
+            self.check_update(update)
+        assert_state(self.packed, self.naive, step)
+
+    def check_update(self, update: TopologyUpdate) -> None:
+        rate = reference.cosine_rate(0.5, 0.005, update.step, STOP)
+        for name, found in update.layers.items():
+            count = math.ceil(rate * found.num_active)
+            weight = self.naive.weights[f"{name}.weight"].flatten().abs().tolist()
+            before = positions(self.naive.masks[f"{name}.weight"])
+            goes = set(sorted(before, key=lambda position: (weight[position], position))[:count])
+            scores = self.grow_scores(name, update.step, count, set(range(len(weight))) - (before - goes))
+            left, came = self.naive.update(f"{name}.weight", count, self.options.grown_moments, scores)
+            after = positions(self.naive.masks[f"{name}.weight"])
+            chosen = after - (before - goes)
+            self.check_layer(name, found, count, left, came, after)
+            assert update.history[name] == (len(self.ever[name]), len(self.initial[name]))
+            assert found.drop_threshold == pytest.approx(max(weight[position] for position in goes), rel=1e-6)
+            assert found.grow_threshold == pytest.approx(min(scores[position] for position in chosen), rel=1e-5)
+            self.came += len(came)
+        assert update.ever_active == sum(map(len, self.ever.values())) / sum(layer.numel for layer in update.layers.values())
+        assert_metrics(update)
+
+    def check_layer(self, name: str, found: LayerUpdate, count: int, left: set[int], came: set[int], after: set[int]) -> None:
+        assert (found.dropped, found.grown, found.regrown) == (count, len(came), count - len(left))
+        self.initial[name] -= left
+        stayed = len(self.newcomers[name] & after) / len(self.newcomers[name]) if self.newcomers[name] else None
+        assert found.grown_survival == stayed
+        self.newcomers[name], self.ever[name] = came, self.ever[name] | after
+
+    def grow_scores(self, name: str, step: int, count: int, inactive: set[int]) -> list[float]:
+        window = [gradients[name] for gradients in self.heard[-self.options.grow_window :]]
+        if self.options.grow_by == "magnitude":
+            gradient = sum(entry.abs() for entry in window) / len(window)
+        else:
+            gradient = abs(sum(window) / len(window))
+        scores: list[float] = torch.as_tensor(gradient).tolist()
+        drawn = reference.hashed_uniform(SEED, step, name, range(len(scores)))
+        if self.options.method == "set":
+            return drawn
+        if self.options.method == "mixed":
+            for position in sorted(inactive, key=lambda position: -drawn[position])[: round(SHARE * count)]:
+                scores[position] = math.inf
+        return scores
+
+
+def assert_metrics(update: TopologyUpdate) -> None:
+    """What a run logs: totals, and every figure of every layer."""
+    metrics = update.metrics()
+    layers = update.layers
+    assert metrics["dropped"] == sum(layer.dropped for layer in layers.values()) == metrics["grown"] + metrics["regrown"]
+    survivors = sum(counts.initial_survivors for counts in update.history.values())
+    assert metrics["initial_survival"] == survivors / sum(layer.num_active for layer in layers.values())
+    for name, layer in layers.items():
+        assert metrics[f"layers/density/{name}"] == layer.num_active / layer.numel
+        assert metrics[f"layers/initial_survival/{name}"] == update.history[name].initial_survivors / layer.num_active
+        assert metrics[f"layers/ever_active/{name}"] == update.history[name].ever_active / layer.numel
+        for figure in ("dropped", "grown", "regrown", "drop_threshold", "grow_threshold"):
+            assert metrics[f"layers/{figure}/{name}"] == getattr(layer, figure)
+        assert metrics.get(f"layers/grown_survival/{name}") == layer.grown_survival
+
+
+OPTIONS = {
+    "svite": TopologyOptions(),
+    "set": TopologyOptions(method="set", seed=SEED),
+    "mixed": TopologyOptions(method="mixed", seed=SEED, random_share=SHARE),
+    "a window of three steps": TopologyOptions(grow_window=3),
+    "a window from update to update": TopologyOptions(grow_window=UPDATE_EVERY),
+    "magnitudes over a window": TopologyOptions(grow_window=3, grow_by="magnitude"),
+    "warm-up": TopologyOptions(grown_warmup_steps=3),
+    "warm-up from update to update": TopologyOptions(grown_warmup_steps=UPDATE_EVERY, grown_moments="zero"),
+    "all at once": TopologyOptions(
+        method="mixed", seed=SEED, random_share=SHARE, grow_window=2, grow_by="magnitude", grown_warmup_steps=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_and_statistics_are_those_of_the_naive_twin(name: str) -> None:
+    twins = Twins(OPTIONS[name])
+    for step in range(1, STEPS + 1):
+        twins.step(step)
+    assert twins.came > 50, "weights came that were elsewhere before"
+    assert all(len(twins.initial[layer]) < twins.packed.topology.layers[layer].num_active for layer in twins.initial)
+
+
+def test_static_keeps_the_mask_and_hears_nothing() -> None:
+    twins = Twins(TopologyOptions(method="static"))
+    topology = twins.packed.topology
+    assert topology.next_update is None
+    for step in range(1, STEPS + 1):
+        twins.step(step)
+        assert not twins.packed.heard
+        assert topology.rate == 0.0
+    assert all(
+        dense_mask(layer).flatten().nonzero().numel() == len(twins.initial[name]) for name, layer in topology.layers.items()
+    )
+
+
+def test_gradients_are_heard_in_the_window_and_at_no_other_step() -> None:
+    packed = PackedTrainer(TopologyOptions(grow_window=3))
+    heard = []
+    for step in range(1, STEPS + 1):
+        packed.backward(*batch(step))
+        heard += [step] if packed.heard else []
+        packed.step()
+        assert not packed.topology.growth.sums or step % UPDATE_EVERY in (2, 3), "nothing is held out of the window"
+    assert heard == [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_postponed_update_waits_for_a_whole_window(poison: float) -> None:
+    """Of two steps, so that the third and fourth are heard for the update after the fourth, and the fifth and sixth instead."""
+    packed = PackedTrainer(TopologyOptions(grow_window=2))
+    layer = next(iter(packed.topology.layers.values()))
+    updates = []
+    for step in range(1, 9):
+        packed.backward(*batch(step))
+        if step == 3:
+            assert layer.gradient_sink is not None
+            layer.gradient_sink(torch.full(layer.shape, poison))
+        update = packed.step()
+        updates += [update.step] if update else []
+    assert updates == [6, 8]
+    assert packed.topology.postponed == 1
+
+
+def test_an_update_postponed_past_the_stop_is_left_out() -> None:
+    packed = PackedTrainer()
+    for step in range(1, STEPS + 1):
+        packed.backward(*batch(step))
+        if step == STOP:
+            layer = next(iter(packed.topology.layers.values()))
+            assert layer.gradient_sink is not None
+            layer.gradient_sink(torch.full(layer.shape, math.nan))
+        assert (packed.step() is not None) == (step in (4, 8, 12))
+    assert packed.topology.postponed == 1
+    assert packed.topology.next_update is None
+
+
+def test_the_methods_are_those_the_config_speaks_of() -> None:
+    assert set(METHODS) == {"svite", "set", "mixed", "static", "dense"}
+
+
+def largest_first(candidates: Candidates) -> Tensor:
+    return -candidates.values().abs()
+
+
+def of_wrong_shape(candidates: Candidates) -> Tensor:
+    return candidates.values()[:3]
+
+
+def test_a_method_of_the_users_own() -> None:
+    packed = PackedTrainer(TopologyOptions(method=Method(drop=largest_first, grow=magnitude)))
+    for step in range(1, UPDATE_EVERY + 1):
+        packed.backward(*batch(step))
+        before = {name: layer.dense_weight().abs() for name, layer in packed.topology.layers.items()}
+        update = packed.step()
+    assert update is not None
+    for name, layer in packed.topology.layers.items():
+        # What is dropped first is the largest, and of all that is inactive then, it is also what grows first.
+        assert update.layers[name].regrown == update.layers[name].dropped
+        assert before[name].shape == layer.shape
+
+
+def test_a_score_of_the_wrong_shape_is_refused_with_the_layers_name() -> None:
+    packed = PackedTrainer(TopologyOptions(method=Method(drop=of_wrong_shape, grow=magnitude)))
+    for step in range(1, UPDATE_EVERY):
+        packed.backward(*batch(step))
+        packed.step()
+    packed.backward(*batch(UPDATE_EVERY))
+    with pytest.raises(
+        TopologyError, match=r"topology update of .* after step 4: a score must be float of shape \(\d+,\), not"
+    ):
+        packed.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "rigl"}, "method 'rigl' is unknown; use one of svite, set, mixed, static, dense"),
+        ({"grow_by": "momentum"}, "grow_by 'momentum' is unknown; use one of gradient, magnitude"),
+        ({"grown_moments": "max"}, "grown_moments 'max' is unknown; use one of mean, zero"),
+        ({"random_share": 1.5}, r"random_share \(1.5\) must be in \[0, 1\]"),
+        ({"grow_window": 0}, r"grow_window \(0\) must be at least 1"),
+        ({"grown_warmup_steps": -1}, r"grown_warmup_steps \(-1\) must be at least 0"),
+        ({"grow_window": 5}, r"grow_window \(5\) is longer than update_every \(4\)"),
+        ({"grown_warmup_steps": 5}, r"grown_warmup_steps \(5\) is longer than update_every \(4\)"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedTrainer(TopologyOptions(**options))  # type: ignore[arg-type]
