@@ -106,7 +106,7 @@ def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[i
         ("values", [stored(p) for p in parameters if p.requires_grad]),
         ("master values", [stored(flat) for flat in optimizer_state]),
         ("moments", [stored(v) for state in optimizer_state.values() for v in state.values() if isinstance(v, Tensor)]),
-        ("statistics", topology.ever_active.chunks.values()),
+        ("statistics", [chunk for chunk, _ in topology.state().values()]),
         ("buffers", live_tensors()),
     ]
     held: dict[str, float] = {"gradients": sum(gradients.values())}
