@@ -137,6 +137,7 @@ class TopologyEngine:
         """
         self.steps, self.last_update = counters["steps"], counters["last_update"]
         self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
+        self.growth.clear()
         self._prepare_step()
         if counters["heard_steps"]:
             empty = {name: torch.zeros(0, device=layer.values.device) for name, layer in self.layers.items()}
