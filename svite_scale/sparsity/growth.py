@@ -44,6 +44,7 @@ class GrowthScores:
         self.listening = False
         self.sums: dict[str, Tensor] = {}
         self._this_step: dict[str, Tensor] = {}
+        self._saved_ranks = self.world_size
 
     def listen(self) -> None:
         """Hears the layers' backwards from now on; what was heard before stays."""
@@ -107,11 +108,20 @@ class GrowthScores:
         """This rank's chunk of the layer's sums without the zeros past the end."""
         return self.sums[layer.name][: rank_numel(layer.shape.numel(), self.rank, self.world_size)]
 
-    def restore(self, num_steps: int, chunks: dict[str, Tensor]) -> None:
-        """Goes on in a window of which :meth:`chunk` was saved."""
+    def resume(self, num_steps: int, num_ranks: int) -> None:
+        """Goes on in a window of which ``num_ranks`` ranks heard ``num_steps`` steps; :meth:`load` takes what they heard."""
         self.num_steps = num_steps
+        self._saved_ranks = num_ranks
         for layer in self.layers:
-            self.sums[layer.name] = padded(chunks[layer.name], chunk_numel(layer.shape.numel(), self.world_size)).clone()
+            size = chunk_numel(layer.shape.numel(), self.world_size)
+            self.sums[layer.name] = torch.zeros(size, device=layer.values.device)
+
+    def load(self, chunks: dict[str, Tensor]) -> None:
+        """Takes this rank's part, cut as :meth:`chunk` cuts, of what was saved."""
+        for layer in self.layers:
+            size = self.sums[layer.name].numel()
+            # The mean over as many ranks as there were is the same; what was saved is their sum.
+            self.sums[layer.name] = padded(chunks[layer.name], size) * (self.world_size / self._saved_ranks)
 
     def _add(self, layer: PackedLayer, gradient: Tensor) -> None:
         """Adds one micro-batch's dense gradient. A collective, called inside backward in the same order on every rank."""

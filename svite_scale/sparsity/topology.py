@@ -119,6 +119,7 @@ class TopologyEngine:
             "postponed": self.postponed,
             "retry_step": self._retry_step,
             "heard_steps": self.growth.num_steps,
+            "heard_ranks": self.growth.world_size,
         }
 
     def state(self) -> dict[str, tuple[Tensor, int]]:
@@ -140,8 +141,7 @@ class TopologyEngine:
         self.growth.clear()
         self._prepare_step()
         if counters["heard_steps"]:
-            empty = {name: torch.zeros(0, device=layer.values.device) for name, layer in self.layers.items()}
-            self.growth.restore(counters["heard_steps"], empty)
+            self.growth.resume(counters["heard_steps"], counters["heard_ranks"])
 
     def load_state(self, chunks: Mapping[str, Tensor]) -> None:
         """Takes the chunks that :meth:`state` has names for. A collective."""
@@ -151,7 +151,7 @@ class TopologyEngine:
             if self.warmup:
                 self.warmup.start(layer, self.newcomers.read(layer))
         if self.growth.num_steps:
-            self.growth.restore(self.growth.num_steps, {name: chunks[f"growth/{name}"] for name in self.layers})
+            self.growth.load({name: chunks[f"growth/{name}"] for name in self.layers})
         self._prepare_step()
 
     @property
