@@ -165,9 +165,17 @@ def test_activation_checkpointing(kind: str) -> None:
     assert_parity(Run(kind, 2, checkpointing=True), 1e-5)
 
 
+def assert_bf16_is_close(run: Run) -> None:
+    """Rounding decides some of the weights that move, so the losses after the first update differ more than those before."""
+    before_update = slice(0, 5)
+    single, result = results_of(run.on_one_process)[0], results_of(run)[0]
+    assert result.losses[before_update] == pytest.approx(single.losses[before_update], abs=1e-3)
+    assert_parity(run, 5e-2)
+
+
 @pytest.mark.parametrize("kind", SHARED)
 def test_bf16_is_close_to_fp32(kind: str) -> None:
-    assert_parity(Run(kind, 2, bf16=True), 2e-2)
+    assert_bf16_is_close(Run(kind, 2, bf16=True))
 
 
 MIXED = TopologyOptions(method="mixed", seed=1, grow_window=3, grow_by="magnitude", grown_warmup_steps=4, grown_moments="zero")
@@ -185,7 +193,7 @@ def test_the_same_split_over_three_ranks_in_micro_batches(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
 def test_warm_up_in_bf16(kind: str) -> None:
-    assert_parity(Run(kind, 2, bf16=True, options=MIXED), 2e-2)
+    assert_bf16_is_close(Run(kind, 2, bf16=True, options=MIXED))
 
 
 def test_window_random_share_and_warm_up_each_make_a_difference() -> None:
