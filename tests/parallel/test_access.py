@@ -94,7 +94,21 @@ def exercise(kind: str, bf16: bool) -> dict[str, Any]:
         found["logits"] = backend.forward(images(1)[0]).float().numpy()
     train_step(backend, seed=1)
     found["stepped"] = read_all(backend, parameters)
+    packed = {name: parameter for name, parameter in parameters.items() if name.endswith(".values")}
+    found["own parts"] = negate_own_parts(backend, packed)
+    found["negated"] = read_all(backend, packed)
     return found
+
+
+@torch.no_grad()
+def negate_own_parts(backend: Backend, parameters: dict[str, nn.Parameter]) -> dict[str, tuple[np.ndarray[Any, Any], int]]:
+    """What ``local_values`` says on this rank, which it then negates in place."""
+    parts = {}
+    for name, parameter in parameters.items():
+        local, offset = backend.access.local_values(parameter)
+        parts[name] = local.numpy().copy(), offset
+        local.neg_()
+    return parts
 
 
 ENGINES = [(kind, size, bf16) for bf16 in (False, True) for size in (2, 3) for kind in SHARED]
@@ -201,6 +215,20 @@ def test_the_next_step_starts_from_what_is_written(engine: tuple[bool, list[dict
         for name, value in found["stepped"].items():
             np.testing.assert_array_equal(value, ranks[0]["stepped"][name], err_msg=f"ranks disagree on {name}")
             assert name.endswith(".mask") or (value != found["written"][name]).any(), f"{name} took no step"
+
+
+def test_the_ranks_own_parts_make_up_the_values_that_the_optimizer_steps(engine: tuple[bool, list[dict[str, Any]]]) -> None:
+    ranks = engine[1]
+    for name in ranks[0]["own parts"]:
+        whole = np.full_like(ranks[0]["stepped"][name], np.nan)
+        for found in ranks:
+            part, offset = found["own parts"][name]
+            assert part.dtype == np.float32
+            end = min(offset + part.size, whole.size)  # what lies past it is padding
+            whole[offset:end] = part[: max(end - offset, 0)]
+        np.testing.assert_array_equal(whole, ranks[0]["stepped"][name], err_msg=name)
+        for found in ranks:
+            np.testing.assert_array_equal(found["negated"][name], -whole, err_msg=f"{name} isn't written in place")
 
 
 def test_moments_are_the_tensors_with_an_entry_per_weight() -> None:
