@@ -249,3 +249,16 @@ def test_a_score_of_the_wrong_shape_is_refused_with_the_layers_name() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackedTrainer(TopologyOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grow_by", ["gradient", "magnitude"])
+def test_what_was_heard_before_a_resume_is_forgotten(grow_by: str) -> None:
+    fresh, resumed = (PackedTrainer(TopologyOptions(grow_window=UPDATE_EVERY, grow_by=grow_by)) for _ in range(2))
+    resumed.backward(*batch(2))
+    resumed.topology.resume(fresh.topology.counters())
+    resumed.topology.load_state({name: chunk for name, (chunk, _) in fresh.topology.state().items()})
+    for trainer in (fresh, resumed):
+        trainer.backward(*batch(1))
+        trainer.step()
+    for name, expected in fresh.topology.growth.sums.items():
+        assert torch.equal(resumed.topology.growth.sums[name], expected)
