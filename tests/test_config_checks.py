@@ -14,6 +14,7 @@ from svite_scale.config import (
     SparsityConfig,
     TrainConfig,
 )
+from svite_scale.config_checks import check_config
 from svite_scale.errors import ConfigError
 
 TWO_RANKS = ParallelConfig(backend="ddp")
@@ -102,11 +103,11 @@ MISTAKES = [
 @pytest.mark.parametrize(("config", "message"), MISTAKES, ids=[message.split(" =")[0] for _, message in MISTAKES])
 def test_an_impossible_combination_is_one_line(config: Config, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.check(world_size=2)
+        check_config(config, world_size=2)
     assert str(caught.value) == message
 
 
 def test_what_fits_passes() -> None:
     config = Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=24, accumulation_steps=3))
-    config.check(world_size=2)
+    check_config(config, world_size=2)
     assert config.micro_batch_size(2) == 4

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svite_scale.config import Config
+from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config, write_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -58,7 +59,7 @@ def test_the_folder_holds_the_named_set() -> None:
 @pytest.mark.parametrize("name", [*DENSITIES, "quickstart"])
 def test_every_config_is_possible_and_reads_back_equal(tmp_path: Path, name: str) -> None:
     config = config_of(name)
-    config.check(world_size=2)
+    check_config(config, world_size=2)
     write_config(config, tmp_path / "resolved.yaml")
     assert read_config(tmp_path / "resolved.yaml") == config
     assert config.run_dir == f"runs/{name}"
