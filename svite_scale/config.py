@@ -41,6 +41,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredConfig:
+    """Whole attention heads and MLP neurons (the paper's section 3.2, S2ViTE; DESIGN section 4)."""
+
+    heads: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
+    """Share of the heads of each block that is active, rounded down; 1.0 keeps all."""
+    neurons: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
+    """The same of the hidden neurons of each block's MLP."""
+    grow: Literal["candidate", "paper"] = "candidate"
+    """Score of an absent head or neuron: ``candidate`` tries one with weights of its own; ``paper`` is the reference's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """The learnable token selector (the paper's section 3.3, SViTE+; DESIGN section 5)."""
+
+    keep: Annotated[float | None, Bounds(above=0.0)] = None
+    """Tokens that go on, class, distillation and register tokens among them: up to 1 a share of those that reach the
+    selector, rounded half up; above 1 a count. Null has no selector."""
+    blocks: Annotated[tuple[int, ...], Bounds(low=0)] = (0,)
+    """A selector stands before each of these blocks; 0 is after the embedding."""
+    mode: Literal["gather", "mask"] = "gather"
+    """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
+    temperature: Annotated[float, Bounds(above=0.0)] = 10.0
+    """Of the Gumbel softmax at the first step."""
+    final_temperature: Annotated[float, Bounds(above=0.0)] = 0.1
+    """The same at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
     """How many weights live, where, and how they move (the paper's section 3.2; DESIGN section 3)."""
 
@@ -56,6 +85,8 @@ class SparsityConfig:
     """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
+    structured: StructuredConfig = field(default_factory=StructuredConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     method: str = "svite"
     """What moves the weights: svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static
     keeps the first mask, dense trains the ordinary dense model, whatever the density."""
