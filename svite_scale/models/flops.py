@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from timm.models import VisionTransformer
 
-from svite_scale.config import Config
+from svite_scale.config import Config, ModelConfig
 from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layer_plan import LayerPlan
+from svite_scale.sparsity.unit_layer import UnitLayer
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's multiply-accumulates for one image.
+    """Multiply-accumulates of one layer, or of one attention's products, for one image.
 
     Attributes:
-        name: module name.
-        dense_macs: with all weights.
-        sparse_macs: with the active weights only.
+        name: of the layer's module, or of the attention's.
+        dense_macs: with all weights, heads and neurons.
+        sparse_macs: with the active ones only.
     """
 
     name: str
@@ -34,30 +38,28 @@ class ModelCost:
     don't shorten. Norms, softmax and activations are left out, as in the paper's figures.
 
     Attributes:
-        layers: the layers that can be made sparse, those kept dense included.
-        attention_macs: queries times keys, and attention times values, over all blocks.
+        layers: the layers that can be made sparse, those kept dense included, and each block's attention.
         params_dense: parameters of the dense model.
         params_active: the same, counting active weights only; masks aren't parameters.
     """
 
     layers: tuple[LayerCost, ...]
-    attention_macs: int
     params_dense: int
     params_active: int
 
     @property
     def dense_macs(self) -> int:
-        return sum(layer.dense_macs for layer in self.layers) + self.attention_macs
+        return sum(layer.dense_macs for layer in self.layers)
 
     @property
     def sparse_macs(self) -> int:
-        return sum(layer.sparse_macs for layer in self.layers) + self.attention_macs
+        return sum(layer.sparse_macs for layer in self.layers)
 
     @property
     def saving(self) -> float:
         """Share of the dense multiply-accumulates that the sparse model does without, 0 to 1.
 
-        An arithmetic count: unstructured zeros make a dense matrix product no faster.
+        An arithmetic count: unstructured zeros make a dense matrix product no faster, absent heads and neurons do.
         """
         return 1.0 - self.sparse_macs / self.dense_macs
 
@@ -69,17 +71,26 @@ def count(config: Config) -> ModelCost:
         ConfigError: the model can't be built.
     """
     model, plan = plan_sparse_vit(config.model, config.sparsity)
-    return model_cost(model, plan)
+    return model_cost(config.model, model, plan)
 
 
-def model_cost(model: VisionTransformer, plan: list[LayerPlan]) -> ModelCost:
-    """Cost of a sparsified model with its plan."""
-    layers = tuple(_layer_cost(entry, _applications(model, entry.name)) for entry in plan)
-    tokens = _num_tokens(model)
-    attention = sum(2 * tokens**2 * block.attn.num_heads * block.attn.head_dim for block in model.blocks)
+def model_cost(config: ModelConfig, model: VisionTransformer, plan: list[LayerPlan]) -> ModelCost:
+    """Cost of a config's model that was made sparse by a plan."""
+    with torch.device("meta"):
+        dense = build_vit(config)
+    tokens = _num_tokens(dense)
+    layers = [_layer_cost(entry, _applications(dense, entry.name)) for entry in plan]
     active = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    inactive = sum(entry.numel - entry.num_active for entry in plan)
-    return ModelCost(layers, attention, active + inactive, active)
+    layers += _attention_costs(dense, model, tokens)
+    return ModelCost(tuple(layers), sum(parameter.numel() for parameter in dense.parameters()), active)
+
+
+def _attention_costs(dense: VisionTransformer, model: VisionTransformer, tokens: int) -> Iterator[LayerCost]:
+    """Queries times keys, and attention times values, of each block."""
+    for index, (whole, block) in enumerate(zip(dense.blocks, model.blocks, strict=True)):
+        head_macs, attn = 2 * tokens**2 * whole.attn.head_dim, block.attn
+        active = attn.num_active if isinstance(attn, UnitLayer) else attn.num_heads
+        yield LayerCost(f"blocks.{index}.attn", whole.attn.num_heads * head_macs, active * head_macs)
 
 
 def _num_tokens(model: VisionTransformer) -> int:

@@ -39,7 +39,7 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
             active = _initial(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
             packed_type = PackedAttention if field == "heads" else PackedMlp
             replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
-            plan += _plan(name, dense, active, keeps_columns=field == "heads" and structured.grow == "paper")
+            plan += _plan(name, dense, active)
     return plan
 
 
@@ -77,14 +77,11 @@ def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
         return random_mask(num_units, num_active, seed, name)
 
 
-def _plan(name: str, dense: nn.Module, active: Tensor, *, keeps_columns: bool) -> list[LayerPlan]:
+def _plan(name: str, dense: nn.Module, active: Tensor) -> list[LayerPlan]:
     """What is left of each weight of a layer."""
     num_units, num_active = active.numel(), int(active.count_nonzero())
-    names = ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2")
     plan = []
-    for child in names:
+    for child in ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2"):
         weight: Tensor = getattr(dense, child).weight
-        whole = child == "proj" and keeps_columns
-        kept = weight.numel() if whole else weight.numel() // num_units * num_active
-        plan.append(LayerPlan(f"{name}.{child}", weight.shape, kept, in_units=True))
+        plan.append(LayerPlan(f"{name}.{child}", weight.shape, weight.numel() // num_units * num_active, in_units=True))
     return plan

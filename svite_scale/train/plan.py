@@ -8,6 +8,7 @@ from svite_scale.models.sparse_vit import plan_sparse_vit
 from svite_scale.parallel.memory import ModelSize, bytes_per_rank
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layer_plan import LayerPlan, plan_density
+from svite_scale.sparsity.sparse_layer import sparse_layers
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -17,10 +18,10 @@ def describe(config: Config, world_size: int) -> str:
         ConfigError: the model can't be built.
     """
     model, plan = plan_sparse_vit(config.model, config.sparsity)
-    cost = model_cost(model, plan)
-    packed = [layer for layer in plan if layer.is_packed]
-    mask_bytes = sum(bits.num_bytes(layer.numel) for layer in packed)
-    newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in packed)
+    cost = model_cost(config.model, model, plan)
+    layers = sparse_layers(model).values()
+    mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
+    newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
     sparse = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
     dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
@@ -49,7 +50,9 @@ def _remarks(layer: LayerPlan) -> list[str]:
     remarks = {
         "raised to one weight": layer.raised,
         "kept dense": layer.kept_dense,
-        "stays dense": not (layer.is_packed or layer.kept_dense),
+        "by heads": layer.in_units and ".attn." in layer.name,
+        "by neurons": layer.in_units and ".mlp." in layer.name,
+        "stays dense": not (layer.is_packed or layer.kept_dense or layer.in_units),
     }
     return [remark for remark, holds in remarks.items() if holds]
 
