@@ -129,7 +129,7 @@ class TopologyEngine:
             state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
             state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
             if self.growth.num_steps:
-                state[f"growth/{name}"] = self.growth.chunk(layer), layer.shape.numel()
+                state[f"growth/{name}"] = self.growth.chunk(layer), layer.growth_numel
         return state
 
     def resume(self, counters: Mapping[str, int]) -> None:
