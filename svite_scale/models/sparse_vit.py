@@ -7,6 +7,7 @@ from timm.models import VisionTransformer
 
 from svite_scale.config import ModelConfig, SparsityConfig
 from svite_scale.errors import ConfigError, SparsifyError
+from svite_scale.models.token_selector import insert_token_selectors
 from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.sparsify import sparsify
@@ -22,11 +23,26 @@ def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) ->
     """
     torch.manual_seed(seed)
     vit = build_vit(model)
+    plan = _sparsified(vit, sparsity, seed)
+    if sparsity.tokens.keep is not None:
+        # Last, so that all other weights are drawn as without it.
+        insert_token_selectors(vit, sparsity.tokens)
+    return vit, plan
+
+
+def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[VisionTransformer, list[LayerPlan]]:
+    """The same on the meta device: shapes and counts only, at no cost in memory."""
+    with torch.device("meta"):
+        return build_sparse_vit(model, sparsity, seed=0)
+
+
+def _sparsified(vit: VisionTransformer, sparsity: SparsityConfig, seed: int) -> list[LayerPlan]:
+    """Packs the model's layers in place, by the config's density, densities or masks."""
     if sparsity.method == "dense":
-        return vit, sparsify(vit, 1.0)
+        return sparsify(vit, 1.0)
     is_spread = not sparsity.densities and sparsity.masks is None
     try:
-        plan = sparsify(
+        return sparsify(
             vit,
             sparsity.density if is_spread else None,
             distribution=sparsity.distribution,
@@ -38,10 +54,3 @@ def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) ->
         )
     except SparsifyError as error:
         raise ConfigError(f"sparsity.{error.field}", error.value, error.problem, error.remedy) from error
-    return vit, plan
-
-
-def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[VisionTransformer, list[LayerPlan]]:
-    """The same on the meta device: shapes and counts only, at no cost in memory."""
-    with torch.device("meta"):
-        return build_sparse_vit(model, sparsity, seed=0)

@@ -142,3 +142,17 @@ def test_a_plan_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -
     *layers, _ = rows(answer.out, ROW)
     assert {layer["density"] for layer in layers if ".mlp." in layer["name"]} == {"0.2500"}
     assert {layer["density"] for layer in layers if ".mlp." not in layer["name"]} == {"0.5000"}
+
+
+def test_a_plan_shows_the_tokens_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quick start's model has 16 patches and a class token."""
+    answer = run_here(capsys, *QUICKSTART, "sparsity.tokens.keep=0.7", "sparsity.tokens.blocks=[0, 2]")
+    assert (answer.status, answer.err) == (0, "")
+    assert "\ntokens              17, then 12, then 8\n" in answer.out
+    assert "\ntokens" not in run_here(capsys, *QUICKSTART).out
+    answer = run_here(capsys, *QUICKSTART, "sparsity.tokens.keep=0.05")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == (
+        "config error: sparsity.tokens.keep = 0.05: keeps 1 of 17 tokens, and the 1 prefix tokens always stay, "
+        "so no patch would; raise it\n"
+    )
