@@ -1,4 +1,4 @@
-"""Time that absent heads, neurons and tokens save, beside the multiply-accumulates that they save: a training step and inference.
+"""Time that absent heads, neurons and tokens save, beside the multiply-accumulates that they save: training and inference.
 
     python benchmarks/structure.py [--threads 2] [--batch-size 16] [--rounds 15] [--device cpu]
 
