@@ -33,7 +33,7 @@ WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 
 
 def absent_biases(config: Config) -> int:
-    """Of queries, keys and values of absent heads, 64 features each, and of absent neurons, of which a DeiT has 4 per feature."""
+    """Of queries, keys and values of absent heads, 64 features each, and of absent neurons, 4 times as many as features."""
     width = WIDTHS.get(config.model.name.split("_")[1], 0)
     heads, neurons, structured = width // 64, 4 * width, config.sparsity.structured
     return 12 * (3 * 64 * (heads - int(heads * structured.heads)) + neurons - int(neurons * structured.neurons))
