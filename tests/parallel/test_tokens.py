@@ -8,7 +8,8 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from svite_scale.config import TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
@@ -146,3 +147,27 @@ def fsdp2_units() -> set[str]:
 def test_blocks_stay_the_units_that_fsdp2_gathers() -> None:
     for units in run_on_ranks(2, fsdp2_units):
         assert units == {"", "blocks.0", "blocks.1"}
+
+
+def gradients(sharded: bool) -> dict[str, list[float]]:
+    """Runs on every rank: the selectors' gradients of one batch, in a loop that may shard every item of ``model.blocks``."""
+    model = small_vit(checkpointing=True, depth=3)
+    insert_token_selectors(model, TokensConfig(keep=0.8, blocks=(0, 1)))
+    if sharded:
+        for module in (*model.blocks, model):
+            fully_shard(module)
+    images, labels = batch(0)
+    torch.manual_seed(0)
+    nn.functional.cross_entropy(model(images), labels).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if "selector" in name}
+    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+    return {name: grad.flatten().tolist() for name, grad in whole.items() if grad is not None}
+
+
+def test_a_loop_of_ones_own_may_make_selectors_units() -> None:
+    expected, _ = run_on_ranks(2, gradients, False)
+    assert len(expected) == 2
+    for found in run_on_ranks(2, gradients, True):
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert gradient == pytest.approx(expected[name], rel=1e-4, abs=1e-12)
