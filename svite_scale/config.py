@@ -41,6 +41,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredConfig:
+    """Whole attention heads and MLP neurons (the paper's section 3.2, S2ViTE; DESIGN section 4)."""
+
+    heads: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
+    """Share of the heads of each block that is active, rounded down; 1.0 keeps all."""
+    neurons: Annotated[float, Bounds(above=0.0, high=1.0)] = 1.0
+    """The same of the hidden neurons of each block's MLP."""
+    grow: Literal["candidate", "paper"] = "candidate"
+    """Score of an absent head or neuron: ``candidate`` tries one with weights of its own; ``paper`` is the reference's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """The learnable token selector (the paper's section 3.3, SViTE+; DESIGN section 5)."""
+
+    keep: Annotated[float | None, Bounds(above=0.0)] = None
+    """Tokens that go on, class, distillation and register tokens among them: up to 1 a share of those that reach the
+    selector, rounded half up; above 1 a count. Null has no selector."""
+    blocks: Annotated[tuple[int, ...], Bounds(low=0)] = (0,)
+    """A selector stands before each of these blocks; 0 is after the embedding."""
+    mode: Literal["gather", "mask"] = "gather"
+    """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
+    temperature: Annotated[float, Bounds(above=0.0)] = 10.0
+    """Of the Gumbel softmax at the start of training."""
+    final_temperature: Annotated[float, Bounds(above=0.0)] = 0.1
+    """The same at its end; the temperature falls on a line by optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
     """How many weights live, where, and how they move (the paper's section 3.2; DESIGN section 3)."""
 
@@ -56,6 +85,8 @@ class SparsityConfig:
     """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
+    structured: StructuredConfig = field(default_factory=StructuredConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     method: str = "svite"
     """What moves the weights: svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static
     keeps the first mask, dense trains the ordinary dense model, whatever the density."""
@@ -213,104 +244,3 @@ class Config:
                 f"use a multiple of {parts}",
             )
         return size
-
-    def check(self, world_size: int) -> None:
-        """Checks what single fields can't tell.
-
-        Raises:
-            ConfigError: the first impossible combination.
-        """
-        check_mixing(self.data.augment, self.micro_batch_size(world_size))
-        check_sparsity(self.sparsity)
-        check_data(self.data, self.model.in_channels)
-        check_optimizer(self.optimizer, self.train.epochs)
-        if self.parallel.backend == "single" and world_size > 1:
-            raise ConfigError(
-                "parallel.backend",
-                "single",
-                f"trains on one process, but {world_size} were started",
-                "use ddp, fsdp2 or deepspeed",
-            )
-
-
-def check_sparsity(sparsity: SparsityConfig) -> None:
-    check_where(sparsity)
-    if sparsity.final_drop_fraction > sparsity.drop_fraction:
-        raise ConfigError(
-            "sparsity.final_drop_fraction",
-            sparsity.final_drop_fraction,
-            f"is above sparsity.drop_fraction ({sparsity.drop_fraction}), but the schedule falls",
-            "lower it",
-        )
-    if sparsity.update_unit == "epochs" and sparsity.update_batch_size is not None:
-        raise ConfigError(
-            "sparsity.update_batch_size",
-            sparsity.update_batch_size,
-            "scales updates by steps, but sparsity.update_unit is epochs, which scale by themselves",
-            "leave it null",
-        )
-    for name, value in (("update_every", sparsity.update_every), ("update_start", sparsity.update_start)):
-        if sparsity.update_unit == "steps" and not value.is_integer():
-            raise ConfigError(
-                f"sparsity.{name}", value, "is no whole number of steps", "round it, or set sparsity.update_unit=epochs"
-            )
-
-
-def check_where(sparsity: SparsityConfig) -> None:
-    """Refuses two fields that each say where the active weights are, and one that another makes void."""
-    given = {"densities": bool(sparsity.densities), "masks": sparsity.masks is not None}
-    instead = [name for name, is_given in given.items() if is_given]
-    if len(instead) == 2:
-        raise ConfigError(
-            "sparsity.masks",
-            sparsity.masks,
-            "also says where the weights are, as sparsity.densities does",
-            "leave one of them out",
-        )
-    if instead and sparsity.density != 1.0:
-        raise ConfigError(
-            "sparsity.density",
-            sparsity.density,
-            f"isn't used where sparsity.{instead[0]} is given",
-            f"set it to 1.0, or leave sparsity.{instead[0]} out",
-        )
-    if sparsity.power_scale != 1.0 and (instead or sparsity.distribution != "erk"):
-        raise ConfigError(
-            "sparsity.power_scale",
-            sparsity.power_scale,
-            "is only for a sparsity.density that is spread by erk",
-            "leave it out, or use sparsity.distribution=erk",
-        )
-
-
-def check_data(data: DataConfig, in_channels: int) -> None:
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != in_channels:
-            raise ConfigError(
-                f"data.{name}",
-                list(values),
-                f"has {len(values)} entries for {in_channels} channels",
-                "give one number per channel",
-            )
-    if min(data.std) <= 0:
-        raise ConfigError("data.std", list(data.std), "pixels are divided by it", "use numbers above 0")
-
-
-def check_mixing(augment: AugmentConfig, micro_batch_size: int) -> None:
-    for name, alpha in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
-        if alpha and micro_batch_size % 2:
-            raise ConfigError(
-                f"data.augment.{name}",
-                alpha,
-                f"mixes samples in pairs, but a micro-batch has {micro_batch_size}",
-                "make train.global_batch_size / (world size x train.accumulation_steps) even",
-            )
-
-
-def check_optimizer(optimizer: OptimizerConfig, epochs: int) -> None:
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError("optimizer.betas", list(optimizer.betas), "is outside [0, 1)", "use for example [0.9, 0.999]")
-    if optimizer.warmup_epochs > epochs:
-        raise ConfigError(
-            "optimizer.warmup_epochs", optimizer.warmup_epochs, f"is longer than train.epochs ({epochs})", "shorten it"
-        )

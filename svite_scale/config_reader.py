@@ -24,7 +24,7 @@ NEAR = 0.6
 
 
 def read_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's configuration; :meth:`Config.check` comes after, once the world size is known.
+    """Reads a run's configuration; :func:`~svite_scale.config_checks.check_config` comes after, once the world size is known.
 
     Args:
         path: the YAML file.

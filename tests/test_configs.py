@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from svite_scale.config import Config
+from svite_scale.config import Config, StructuredConfig
+from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config, write_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,7 +42,12 @@ DENSITIES = {
     "deit_small_s60": 0.4,
     "deit_tiny_s30": 0.7,
     "deit_tiny_s40": 0.6,
+    **dict.fromkeys(("deit_small_t95_s50", "deit_small_t90_s50", "deit_small_t70_s50", "deit_small_t50_s50"), 0.5),
 }
+UNIT_DENSITIES = {"deit_tiny_structured_s30": 0.7, "deit_small_structured_s40": 0.6, "deit_base_structured_s40": 0.6}
+"""The paper's, of heads and of neurons."""
+
+DEITS = [*DENSITIES, *UNIT_DENSITIES]
 
 
 def config_of(name: str) -> Config:
@@ -52,13 +59,13 @@ def paper_row(name: str) -> Row:
 
 
 def test_the_folder_holds_the_named_set() -> None:
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in [*DENSITIES, "quickstart"])
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in [*DEITS, "quickstart"])
 
 
-@pytest.mark.parametrize("name", [*DENSITIES, "quickstart"])
+@pytest.mark.parametrize("name", [*DEITS, "quickstart"])
 def test_every_config_is_possible_and_reads_back_equal(tmp_path: Path, name: str) -> None:
     config = config_of(name)
-    config.check(world_size=2)
+    check_config(config, world_size=2)
     write_config(config, tmp_path / "resolved.yaml")
     assert read_config(tmp_path / "resolved.yaml") == config
     assert config.run_dir == f"runs/{name}"
@@ -70,9 +77,21 @@ def test_model_and_density_are_what_the_name_says(name: str) -> None:
     config = config_of(name)
     assert config.model.name == f"deit_{name.split('_')[1]}_patch16_224"
     assert config.sparsity.density == DENSITIES[name]
+    tokens = re.search(r"_t(\d+)", name)
+    assert config.sparsity.tokens.keep == (int(tokens[1]) / 100 if tokens else None)
+    assert config.sparsity.structured == StructuredConfig()
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", UNIT_DENSITIES)
+def test_heads_and_neurons_are_those_that_the_name_says(name: str) -> None:
+    config, density = config_of(name), UNIT_DENSITIES[name]
+    assert config.model.name == f"deit_{name.split('_')[1]}_patch16_224"
+    assert name.endswith(f"_s{round(100 * (1 - density))}")
+    assert config.sparsity.structured == StructuredConfig(heads=density, neurons=density)
+    assert config.sparsity.density == 1.0
+
+
+@pytest.mark.parametrize("name", DEITS)
 def test_the_topology_schedule_is_the_papers(name: str) -> None:
     config, row = config_of(name), paper_row(name)
     steps = config.train.epochs * IMAGENET_SAMPLES / config.train.global_batch_size
@@ -83,7 +102,7 @@ def test_the_topology_schedule_is_the_papers(name: str) -> None:
     assert (config.sparsity.drop_fraction, config.sparsity.final_drop_fraction) == (0.5, 0.005)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", DEITS)
 def test_the_learning_rate_scales_with_the_batch(name: str) -> None:
     config, row = config_of(name), paper_row(name)
     assert config.train.global_batch_size == row.batch
@@ -92,7 +111,7 @@ def test_the_learning_rate_scales_with_the_batch(name: str) -> None:
     assert math.isclose(scaled, row.lr)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", DEITS)
 def test_the_rest_of_the_recipe_is_deits(name: str) -> None:
     config = config_of(name)
     optimizer, augment = config.optimizer, config.data.augment
@@ -105,7 +124,7 @@ def test_the_rest_of_the_recipe_is_deits(name: str) -> None:
     assert config.train.clip_grad_norm is None
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", DEITS)
 def test_the_head_of_a_config_names_its_own_command(name: str) -> None:
     assert f"deepspeed launch/train.py --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
 

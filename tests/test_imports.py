@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "svite_scale"
-FOUNDATION = {"errors", "config", "config_reader", "field_types", "plain_yaml", "distributed"}
+FOUNDATION = {"errors", "config", "config_checks", "config_reader", "field_types", "plain_yaml", "distributed"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "sparsity": {"errors"},

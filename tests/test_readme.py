@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -28,4 +29,4 @@ def test_its_configs_are_configs(tmp_path: Path) -> None:
     for block in blocks:
         path = tmp_path / "config.yaml"
         path.write_text(f"run_dir: a\n{block}")
-        read_config(path).check(world_size=1)
+        check_config(read_config(path), world_size=1)

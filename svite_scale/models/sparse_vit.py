@@ -7,9 +7,11 @@ from timm.models import VisionTransformer
 
 from svite_scale.config import ModelConfig, SparsityConfig
 from svite_scale.errors import ConfigError, SparsifyError
+from svite_scale.models.structure import pack_units, patterns_of_the_rest, refuse_packed_twice
+from svite_scale.models.token_selector import insert_token_selectors
 from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layer_plan import LayerPlan
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.sparsify import prunable_layers, sparsify
 
 
 def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) -> tuple[VisionTransformer, list[LayerPlan]]:
@@ -22,22 +24,10 @@ def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) ->
     """
     torch.manual_seed(seed)
     vit = build_vit(model)
-    if sparsity.method == "dense":
-        return vit, sparsify(vit, 1.0)
-    is_spread = not sparsity.densities and sparsity.masks is None
-    try:
-        plan = sparsify(
-            vit,
-            sparsity.density if is_spread else None,
-            distribution=sparsity.distribution,
-            power_scale=sparsity.power_scale,
-            densities=sparsity.densities or None,
-            masks=sparsity.masks,
-            keep_dense=sparsity.keep_dense,
-            seed=seed,
-        )
-    except SparsifyError as error:
-        raise ConfigError(f"sparsity.{error.field}", error.value, error.problem, error.remedy) from error
+    plan = sparsify(vit, 1.0) if sparsity.method == "dense" else _sparsified(vit, sparsity, seed)
+    if sparsity.tokens.keep is not None:
+        # Last, so that all other weights are drawn as without it.
+        insert_token_selectors(vit, sparsity.tokens)
     return vit, plan
 
 
@@ -45,3 +35,26 @@ def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[Visio
     """The same on the meta device: shapes and counts only, at no cost in memory."""
     with torch.device("meta"):
         return build_sparse_vit(model, sparsity, seed=0)
+
+
+def _sparsified(vit: VisionTransformer, sparsity: SparsityConfig, seed: int) -> list[LayerPlan]:
+    """Packs the model's layers in place, by heads and neurons, and the others by density, densities or masks."""
+    order = list(prunable_layers(vit))
+    in_units = pack_units(vit, sparsity.structured, seed)
+    names = {entry.name for entry in in_units}
+    refuse_packed_twice(sparsity, names)
+    is_spread = not sparsity.densities and sparsity.masks is None
+    try:
+        weights = sparsify(
+            vit,
+            sparsity.density if is_spread else None,
+            distribution=sparsity.distribution,
+            power_scale=sparsity.power_scale,
+            densities=sparsity.densities or None,
+            masks=sparsity.masks,
+            keep_dense=patterns_of_the_rest(sparsity.keep_dense, names, order),
+            seed=seed,
+        )
+    except SparsifyError as error:
+        raise ConfigError(f"sparsity.{error.field}", error.value, error.problem, error.remedy) from error
+    return sorted([*in_units, *weights], key=lambda entry: order.index(entry.name))

@@ -11,9 +11,9 @@ from torch import nn
 from svite_scale.errors import TopologyError
 from svite_scale.parallel.torch_access import TorchAccess
 from svite_scale.sparsity.access import ParameterAccess
-from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.sparse_layer import sparse_layers
 from svite_scale.sparsity.topology import TopologyEngine
 
 
@@ -51,8 +51,8 @@ def attach(
         TopologyError: the model has no packed layers, its engine isn't supported, or the optimizer steps other parameters.
         ValueError: numbers that don't fit together.
     """
-    if not packed_layers(model):
-        raise TopologyError("the model has no packed layers; call svite_scale.sparsify(model, density=...) before wrapping it")
+    if not sparse_layers(model):
+        raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
         _check_steps_values(model, access.optimizer)
@@ -87,11 +87,12 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
 def _check_steps_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimizer whose moments couldn't follow the weights: one built before ``sparsify`` or ``fully_shard``."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, layer in packed_layers(model).items():
-        if id(layer.values) not in stepped:
-            raise TopologyError(
-                f"the optimizer doesn't step {name}.values; build it after sparsify() and after the engine wrapped the model"
-            )
+    for name, layer in sparse_layers(model).items():
+        for key, moving in layer.moving().items():
+            if id(moving.parameter) not in stepped:
+                raise TopologyError(
+                    f"the optimizer doesn't step {name}.{key}; build it after sparsify() and after the engine wrapped the model"
+                )
 
 
 def _zero_access(engine: Any) -> ParameterAccess:

@@ -39,9 +39,10 @@ class TorchAccess:
     def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         values = parameter.detach()
         if not isinstance(values, DTensor):
-            return values, 0
+            return values.view(-1), 0
         rank, world_size = rank_and_size(values.device_mesh.get_group())
-        return values.to_local(), rank * chunk_numel(values.numel(), world_size)
+        num_rows = values.shape[0]
+        return values.to_local().view(-1), rank * chunk_numel(num_rows, world_size) * (values.numel() // num_rows)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, padded, rank_and_size, rank_numel
+from svite_scale.sparsity.sparse_layer import SparseLayer
 
 GROW_BY = ("gradient", "magnitude")
 """|mean of the window's gradients|, or mean of their magnitudes, step by step."""
@@ -30,7 +30,7 @@ class GrowthScores:
         sums: by layer name, this rank's chunk of the sum over the window, fp32 ``[ceil(N / W)]``, zeros past the end.
     """
 
-    def __init__(self, layers: Iterable[PackedLayer], group: dist.ProcessGroup | None, *, by: str = "gradient") -> None:
+    def __init__(self, layers: Iterable[SparseLayer], group: dist.ProcessGroup | None, *, by: str = "gradient") -> None:
         """Args:
         layers: of one model.
         group: the data-parallel ranks; None without ``torch.distributed``.
@@ -46,10 +46,11 @@ class GrowthScores:
         self._this_step: dict[str, Tensor] = {}
         self._saved_ranks = self.world_size
 
-    def listen(self) -> None:
-        """Hears the layers' backwards from now on; what was heard before stays."""
+    def listen(self, update_step: int) -> None:
+        """Hears the layers' backwards from now on, for an update after that optimizer step; what was heard before stays."""
         self.listening = True
         for layer in self.layers:
+            layer.update_step = update_step
             layer.gradient_sink = partial(self._add, layer)
 
     def stop(self) -> None:
@@ -97,24 +98,24 @@ class GrowthScores:
                 "optimizer step, and let every packed layer take part in the loss"
             )
 
-    def gather(self, layer: PackedLayer) -> Tensor:
+    def gather(self, layer: SparseLayer) -> Tensor:
         """The layer's scores, fp32 ``[N]``, on every rank. A collective."""
-        whole = gather_chunks(self.sums[layer.name], layer.shape.numel(), self.group)
+        whole = gather_chunks(self.sums[layer.name], layer.growth_numel, self.group)
         magnitude = whole.abs() if self.group is None else whole.abs_()
         # Scaled once, here: scaling each term would break ties among sums that are equal.
         return magnitude.div_(self.world_size * max(self.num_steps, 1))
 
-    def chunk(self, layer: PackedLayer) -> Tensor:
+    def chunk(self, layer: SparseLayer) -> Tensor:
         """This rank's chunk of the layer's sums without the zeros past the end."""
-        return self.sums[layer.name][: rank_numel(layer.shape.numel(), self.rank, self.world_size)]
+        return self.sums[layer.name][: rank_numel(layer.growth_numel, self.rank, self.world_size)]
 
     def resume(self, num_steps: int, num_ranks: int) -> None:
         """Goes on in a window of which ``num_ranks`` ranks heard ``num_steps`` steps; :meth:`load` takes what they heard."""
         self.num_steps = num_steps
         self._saved_ranks = num_ranks
         for layer in self.layers:
-            size = chunk_numel(layer.shape.numel(), self.world_size)
-            self.sums[layer.name] = torch.zeros(size, device=layer.values.device)
+            size = chunk_numel(layer.growth_numel, self.world_size)
+            self.sums[layer.name] = torch.zeros(size, device=layer.mask.device)
 
     def load(self, chunks: dict[str, Tensor]) -> None:
         """Takes this rank's part, cut as :meth:`chunk` cuts, of what was saved."""
@@ -123,7 +124,7 @@ class GrowthScores:
             # The mean over as many ranks as there were is the same; what was saved is their sum.
             self.sums[layer.name] = padded(chunks[layer.name], size) * (self.world_size / self._saved_ranks)
 
-    def _add(self, layer: PackedLayer, gradient: Tensor) -> None:
+    def _add(self, layer: SparseLayer, gradient: Tensor) -> None:
         """Adds one micro-batch's dense gradient. A collective, called inside backward in the same order on every rank."""
         held = self._this_step if self.by_magnitude else self.sums
         self._accumulate(held, layer.name, self._reduce_scatter(gradient.flatten().float()))

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.sharding import rank_and_size, rank_chunk
+from svite_scale.sparsity.sparse_layer import SparseLayer
 
 
 class HistoryCounts(NamedTuple):
@@ -43,11 +43,11 @@ class History:
         self.chunks: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def begin(self, layer: PackedLayer, mask: Tensor) -> None:
+    def begin(self, layer: SparseLayer, mask: Tensor) -> None:
         """Training begins with this mask of a layer, uint8 ``[ceil(N / 8)]``; local."""
         self.chunks[layer.name] = rank_chunk(mask, self.rank, self.world_size).clone()
 
-    def follow(self, layer: PackedLayer, old_mask: Tensor, new_mask: Tensor) -> None:
+    def follow(self, layer: SparseLayer, old_mask: Tensor, new_mask: Tensor) -> None:
         """A layer's mask changes from one to the other, each uint8 ``[ceil(N / 8)]``; local."""
         old, new = (rank_chunk(mask, self.rank, self.world_size) for mask in (old_mask, new_mask))
         marked = self.chunks[layer.name]

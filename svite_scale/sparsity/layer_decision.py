@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
-from svite_scale.sparsity.kernels import expand
-from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.methods import Candidates, Method, Score
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.remap import Remap
+from svite_scale.sparsity.remap import Remap, grown_moment
+from svite_scale.sparsity.sparse_layer import MovingTensor, SparseLayer
 from svite_scale.sparsity.update import drop, grow
 
 
@@ -45,7 +43,7 @@ def num_moved(num_active: int, rate: float) -> int:
 
 
 def decide(
-    layer: PackedLayer,
+    layer: SparseLayer,
     method: Method,
     rate: float,
     step: int,
@@ -62,6 +60,9 @@ def decide(
     active = bits.unpack(old_mask, layer.shape.numel())
     count = num_moved(layer.num_active, rate)
 
+    def gather() -> Tensor:
+        return growth.gather(layer)
+
     def scored(score: Score, eligible: Tensor) -> Tensor:
         candidates = Candidates(
             name=layer.name,
@@ -70,8 +71,8 @@ def decide(
             count=count,
             eligible=eligible,
             random_share=options.random_share,
-            read_values=lambda: expand(access.read(layer.values), old_mask, torch.Size([active.numel()])),
-            read_gradient=lambda: growth.gather(layer),
+            read_values=lambda: layer.importance(access.read, gather, old_mask),
+            read_gradient=lambda: layer.growth_scores(gather),
         )
         result = score(candidates)
         if result.shape != active.shape or not result.is_floating_point():
@@ -88,10 +89,20 @@ def decide(
     return LayerDecision(count, old_mask, bits.pack(active), drop_threshold, grow_threshold)
 
 
-def write_topology(layer: PackedLayer, remap: Remap, access: ParameterAccess, grown_moments: str) -> None:
-    """Carries a layer's values and optimizer state to the new mask, one tensor at a time. A collective."""
-    values = layer.values
-    access.write(values, remap.carry(access.read(values)))
-    for name in access.moment_names(values):
-        access.write_moment(values, name, remap.carry_moment(name, access.read_moment(values, name), grown_moments))
+def write_topology(layer: SparseLayer, remap: Remap, access: ParameterAccess, grown_moments: str) -> None:
+    """Carries a layer's parameters and their optimizer state to the new mask, one tensor at a time. A collective."""
+    births = layer.births(remap)
+    for key, moving in layer.moving().items():
+        parameter = moving.parameter
+        access.write(parameter, _carry(remap, moving, access.read(parameter), births.get(key, 0.0)))
+        for name in access.moment_names(parameter):
+            moment = access.read_moment(parameter, name)
+            moment = _carry(remap, moving, moment, grown_moment(name, moment, grown_moments))
+            access.write_moment(parameter, name, moment)
     access.write(layer.mask, remap.new)
+
+
+def _carry(remap: Remap, moving: MovingTensor, packed: Tensor, grown: float | Tensor) -> Tensor:
+    if moving.repeats == moving.row_numel == 1:
+        return remap.carry(packed, grown)
+    return remap.carry_rows(packed, moving.repeats, grown)

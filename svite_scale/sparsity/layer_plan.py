@@ -24,6 +24,7 @@ class LayerPlan:
         num_active: active weights.
         raised: its share of the density is below one whole weight, and it has one all the same.
         kept_dense: it isn't made sparse on request, and doesn't count in the density.
+        in_units: it is smaller by whole heads or neurons.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerPlan:
     num_active: int
     raised: bool = False
     kept_dense: bool = False
+    in_units: bool = False
 
     @property
     def numel(self) -> int:
@@ -43,7 +45,7 @@ class LayerPlan:
     @property
     def is_packed(self) -> bool:
         """A layer whose weights are all active stays an ordinary dense module: there's nothing to pack or to move."""
-        return self.num_active < self.numel
+        return self.num_active < self.numel and not self.in_units
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,24 +10,22 @@ from torch import Tensor, nn
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
-from svite_scale.sparsity.packed_weight import Convolution, GradientSink, PackedConv2dProduct, PackedLinearProduct
+from svite_scale.sparsity.packed_weight import Convolution, PackedConv2dProduct, PackedLinearProduct
+from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read, SparseLayer
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(SparseLayer):
     """What packed layers share: ``values``, ``mask``, ``bias``, and the shape of the dense weight they stand for.
 
     Attributes:
-        name: the module's name in the model it was packed in, whatever engine wraps that model later.
-        num_active: active weights, k; kept beside ``values``, whose own shape an engine may hide.
-        values: trainable float parameter, ``[num_active]``, in ascending flat position.
-        mask: frozen uint8 parameter, ``[ceil(N / 8)]``, one bit per flat position.
+        values: trainable float parameter, ``[num_active]``, in ascending flat position; its own shape an engine may hide.
         bias: the dense layer's own bias, or None.
         shape: shape of the dense weight, N elements.
-        gradient_sink: called with the dense weight gradient inside each backward; None outside growth windows.
+        gradient_sink: takes the dense weight gradient, shaped like the weight.
     """
 
+    unit = "weights"
     values: nn.Parameter
-    mask: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str) -> None:
@@ -41,7 +39,6 @@ class PackedLayer(nn.Module):
         mask = torch.zeros(bits.num_bytes(weight.numel()), dtype=torch.uint8, device=weight.device)
         self.mask = nn.Parameter(mask, requires_grad=False)
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
-        self.gradient_sink: GradientSink | None = None
         self.train(dense.training)
 
     @torch.no_grad()
@@ -61,6 +58,21 @@ class PackedLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The dense weight, of ``shape``; on a module whose parameters aren't sharded."""
         return expand(self.values, self.mask, self.shape)
+
+    @property
+    def growth_numel(self) -> int:
+        return self.shape.numel()
+
+    def moving(self) -> dict[str, MovingTensor]:
+        return {"values": MovingTensor(self.values)}
+
+    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
+        """The dense weight, 0 where inactive."""
+        return expand(read(self.values), mask, torch.Size([self.shape.numel()]))
+
+    def growth_scores(self, gather: Gather) -> Tensor:
+        """Magnitude of the dense gradient."""
+        return gather()
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """What the product computes in: autocast's dtype where it is on, else the input's."""

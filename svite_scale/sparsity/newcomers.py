@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.remap import Remap
 from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chunk
+from svite_scale.sparsity.sparse_layer import SparseLayer
 
 
 class Newcomers:
@@ -23,20 +23,20 @@ class Newcomers:
         chunks: by layer name, this rank's chunk of the layer's uint8 ``[ceil(k / 8)]``.
     """
 
-    def __init__(self, layers: Iterable[PackedLayer], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, layers: Iterable[SparseLayer], group: dist.ProcessGroup | None) -> None:
         """Starts with none. ``group`` is the data-parallel ranks, None without ``torch.distributed``."""
         self.group = group
         self.rank, self.world_size = rank_and_size(group)
         self.chunks: dict[str, Tensor] = {}
         for layer in layers:
-            self._write(layer, torch.zeros(layer.num_active, dtype=torch.bool, device=layer.values.device))
+            self._write(layer, torch.zeros(layer.num_active, dtype=torch.bool, device=layer.mask.device))
 
-    def read(self, layer: PackedLayer) -> Tensor:
+    def read(self, layer: SparseLayer) -> Tensor:
         """The layer's newcomers, bool ``[k]``, on every rank. A collective."""
         whole = gather_chunks(self.chunks[layer.name], bits.num_bytes(layer.num_active), self.group)
         return bits.unpack(whole, layer.num_active)
 
-    def follow(self, layer: PackedLayer, remap: Remap) -> float | None:
+    def follow(self, layer: SparseLayer, remap: Remap) -> float | None:
         """Goes on to a new topology of a layer. A collective.
 
         Returns:
@@ -47,5 +47,5 @@ class Newcomers:
         self._write(layer, ~remap.stays)
         return stayed / came if came else None
 
-    def _write(self, layer: PackedLayer, flags: Tensor) -> None:
+    def _write(self, layer: SparseLayer, flags: Tensor) -> None:
         self.chunks[layer.name] = rank_chunk(bits.pack(flags), self.rank, self.world_size).clone()

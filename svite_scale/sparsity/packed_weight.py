@@ -7,7 +7,6 @@ A packed weight of N elements with k active ones is ``values`` (float ``[k]``, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from svite_scale.sparsity.kernels import compress, expand
-
-GradientSink = Callable[[Tensor], None]
-"""Takes a layer's dense weight gradient, shaped like the weight, inside its backward. May be a collective."""
+from svite_scale.sparsity.sparse_layer import GradientSink
 
 
 class PackedLinearProduct(Function):

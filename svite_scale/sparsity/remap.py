@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_inf"})
@@ -15,7 +16,9 @@ class Remap:
     """From the packed tensors of one mask to those of another.
 
     Attributes:
-        stays: bool ``[k]``, the weights of the new topology that were in the old one.
+        new: uint8 ``[ceil(N / 8)]``, the mask after.
+        shape: of the N units.
+        stays: bool ``[k]``, the units of the new topology that were in the old one.
     """
 
     def __init__(self, old: Tensor, new: Tensor, shape: torch.Size, num_active: int) -> None:
@@ -25,24 +28,43 @@ class Remap:
         shape: of the dense weight, N elements.
         num_active: bits set in each.
         """
-        self.new = new
+        self.new, self.shape = new, shape
         # Numbers from 1 on, moved as bit patterns: a weight that wasn't active before finds a 0.
         numbers = torch.arange(1, num_active + 1, dtype=torch.int32, device=old.device).view(torch.float32)
         self._source = compress(expand(numbers, old, shape), new, num_active).view(torch.int32)
         self.stays = self._source > 0
 
+    def grown_units(self) -> Tensor:
+        """The units of the new topology that weren't in the old one, int64, ascending."""
+        active = bits.unpack(self.new, self.shape.numel()).nonzero().squeeze(1)
+        return active[~self.stays]
+
     def carry(self, packed: Tensor, grown: float | Tensor = 0.0) -> Tensor:
-        """``[k]`` to ``[k]``, of any dtype: what stays keeps its value, grown weights get ``grown``."""
+        """``[k]`` to ``[k]``, of any dtype: what stays keeps its value, grown weights get ``grown``, a scalar."""
         first = torch.as_tensor(grown, dtype=packed.dtype, device=packed.device).view(1)
         return torch.cat([first, packed]).index_select(0, self._source)
 
-    def carry_moment(self, name: str, moment: Tensor, grown: str) -> Tensor:
-        """:meth:`carry` for one kind of optimizer state, fp32 ``[k]``.
+    def carry_rows(self, packed: Tensor, repeats: int, grown: float | Tensor = 0.0) -> Tensor:
+        """``[repeats * k, ...]`` to the same: the rows of units that stay are kept, those of grown ones get ``grown``.
 
         Args:
-            name: the optimizer's own, such as ``exp_avg``.
-            moment: of the weights of the old topology.
-            grown: ``mean`` starts a grown weight's second moment at its layer's mean; ``zero`` at 0. A zero second moment makes
-                the first Adam steps of the grown weight about three times too large.
+            packed: the rows of the k active units, ``repeats`` times over.
+            repeats: see above.
+            grown: a scalar, or ``[repeats, grown units, elements of a row]``.
         """
-        return self.carry(moment, moment.mean() if grown == "mean" and name in SECOND_MOMENTS else 0.0)
+        rows = packed.reshape(repeats, self._source.numel(), -1)
+        carried = rows.index_select(1, (self._source - 1).clamp_(min=0))
+        carried[:, ~self.stays] = torch.as_tensor(grown, dtype=packed.dtype, device=packed.device)
+        return carried.view_as(packed)
+
+
+def grown_moment(name: str, moment: Tensor, grown: str) -> Tensor | float:
+    """What one kind of optimizer state of a grown weight starts with.
+
+    Args:
+        name: the optimizer's own, such as ``exp_avg``.
+        moment: of the weights of the old topology, fp32.
+        grown: ``mean`` starts a second moment at its layer's mean; ``zero`` at 0. A zero second moment makes the first Adam
+            steps of the grown weight about three times too large.
+    """
+    return moment.mean() if grown == "mean" and name in SECOND_MOMENTS else 0.0

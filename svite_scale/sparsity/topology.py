@@ -14,12 +14,12 @@ from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.history import History
 from svite_scale.sparsity.layer_decision import decide, write_topology
-from svite_scale.sparsity.layers import PackedLayer, packed_layers
 from svite_scale.sparsity.methods import Method
 from svite_scale.sparsity.newcomers import Newcomers
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.remap import Remap
 from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
 from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
 from svite_scale.sparsity.warmup import GrownWarmup
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("svite_scale")
 
 
 class TopologyEngine:
-    """Prunes and grows the packed layers of a model on a schedule (the paper's Algorithm 1; DESIGN section 3).
+    """Prunes and grows the sparse layers of a model on a schedule (the paper's Algorithm 1; DESIGN section 3).
 
     After an update step's optimizer step, layer by layer: the method's weights go and as many come, by default those of
     smallest magnitude and those of largest gradient, averaged over ranks, micro-batches and the growth window. The number of
@@ -35,7 +35,7 @@ class TopologyEngine:
     its value and moments; other grown weights start at 0.
 
     Attributes:
-        layers: the packed layers by name.
+        layers: the sparse layers by name.
         steps: optimizer steps seen so far.
         last_update: the step after which weights last moved; 0 before the first time.
         postponed: updates that were put off because a gradient wasn't finite.
@@ -55,13 +55,13 @@ class TopologyEngine:
         """A collective: all ranks build their engine after the model is wrapped.
 
         Args:
-            model: holds packed layers; wrapped by an engine or not.
+            model: holds sparse layers; wrapped by an engine or not.
             access: reads and writes the wrapped model's parameters.
             schedule: when weights move, and how many.
             options: which weights move, and how they start.
             group: the data-parallel ranks; None where ``torch.distributed`` isn't in use.
         """
-        self.layers = packed_layers(model)
+        self.layers = sparse_layers(model)
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
@@ -129,7 +129,7 @@ class TopologyEngine:
             state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
             state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
             if self.growth.num_steps:
-                state[f"growth/{name}"] = self.growth.chunk(layer), layer.shape.numel()
+                state[f"growth/{name}"] = self.growth.chunk(layer), layer.growth_numel
         return state
 
     def resume(self, counters: Mapping[str, int]) -> None:
@@ -162,7 +162,7 @@ class TopologyEngine:
         """Hears gradients during the next step if it lies in a growth window, and only then."""
         due = self.next_update
         if due is not None and due - self.steps <= self.options.grow_window:
-            self.growth.listen()
+            self.growth.listen(due)
         else:
             self.growth.stop()
         if self.warmup:
@@ -189,7 +189,7 @@ class TopologyEngine:
         layers = {name: self._update_layer(layer, method, rate) for name, layer in self.layers.items()}
         return TopologyUpdate(self.steps, rate, layers, self.history.counts())
 
-    def _update_layer(self, layer: PackedLayer, method: Method, rate: float) -> LayerUpdate:
+    def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
         """One layer's update; the layer's dense tensors live only in here."""
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
@@ -199,6 +199,7 @@ class TopologyEngine:
         if self.warmup:
             self.warmup.start(layer, ~remap.stays)
         return LayerUpdate(
+            unit=layer.unit,
             numel=layer.shape.numel(),
             num_active=layer.num_active,
             dropped=decision.count,

@@ -15,7 +15,8 @@ class LayerUpdate:
     """What an update did to one layer.
 
     Attributes:
-        numel: weights, N.
+        unit: what N and the figures below count: ``weights``, ``neurons`` or ``heads``.
+        numel: all there are, N.
         num_active: active ones, k.
         dropped: weights that went, those that came back at once included.
         regrown: of them, those that the same update grew again; they never left.
@@ -24,6 +25,7 @@ class LayerUpdate:
         grow_threshold: smallest score that was grown (|gradient|, by default).
     """
 
+    unit: str
     numel: int
     num_active: int
     dropped: int
@@ -55,29 +57,45 @@ class TopologyUpdate:
     history: Mapping[str, HistoryCounts] = field(repr=False)
 
     @property
-    def ever_active(self) -> float:
-        """Share of all packed weights that have been active at any time: the in-time over-parameterization rate."""
-        return sum(counts.ever_active for counts in self.history.values()) / sum(layer.numel for layer in self.layers.values())
+    def units(self) -> tuple[str, ...]:
+        """What the layers' figures count, each kind once."""
+        return tuple(dict.fromkeys(layer.unit for layer in self.layers.values()))
 
-    @property
-    def initial_survival(self) -> float:
-        """Share of the active weights that have been active since training began."""
-        survivors = sum(counts.initial_survivors for counts in self.history.values())
-        return survivors / sum(layer.num_active for layer in self.layers.values())
+    def ever_active(self, unit: str = "weights") -> float:
+        """Share of all units of a kind that have been active at any time; of weights, the in-time over-parameterization."""
+        layers = self._layers_of(unit)
+        return sum(self.history[name].ever_active for name in layers) / sum(layer.numel for layer in layers.values())
+
+    def initial_survival(self, unit: str = "weights") -> float:
+        """Share of the active units of a kind that have been active since training began."""
+        layers = self._layers_of(unit)
+        survivors = sum(self.history[name].initial_survivors for name in layers)
+        return survivors / sum(layer.num_active for layer in layers.values())
 
     def metrics(self) -> Metrics:
-        """Totals by name, and each layer's figures as ``layers/<figure>/<layer>``."""
-        layers = self.layers.values()
-        totals: Metrics = {
-            "dropped": sum(layer.dropped for layer in layers),
-            "grown": sum(layer.grown for layer in layers),
-            "regrown": sum(layer.regrown for layer in layers),
-            "initial_survival": self.initial_survival,
-            "ever_active": self.ever_active,
-        }
+        """Totals by name, those of heads and neurons as ``heads/<name>`` and ``neurons/<name>``, and each layer's figures as
+        ``layers/<figure>/<layer>``.
+        """
+        totals: Metrics = {}
+        for unit in self.units:
+            prefix = "" if unit == "weights" else f"{unit}/"
+            totals |= {prefix + name: value for name, value in self._totals(unit).items()}
         for name in self.layers:
             totals |= {f"layers/{figure}/{name}": value for figure, value in self._layer_metrics(name).items()}
         return totals
+
+    def _layers_of(self, unit: str) -> dict[str, LayerUpdate]:
+        return {name: layer for name, layer in self.layers.items() if layer.unit == unit}
+
+    def _totals(self, unit: str) -> Metrics:
+        layers = self._layers_of(unit).values()
+        return {
+            "dropped": sum(layer.dropped for layer in layers),
+            "grown": sum(layer.grown for layer in layers),
+            "regrown": sum(layer.regrown for layer in layers),
+            "initial_survival": self.initial_survival(unit),
+            "ever_active": self.ever_active(unit),
+        }
 
     def _layer_metrics(self, name: str) -> Metrics:
         layer = self.layers[name]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svite_scale.sparsity.access import ParameterAccess
-from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.sparse_layer import SparseLayer
 
 
 class GrownWarmup:
@@ -19,22 +19,24 @@ class GrownWarmup:
     decay included, on each rank's own part of them. No collective.
     """
 
-    def __init__(self, layers: Iterable[PackedLayer], access: ParameterAccess, steps: int) -> None:
+    def __init__(self, layers: Iterable[SparseLayer], access: ParameterAccess, steps: int) -> None:
         """Hooks the optimizer's step; ``steps`` is at least 1."""
         self.layers = list(layers)
         self.access = access
         self.steps = steps
         self._share = 1.0
-        self._grown: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        self._grown: dict[tuple[str, str], Tensor] = {}
+        self._before: dict[tuple[str, str], Tensor] = {}
         access.optimizer.register_step_pre_hook(self._remember)
         access.optimizer.register_step_post_hook(self._scale)
 
-    def start(self, layer: PackedLayer, grown: Tensor) -> None:
-        """From now on warms up these weights of a layer, bool ``[k]``, and no others; local."""
-        local, offset = self.access.local_values(layer.values)
-        mine = grown[offset : offset + local.numel()]
-        self._grown[layer.name] = mine.nonzero().squeeze(1)
+    def start(self, layer: SparseLayer, grown: Tensor) -> None:
+        """From now on warms up these units of a layer, bool ``[k]``, and no others; local."""
+        for name, moving in layer.moving().items():
+            elements = grown.view(1, -1, 1).expand(moving.repeats, -1, moving.row_numel).flatten()
+            local, offset = self.access.local_values(moving.parameter)
+            mine = elements[offset : offset + local.numel()]
+            self._grown[layer.name, name] = mine.nonzero().squeeze(1)
 
     def prepare(self, steps_since_update: int) -> None:
         """Sets the share of the learning rate for the optimizer's next step, the first of which follows 0 steps."""
@@ -44,16 +46,18 @@ class GrownWarmup:
 
     @torch.no_grad()
     def _remember(self, *_: Any) -> None:
-        self._before = {layer.name: self._values(layer) for layer in self.layers if layer.name in self._grown}
+        self._before = {key: values[self._grown[key]] for key, values in self._warming()}
 
     @torch.no_grad()
     def _scale(self, *_: Any) -> None:
-        for layer in self.layers:
-            if layer.name in self._before:
-                scaled = torch.lerp(self._before[layer.name], self._values(layer), self._share)
-                self.access.local_values(layer.values)[0][self._grown[layer.name]] = scaled
+        for key, values in self._warming():
+            grown = self._grown[key]
+            values[grown] = torch.lerp(self._before[key], values[grown], self._share)
         self._before.clear()
 
-    def _values(self, layer: PackedLayer) -> Tensor:
-        """This rank's part of the layer's grown weights, a copy."""
-        return self.access.local_values(layer.values)[0][self._grown[layer.name]]
+    def _warming(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """This rank's part of each parameter with grown weights, a view, by layer and name in it."""
+        for layer in self.layers:
+            for name, moving in layer.moving().items():
+                if (layer.name, name) in self._grown:
+                    yield (layer.name, name), self.access.local_values(moving.parameter)[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from svite_scale import distributed
 from svite_scale.config import Config
+from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError, SviteScaleError
@@ -53,7 +54,7 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     """Checks the config and prints its plan for that many ranks."""
     if world_size < 1:
         raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
-    config.check(world_size)
+    check_config(config, world_size)
     check_model(config.model)
     check_method(config.sparsity)
     if world.is_main:
@@ -63,7 +64,7 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
 
 def train(config: Config, world: World, *, resume: bool) -> int:
     """Checks all that can be checked, then joins the process group and trains."""
-    config.check(world.size)
+    check_config(config, world.size)
     check_model(config.model)
     check_method(config.sparsity)
     device = distributed.device_of(world)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig
+from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig
 from svite_scale.models.flops import count, model_cost
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity import bits
@@ -82,7 +82,7 @@ def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str) -> None:
     model, plan = build_sparse_vit(MODELS[name], SparsityConfig(density=0.5), seed=0)
-    cost = model_cost(model, plan)
+    cost = model_cost(MODELS[name], model, plan)
     seen: dict[str, int] = {}
 
     def count_rows(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ def test_layers_kept_dense_cost_what_torch_counts() -> None:
     """Their multiply-accumulates are in the dense count and in the sparse one; the others' fall with their density."""
     sparsity = SparsityConfig(density=0.3, keep_dense=("patch_embed.*", "blocks.*.mlp.fc2", "head"))
     model, plan = build_sparse_vit(MODELS["class token"], sparsity, seed=0)
-    cost = model_cost(model, plan)
+    cost = model_cost(MODELS["class token"], model, plan)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, 40, 40))
@@ -146,4 +146,31 @@ def test_masks_and_densities_reach_the_count(tmp_path: Path) -> None:
     ]
     assert powers[0].sparse_macs != powers[1].sparse_macs
     assert powers[0].params_active == powers[1].params_active
-    assert costs[0].sparse_macs < costs[0].dense_macs == model_cost(model, plan).dense_macs
+    assert costs[0].sparse_macs < costs[0].dense_macs == model_cost(MODELS["class token"], model, plan).dense_macs
+
+
+STRUCTURES = {
+    "heads": StructuredConfig(heads=0.7),
+    "neurons": StructuredConfig(neurons=0.4),
+    "both": StructuredConfig(heads=0.4, neurons=0.6),
+    "the paper's": StructuredConfig(heads=0.7, neurons=0.7, grow="paper"),
+}
+
+
+@pytest.mark.usefixtures("unfused_attention")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str, structure: str) -> None:
+    sparsity = SparsityConfig(structured=STRUCTURES[structure])
+    cost = count(Config(run_dir="unused", model=MODELS[name], sparsity=sparsity))
+    model, _ = build_sparse_vit(MODELS[name], sparsity, seed=0)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.eval()(torch.randn(1, 1, 40, 40))
+    dense = count(Config(run_dir="unused", model=MODELS[name]))
+    assert (cost.dense_macs, cost.params_dense) == (dense.dense_macs, dense.params_dense)
+    assert 2 * cost.sparse_macs == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # In the paper's variant the projection holds columns that no product reads.
+    assert cost.params_active == trainable
+    assert 0.05 < cost.saving < 0.6

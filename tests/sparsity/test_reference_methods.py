@@ -76,7 +76,7 @@ class Twins:
             assert found.drop_threshold == pytest.approx(max(weight[position] for position in goes), rel=1e-6)
             assert found.grow_threshold == pytest.approx(min(scores[position] for position in chosen), rel=1e-5)
             self.came += len(came)
-        assert update.ever_active == sum(map(len, self.ever.values())) / sum(layer.numel for layer in update.layers.values())
+        assert update.ever_active() == sum(map(len, self.ever.values())) / sum(layer.numel for layer in update.layers.values())
         assert_metrics(update)
 
     def check_layer(self, name: str, found: LayerUpdate, count: int, left: set[int], came: set[int], after: set[int]) -> None:

@@ -73,7 +73,7 @@ def test_ever_active_is_the_union_of_all_masks() -> None:
         packed.backward(*batch(step))
         update = packed.step()
         seen = {name: seen[name] | dense_mask(layer) for name, layer in layers.items()}
-        shares += [update.ever_active] if update else []
-        assert update is None or update.ever_active == sum(int(mask.sum()) for mask in seen.values()) / total
+        shares += [update.ever_active()] if update else []
+        assert update is None or update.ever_active() == sum(int(mask.sum()) for mask in seen.values()) / total
     assert 0.31 < shares[0] < shares[-1]
     assert shares[-1] > 0.35

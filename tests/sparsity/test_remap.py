@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.remap import Remap
+from svite_scale.sparsity.remap import Remap, grown_moment
 
 OLD = torch.tensor([True, False, True, True, False, False])
 NEW = torch.tensor([False, True, True, False, False, True])
@@ -63,4 +63,18 @@ TABLE = {
 @pytest.mark.parametrize("grown", TABLE)
 def test_moments_of_grown_weights(grown: str) -> None:
     remap = remap_of(OLD, NEW)
-    assert {name: remap.carry_moment(name, moment, grown).tolist() for name, moment in MOMENTS.items()} == TABLE[grown]
+    found = {name: remap.carry(moment, grown_moment(name, moment, grown)).tolist() for name, moment in MOMENTS.items()}
+    assert found == TABLE[grown]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_rows_of_units_move_as_the_weights_of_a_dense_tensor_do(repeats: int) -> None:
+    remap = remap_of(OLD, NEW)
+    dense = torch.arange(repeats * 6 * 2.0).view(repeats, 6, 2) + 1
+    born = -torch.arange(repeats * 2 * 2.0).view(repeats, 2, 2) - 1
+    expected = dense.clone()
+    expected[:, [1, 5]] = born
+    packed = dense[:, OLD].reshape(repeats * 3, 2)
+    assert torch.equal(remap.carry_rows(packed, repeats, born), expected[:, NEW].reshape(repeats * 3, 2))
+    assert remap.carry_rows(packed, repeats).view(repeats, 3, 2)[:, [0, 2]].count_nonzero() == 0
+    assert remap.grown_units().tolist() == [1, 5]

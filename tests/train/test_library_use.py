@@ -74,7 +74,7 @@ def loop(forward: Callable[[Tensor], Tensor], step: Callable[[Tensor], None], to
         update = topology.step()
         if update:
             updates.append(update.step)
-            ever_active = update.ever_active
+            ever_active = update.ever_active()
         mean = loss.detach().clone()
         if dist.is_initialized():
             dist.all_reduce(mean)

@@ -1,0 +1,135 @@
+"""timm's attention with the active heads only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor
+
+from svite_scale.sparsity.remap import Remap
+from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read
+from svite_scale.sparsity.unit_layer import Hearing, RowLinear, TransposedLinear, UnitLayer
+
+QKV = 3
+"""Queries, keys and values, one after another in the rows of ``qkv``."""
+
+
+class PackedAttention(UnitLayer):
+    """Self-attention whose products run at the size of its active heads.
+
+    ``qkv`` holds the query, key and value rows of the k active heads, ``[3 * k * d, in]``, ``proj`` their columns, stored as
+    rows, ``[k * d, out]``. A head is dropped for a small Taylor score |sum(A * dL/dA)|, A being the head's output for one
+    image, averaged over images, and grown for the L1 norm of its candidate's columns' gradient.
+
+    With ``grow: paper`` all is as in the paper's code: ``proj`` keeps the columns of absent heads, so that dL/dA of an absent
+    head isn't 0; its L1 norm, averaged over images, is the growth score, and a grown head's rows begin at 0.
+
+    Source: the paper's section 3.2; Michel et al., "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650).
+    """
+
+    unit = "heads"
+
+    def __init__(self, dense: Attention, active: Tensor, name: str, *, seed: int, grow: str) -> None:
+        """Takes the place of ``dense``, with its weights.
+
+        Args:
+            dense: without gate, and without norm before its projection.
+            active: bool ``[N]``, the active heads.
+            name: of the layer.
+            seed: of the run.
+            grow: ``candidate`` or ``paper``.
+        """
+        super().__init__()
+        self.set_up(name, active, seed, dense.qkv.weight, dense.proj.out_features)
+        self.grow, self.head_dim = grow, dense.head_dim
+        heads = self.initial_units(active)
+        rows = torch.arange(dense.qkv.out_features, device=heads.device).view(QKV, -1, dense.head_dim)[:, heads].flatten()
+        self.qkv = RowLinear(dense.qkv, rows)
+        self.q_norm, self.k_norm = dense.q_norm, dense.k_norm
+        columns = dense.proj.weight.detach().t().view(active.numel(), dense.head_dim, -1)
+        self.proj = TransposedLinear((columns if self.keeps_columns else columns[heads]).flatten(0, 1), dense.proj.bias)
+        self.attn_drop, self.proj_drop = dense.attn_drop, dense.proj_drop
+        self.train(dense.training)
+
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether ``proj`` has the columns of absent heads too."""
+        return self.grow == "paper"
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``[B, tokens, in]`` to ``[B, tokens, out]``."""
+        context = self._context(self.qkv(x), attn_mask, is_causal).transpose(1, 2).flatten(2)
+        if self.keeps_columns:
+            columns = self._by_head(self.proj.weight)[self.active_units()].flatten(0, 1)
+            output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
+        else:
+            output = self.proj(context)
+        output = self.proj_drop(output)
+        return output if self.gradient_sink is None else Hearing.apply(output, x, self)
+
+    def _context(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
+        batch, tokens, _ = qkv.shape
+        query, key, value = qkv.view(batch, tokens, QKV, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            self.q_norm(query), self.k_norm(key), value, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+        )
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """``[heads * d, ...]`` as ``[heads, d, ...]``."""
+        return rows.view(-1, self.head_dim, *rows.shape[1:])
+
+    @property
+    def growth_numel(self) -> int:
+        return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 1)
+
+    def hear(self, x: Tensor, gradient: Tensor) -> None:
+        """By head, what it is grown for, ``[N, d * out]`` of candidates' columns or ``[N, 1]``, and its Taylor score."""
+        assert self.gradient_sink is not None
+        active = self.active_units()
+        bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
+        context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias)).to(gradient.dtype)
+        columns = self._by_head(self.proj.weight).to(gradient.dtype)
+        # dL/dA: of the active heads, or of all whose columns there are.
+        slopes = torch.einsum("bno,hdo->bhnd", gradient, columns)
+        taylor = gradient.new_zeros(active.numel(), 1)
+        own = slopes[:, active] if self.keeps_columns else slopes
+        taylor[active, 0] = torch.einsum("bhnd,bhnd->bh", context, own).abs().sum(dim=0)
+        if self.keeps_columns:
+            growth = slopes.abs().sum(dim=(0, 2, 3)).unsqueeze(1)
+        else:
+            growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features)
+            growth[active] = self._column_gradients(context, gradient)
+            growth[~active] = self._column_gradients(self._candidate_context(x, ~active).to(gradient.dtype), gradient)
+        self.gradient_sink(torch.cat([growth, taylor], dim=1))
+
+    def _candidate_context(self, x: Tensor, heads: Tensor) -> Tensor:
+        rows = self.candidates(heads).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1)
+        return self._context(F.linear(x, rows.flatten(0, 2).to(x.dtype)))
+
+    def _column_gradients(self, context: Tensor, gradient: Tensor) -> Tensor:
+        return torch.einsum("bhnd,bno->hdo", context, gradient).flatten(1)
+
+    def moving(self) -> dict[str, MovingTensor]:
+        moving = {"qkv.weight": MovingTensor(self.qkv.weight, QKV, self.candidate_numel // QKV)}
+        if self.qkv.bias is not None:
+            moving["qkv.bias"] = MovingTensor(self.qkv.bias, QKV, self.head_dim)
+        if not self.keeps_columns:
+            moving["proj.weight"] = MovingTensor(self.proj.weight, row_numel=self.head_dim * self.out_features)
+        return moving
+
+    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
+        return gather().view(self.shape.numel(), -1)[:, -1].clone()
+
+    def growth_scores(self, gather: Gather) -> Tensor:
+        return gather().view(self.shape.numel(), -1)[:, :-1].sum(dim=1)
+
+    def births(self, remap: Remap) -> Mapping[str, Tensor]:
+        if self.keeps_columns:
+            return {}
+        rows = self.candidates(remap.grown_units()).view(-1, QKV, self.candidate_numel // QKV)
+        return {"qkv.weight": rows.transpose(0, 1)}

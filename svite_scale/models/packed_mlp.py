@@ -1,0 +1,86 @@
+"""timm's MLP with the active hidden neurons only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.remap import Remap
+from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read
+from svite_scale.sparsity.unit_layer import Hearing, RowLinear, TransposedLinear, UnitLayer
+
+
+class PackedMlp(UnitLayer, Mlp):
+    """An MLP whose matrix products run at the size of its active neurons.
+
+    ``fc1`` holds the rows of the k active neurons, ``[k, in]``, ``fc2`` their columns, stored as rows, ``[k, out]``. A neuron
+    is dropped for a small L1 norm of its row and column, and grown for the L1 norm of its candidate's column's gradient.
+
+    Source: the paper's section 3.2, after its code, which scores an absent neuron by its own gradient.
+    """
+
+    unit = "neurons"
+    fc1: RowLinear
+    fc2: TransposedLinear
+
+    def __init__(self, dense: Mlp, active: Tensor, name: str, *, seed: int, grow: str) -> None:
+        """Takes the place of ``dense``, with its weights.
+
+        Args:
+            dense: of linear layers, with no norm between them.
+            active: bool ``[N]``, the active neurons.
+            name: of the layer.
+            seed: of the run.
+            grow: ``candidate``; or ``paper``, an absent neuron's own gradient, which is 0.
+        """
+        nn.Module.__init__(self)
+        self.set_up(name, active, seed, dense.fc1.weight, dense.fc2.out_features)
+        self.grow = grow
+        self.fc1 = RowLinear(dense.fc1, self.initial_units(active))
+        self.fc2 = TransposedLinear(dense.fc2.weight.detach().t()[self.initial_units(active)], dense.fc2.bias)
+        self.act, self.drop1, self.norm, self.drop2 = dense.act, dense.drop1, dense.norm, dense.drop2
+        self.train(dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        output: Tensor = super().forward(x)
+        return output if self.gradient_sink is None else Hearing.apply(output, x, self)
+
+    @property
+    def growth_numel(self) -> int:
+        return self.shape.numel() * self.out_features
+
+    def hear(self, x: Tensor, gradient: Tensor) -> None:
+        """The gradient of each neuron's column, ``[N, out]``, of absent ones their candidates'."""
+        assert self.gradient_sink is not None
+        active = self.active_units()
+        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        columns = gradient.new_zeros(active.numel(), self.out_features)
+        bias = None if self.fc1.bias is None else self.fc1.bias.to(x.dtype)
+        hidden = self.act(F.linear(x, self.fc1.weight.to(x.dtype), bias))
+        columns[active] = hidden.t().to(gradient.dtype) @ gradient
+        if self.grow == "candidate":
+            hidden = self.act(F.linear(x, self.candidates(~active).to(x.dtype)))
+            columns[~active] = hidden.t().to(gradient.dtype) @ gradient
+        self.gradient_sink(columns)
+
+    def moving(self) -> dict[str, MovingTensor]:
+        moving = {
+            "fc1.weight": MovingTensor(self.fc1.weight, row_numel=self.candidate_numel),
+            "fc2.weight": MovingTensor(self.fc2.weight, row_numel=self.out_features),
+        }
+        return moving if self.fc1.bias is None else moving | {"fc1.bias": MovingTensor(self.fc1.bias)}
+
+    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
+        norms = read(self.fc1.weight).abs().sum(dim=1) + read(self.fc2.weight).abs().sum(dim=1)
+        return norms.new_zeros(self.shape).masked_scatter_(bits.unpack(mask, self.shape.numel()), norms)
+
+    def growth_scores(self, gather: Gather) -> Tensor:
+        return gather().view(self.shape.numel(), -1).sum(dim=1)
+
+    def births(self, remap: Remap) -> Mapping[str, Tensor]:
+        return {"fc1.weight": self.candidates(remap.grown_units()).unsqueeze(0)} if self.grow == "candidate" else {}

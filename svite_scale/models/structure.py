@@ -1,0 +1,117 @@
+"""Making a VisionTransformer's heads and neurons sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from fnmatch import fnmatchcase
+
+import torch
+from timm.layers import Attention, Mlp
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from svite_scale.config import SparsityConfig, StructuredConfig
+from svite_scale.errors import ConfigError
+from svite_scale.models.packed_attention import PackedAttention
+from svite_scale.models.packed_mlp import PackedMlp
+from svite_scale.sparsity.layer_plan import LayerPlan
+from svite_scale.sparsity.sparsify import random_mask, replace_module
+
+PARTS = {"heads": "attn", "neurons": "mlp"}
+"""By what is made sparse, the submodule of a block that holds it."""
+
+
+def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
+    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active.
+
+    ``int(density * units)`` units of each layer are active, drawn from (seed, layer name), the same on every rank.
+
+    Returns:
+        One entry per weight that became smaller, named as in the dense model.
+
+    Raises:
+        ConfigError: a layer is of a kind that can't be packed, or would keep no unit.
+    """
+    plan: list[LayerPlan] = []
+    for index, block in enumerate(model.blocks):
+        for field, part in PARTS.items():
+            density, dense, name = getattr(structured, field), getattr(block, part), f"blocks.{index}.{part}"
+            if density == 1.0:
+                continue
+            num_units = check_packable(field, density, dense, name)
+            active = _initial(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
+            packed_type = PackedAttention if field == "heads" else PackedMlp
+            replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
+            plan += _plan(name, dense, active)
+    return plan
+
+
+def count_active(field: str, density: float, num_units: int) -> int:
+    """``int(num_units * density)``, as the paper's code has it."""
+    active = int(num_units * density)
+    if not active:
+        raise ConfigError(f"sparsity.structured.{field}", density, f"keeps none of {num_units} {field}", "raise it")
+    return active
+
+
+def check_packable(field: str, density: float, module: nn.Module, name: str) -> int:
+    """How many units there are.
+
+    Raises:
+        ConfigError: the module isn't one that can be packed.
+    """
+    problem = None
+    if field == "heads":
+        if type(module) is not Attention or module.gate is not None or type(module.norm) is not nn.Identity:
+            problem = "is no plain attention: it has a gate, a norm before its projection, or a class of its own"
+        num_units = getattr(module, "num_heads", 0)
+    else:
+        if type(module) is not Mlp or type(module.fc1) is not nn.Linear or type(module.norm) is not nn.Identity:
+            problem = "is no plain MLP: it has gated or convolutional layers, a norm, or a class of its own"
+        num_units = getattr(getattr(module, "fc1", None), "out_features", 0)
+    if problem is not None:
+        raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
+    return num_units
+
+
+def refuse_packed_twice(sparsity: SparsityConfig, in_units: Set[str]) -> None:
+    """Raises:
+    ConfigError: a layer is packed by heads or neurons, and isn't kept from being packed by weights too.
+    """
+    if sparsity.density == 1.0 and not sparsity.densities and sparsity.masks is None:
+        return
+    for name in sorted(in_units):
+        if not any(fnmatchcase(name, pattern) for pattern in sparsity.keep_dense):
+            field, part = ("heads", "attn") if ".attn." in name else ("neurons", "mlp")
+            raise ConfigError(
+                f"sparsity.structured.{field}",
+                getattr(sparsity.structured, field),
+                f"packs {name} by {field}, whose weights density, densities or masks would pack too",
+                f'list "blocks.*.{part}.*" in sparsity.keep_dense',
+            )
+
+
+def patterns_of_the_rest(patterns: Iterable[str], in_units: Set[str], names: Iterable[str]) -> list[str]:
+    """The patterns of ``keep_dense`` but for those that are about layers packed by heads or neurons, and no others."""
+    rest = [name for name in names if name not in in_units]
+    return [
+        pattern
+        for pattern in patterns
+        if any(fnmatchcase(name, pattern) for name in rest) or not any(fnmatchcase(name, pattern) for name in in_units)
+    ]
+
+
+def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
+    """Bool ``[units]``, on the CPU though the model be on meta."""
+    with torch.device("cpu"):
+        return random_mask(num_units, num_active, seed, name)
+
+
+def _plan(name: str, dense: nn.Module, active: Tensor) -> list[LayerPlan]:
+    """What is left of each weight of a layer."""
+    num_units, num_active = active.numel(), int(active.count_nonzero())
+    plan = []
+    for child in ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2"):
+        weight: Tensor = getattr(dense, child).weight
+        plan.append(LayerPlan(f"{name}.{child}", weight.shape, weight.numel() // num_units * num_active, in_units=True))
+    return plan

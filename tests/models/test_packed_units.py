@@ -1,0 +1,283 @@
+"""Packed heads and neurons: the function, the scores and the births of a dense float64 twin."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.errors import ConfigError
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.parallel.attach import attach
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
+from svite_scale.sparsity.topology import TopologyEngine
+from tests import reference
+from tests.models.unit_twins import (
+    MODEL,
+    TINY,
+    active_units,
+    batch,
+    block_of,
+    dense_twin,
+    loss_of,
+    packed_vit,
+    set_heads,
+    set_neurons,
+)
+
+VARIANTS = {
+    "plain": MODEL,
+    "distilled": ModelConfig(name="deit_tiny_distilled_patch16_224", **TINY),
+    "registers, LayerScale": ModelConfig(name="vit_small_patch14_reg4_dinov2", **TINY),
+    "qk-norm": ModelConfig(name="vit_wee_patch16_reg1_gap_256", **TINY),
+}
+
+
+def close(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-10, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("grow", ["candidate", "paper"])
+def test_the_function_is_that_of_the_dense_model_without_the_absent_units(variant: str, grow: str) -> None:
+    model = VARIANTS[variant]
+    packed = packed_vit(model, grow=grow).eval()
+    twin = dense_twin(packed, model).eval()
+    images, _ = batch()
+    with torch.no_grad():
+        close(packed(images), twin(images))
+    assert len(sparse_layers(packed)) == 2 * model.depth  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [(0.7, 0.6), (1.0, 0.3), (0.34, 1.0)])
+def test_counts_are_those_of_the_papers_code_and_shapes_shrink(heads: float, neurons: float) -> None:
+    packed = packed_vit(heads=heads, neurons=neurons)
+    for layer in sparse_layers(packed).values():
+        assert layer.num_active == (int(6 * heads) if layer.unit == "heads" else int(48 * neurons))
+        assert int(active_units(layer).sum()) == layer.num_active
+    attn, mlp = packed.blocks[0].attn, packed.blocks[0].mlp  # type: ignore[index,union-attr]
+    assert attn.qkv.weight.shape == (3 * int(6 * heads) * 2, 12)  # type: ignore[union-attr]
+    assert mlp.fc1.weight.numel() == mlp.fc2.weight.numel() == int(48 * neurons) * 12  # type: ignore[union-attr]
+
+
+def column_gradients(block: nn.Module, unit: str) -> Tensor:
+    """L1 norm of the gradient of each unit's outgoing weights."""
+    if unit == "neurons":
+        return block.mlp.fc2.weight.grad.abs().sum(dim=0)
+    return block.attn.proj.weight.grad.view(-1, block.attn.num_heads, block.attn.head_dim).abs().sum(dim=(0, 2))
+
+
+class HeadOutputs:
+    """What every head of a dense model puts out, with gradients, ``[B, tokens, heads, d]`` by block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: list[Tensor] = []
+        for block in model.blocks:
+            block.attn.proj.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].retain_grad()
+        self.found.append(inputs[0])
+
+    def slopes(self, index: int, heads: int) -> tuple[Tensor, Tensor]:
+        """A and dL/dA of a block."""
+        output = self.found[index]
+        assert output.grad is not None
+        shape = (*output.shape[:2], heads, -1)
+        return output.detach().view(shape), output.grad.view(shape)
+
+
+def naive_scores(twin: nn.Module, outputs: HeadOutputs, layer: SparseLayer, grow: str) -> tuple[Tensor, Tensor]:
+    """What units are dropped for, and grown for, from the twin's gradients; ``[N]`` each."""
+    block = block_of(twin, layer)
+    growth = column_gradients(block, layer.unit)
+    if layer.unit == "neurons":
+        drop = block.mlp.fc1.weight.abs().sum(dim=1) + block.mlp.fc2.weight.abs().sum(dim=0)
+        return drop.detach(), growth * active_units(layer) if grow == "paper" else growth
+    output, slope = outputs.slopes(int(layer.name.split(".")[1]), 6)
+    taylor = (output * slope).sum(dim=(1, 3)).abs().sum(dim=0)
+    return taylor, slope.abs().sum(dim=(0, 1, 3)) if grow == "paper" else growth
+
+
+def engine_of(model: nn.Module, **schedule: float) -> tuple[TopologyEngine, torch.optim.Optimizer]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+    options = {"total_steps": 10, "update_every": 1, "drop_fraction": 0.4, "drop_schedule": "constant", **schedule}
+    return attach(model, optimizer, **options, options=TopologyOptions(seed=SEED_OF_METHOD)), optimizer  # type: ignore[arg-type]
+
+
+SEED_OF_METHOD = 11
+
+
+def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
+    packed = packed_vit()
+    topology, _ = engine_of(packed)
+    twin = dense_twin(packed, step=1)
+    outputs = HeadOutputs(twin)
+    loss_of(packed).backward()
+    loss_of(twin).backward()
+    naive = {name: naive_scores(twin, outputs, layer, "candidate") for name, layer in topology.layers.items()}
+    before = {name: active_units(layer) for name, layer in topology.layers.items()}
+    for name, layer in topology.layers.items():
+        drop, growth = naive[name]
+        close(layer.growth_scores(lambda layer=layer: topology.growth.gather(layer)).double(), growth, name)  # type: ignore[misc]
+        found = layer.importance(topology.access.read, lambda layer=layer: topology.growth.gather(layer), layer.mask)  # type: ignore[misc]
+        close(found.double()[before[name]], drop[before[name]], name)
+        assert (growth > 0).all(), "absent units can be told apart"
+    assert topology.step() is not None
+    moved = 0
+    for name, layer in topology.layers.items():
+        count = math.ceil(0.4 * layer.num_active)
+        expected = reference.prune_and_grow(before[name].tolist(), naive[name][0].tolist(), naive[name][1].tolist(), count)
+        assert active_units(layer).tolist() == expected, name
+        moved += int((active_units(layer) & ~before[name]).sum())
+    assert moved > 5
+
+
+def test_the_papers_scores_are_those_of_its_code() -> None:
+    """A neuron's own gradient, so that just what was dropped comes back; a head's mean |dL/dA| under dense projections."""
+    packed = packed_vit(grow="paper")
+    topology, _ = engine_of(packed)
+    torch.manual_seed(3)
+    twin = build_sparse_vit(MODEL, SparsityConfig(), 3)[0].double()
+    for layer in topology.layers.values():
+        block, absent = block_of(twin, layer), ~active_units(layer)
+        if layer.unit == "neurons":
+            set_neurons(block.mlp, absent, 0.0)
+        else:
+            columns = block.attn.proj.weight.detach().clone()
+            set_heads(block.attn, absent, 0.0)
+            block.attn.proj.weight.data.copy_(columns)
+    outputs = HeadOutputs(twin)
+    loss_of(packed).backward()
+    loss_of(twin).backward()
+    before = {name: active_units(layer) for name, layer in topology.layers.items()}
+    scores = {name: naive_scores(twin, outputs, layer, "paper") for name, layer in topology.layers.items()}
+    topology.step()
+    for name, layer in topology.layers.items():
+        drop, growth = scores[name]
+        count = math.ceil(0.4 * layer.num_active)
+        expected = reference.prune_and_grow(before[name].tolist(), drop.tolist(), growth.tolist(), count)
+        assert active_units(layer).tolist() == expected, name
+        if layer.unit == "neurons":
+            assert torch.equal(active_units(layer), before[name])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_grown_unit_leaves_the_function_and_learns_within_two_steps(variant: str) -> None:
+    model = VARIANTS[variant]
+    packed = packed_vit(model)
+    topology, optimizer = engine_of(packed, update_every=3, total_steps=4, stop_fraction=1.0)
+    before = {name: active_units(layer) for name, layer in topology.layers.items()}
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(packed, step).backward()
+        optimizer.step()
+        twin = dense_of(packed, model) if step == 2 else None
+        topology.step()
+    after = {name: active_units(layer) for name, layer in topology.layers.items()}
+    assert twin is not None
+    assert {layer.unit for name, layer in topology.layers.items() if (after[name] & ~before[name]).any()} == {
+        "heads",
+        "neurons",
+    }
+    for name, layer in topology.layers.items():
+        block, gone = block_of(twin, layer), before[name] & ~after[name]
+        if layer.unit == "neurons":
+            set_neurons(block.mlp, gone, 0.0)
+        else:
+            set_heads(block.attn, gone, 0.0)
+    images, _ = batch()
+    packed.eval(), twin.eval()
+    with torch.no_grad():
+        close(packed(images), twin(images), "the function changed with what has grown")
+    packed.train()
+    learned = {
+        name: {key: torch.zeros_like(each.parameter) for key, each in layer.moving().items()}
+        for name, layer in topology.layers.items()
+    }
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(packed, step).backward()
+        for name, layer in topology.layers.items():
+            for key, each in layer.moving().items():
+                assert each.parameter.grad is not None
+                learned[name, key] = learned.get((name, key), 0.0) + each.parameter.grad.abs()
+        optimizer.step()
+    for name, layer in topology.layers.items():
+        born = (after[name] & ~before[name])[after[name]]
+        for key, each in layer.moving().items():
+            if key.endswith("weight"):
+                rows = learned[name, key].view(each.repeats, layer.num_active, -1)[:, born]
+                assert (rows > 0).all(), f"{name}.{key}: {int((rows == 0).sum())} grown weights have had no gradient"
+
+
+@torch.no_grad()
+def dense_of(packed: nn.Module, model: ModelConfig) -> nn.Module:
+    """A dense model with the packed one's present weights, and zeros for absent units."""
+    dense = build_sparse_vit(model, SparsityConfig(), 0)[0].double()
+    state = dict(packed.state_dict())
+    for layer in sparse_layers(packed).values():
+        prefix, active = ".".join(layer.name.split(".")[:3]), active_units(layer)
+        units = layer.shape.numel()
+        first, last = ("fc1", "fc2") if layer.unit == "neurons" else ("qkv", "proj")
+        repeats = 1 if layer.unit == "neurons" else 3
+        for key in (f"{prefix}.{first}.weight", f"{prefix}.{first}.bias"):
+            rows = state[key].view(repeats, layer.num_active, -1)
+            whole = rows.new_zeros(repeats, units, rows.shape[2])
+            whole[:, active] = rows
+            state[key] = whole.view(dense.state_dict()[key].shape)
+        rows = state[f"{prefix}.{last}.weight"].view(layer.num_active, -1, state[f"{prefix}.{last}.weight"].shape[1])
+        whole = rows.new_zeros(units, *rows.shape[1:])
+        whole[active] = rows
+        state[f"{prefix}.{last}.weight"] = whole.flatten(0, 1).t()
+        del state[f"{prefix}.mask"]
+    dense.load_state_dict(state)
+    return dense
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        ({"structured": StructuredConfig(heads=0.1)}, r"^sparsity.structured.heads = 0.1: keeps none of 6 heads; raise it$"),
+        (
+            {"structured": StructuredConfig(heads=0.7), "density": 0.5},
+            r"^sparsity.structured.heads = 0.7: packs blocks.0.attn.proj by heads, .*; list \"blocks.\*.attn.\*\" in "
+            r"sparsity.keep_dense$",
+        ),
+        (
+            {"structured": StructuredConfig(neurons=0.7), "density": 0.5, "keep_dense": ("blocks.*.attn.*",)},
+            r"^sparsity.structured.neurons = 0.7: packs blocks.0.mlp.fc1 by neurons, .* in sparsity.keep_dense$",
+        ),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(sparsity: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_sparse_vit(MODEL, SparsityConfig(**sparsity), 0)  # type: ignore[arg-type]
+
+
+def test_a_gated_mlp_is_refused() -> None:
+    model = ModelConfig(name="vit_giant_patch14_reg4_dinov2", **TINY)
+    with pytest.raises(
+        ConfigError, match=r"^sparsity.structured.neurons = 0.5: can't pack blocks.0.mlp, which .*; leave it at 1.0$"
+    ):
+        build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
+
+
+def test_neurons_by_unit_and_attention_by_weight_go_together() -> None:
+    sparsity = SparsityConfig(structured=StructuredConfig(neurons=0.5), density=0.3, keep_dense=("blocks.*.mlp.*",))
+    model, plan = build_sparse_vit(MODEL, sparsity, 0)
+    kinds = {layer.unit for layer in sparse_layers(model).values()}
+    assert kinds == {"neurons", "weights"}
+    assert [entry.name for entry in plan][:4] == [
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+    ]
+    weights = [entry for entry in plan if not entry.in_units]
+    assert sum(e.num_active for e in weights) == round(0.3 * sum(e.numel for e in weights))
