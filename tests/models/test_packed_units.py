@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -103,14 +104,17 @@ def naive_scores(twin: nn.Module, outputs: HeadOutputs, layer: SparseLayer, grow
     return taylor, slope.abs().sum(dim=(0, 1, 3)) if grow == "paper" else growth
 
 
-def engine_of(model: nn.Module, **schedule: float) -> tuple[TopologyEngine, torch.optim.Optimizer]:
+METHOD_SEED = 11
+
+
+def engine_of(
+    model: nn.Module, options: TopologyOptions | None = None, **schedule: float
+) -> tuple[TopologyEngine, torch.optim.Optimizer]:
+    """An engine that moves 40% at every step, or as ``schedule`` says, and the optimizer."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    options = {"total_steps": 10, "update_every": 1, "drop_fraction": 0.4, "drop_schedule": "constant", **schedule}
-    return attach(model, optimizer, **options, options=TopologyOptions(seed=SEED_OF_METHOD)), optimizer  # type: ignore[arg-type]
-
-
-SEED_OF_METHOD = 11
+    keywords = {"total_steps": 10, "update_every": 1, "drop_fraction": 0.4, "drop_schedule": "constant", **schedule}
+    return attach(model, optimizer, **keywords, options=options), optimizer  # type: ignore[arg-type]
 
 
 def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
@@ -124,8 +128,8 @@ def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
     before = {name: active_units(layer) for name, layer in topology.layers.items()}
     for name, layer in topology.layers.items():
         drop, growth = naive[name]
-        close(layer.growth_scores(lambda layer=layer: topology.growth.gather(layer)).double(), growth, name)  # type: ignore[misc]
-        found = layer.importance(topology.access.read, lambda layer=layer: topology.growth.gather(layer), layer.mask)  # type: ignore[misc]
+        close(layer.growth_scores(partial(topology.growth.gather, layer)).double(), growth, name)
+        found = layer.importance(topology.access.read, partial(topology.growth.gather, layer), layer.mask)
         close(found.double()[before[name]], drop[before[name]], name)
         assert (growth > 0).all(), "absent units can be told apart"
     assert topology.step() is not None
@@ -136,6 +140,30 @@ def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
         assert active_units(layer).tolist() == expected, name
         moved += int((active_units(layer) & ~before[name]).sum())
     assert moved > 5
+
+
+def test_units_grow_at_random_where_the_method_says_so() -> None:
+    packed = packed_vit()
+    topology, _ = engine_of(packed, TopologyOptions(method="set", seed=METHOD_SEED))
+    loss_of(packed).backward()
+    drops = {
+        name: layer.importance(topology.access.read, partial(topology.growth.gather, layer), layer.mask)
+        for name, layer in topology.layers.items()
+    }
+    before = {name: active_units(layer) for name, layer in topology.layers.items()}
+    topology.step()
+    for name, layer in topology.layers.items():
+        chance = reference.hashed_uniform(METHOD_SEED, 1, name, range(layer.shape.numel()))
+        count = math.ceil(0.4 * layer.num_active)
+        expected = reference.prune_and_grow(before[name].tolist(), drops[name].tolist(), chance, count)
+        assert active_units(layer).tolist() == expected, name
+
+
+def test_a_static_topology_stays() -> None:
+    packed = packed_vit()
+    topology, _ = engine_of(packed, TopologyOptions(method="static"))
+    loss_of(packed).backward()
+    assert topology.step() is None
 
 
 def test_the_papers_scores_are_those_of_its_code() -> None:
@@ -214,6 +242,44 @@ def test_a_grown_unit_leaves_the_function_and_learns_within_two_steps(variant: s
             if key.endswith("weight"):
                 rows = learned[name, key].view(each.repeats, layer.num_active, -1)[:, born]
                 assert (rows > 0).all(), f"{name}.{key}: {int((rows == 0).sum())} grown weights have had no gradient"
+
+
+def test_values_and_moments_follow_the_units() -> None:
+    packed = packed_vit()
+    topology, optimizer = engine_of(packed, update_every=2)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(packed, step).backward()
+        optimizer.step()
+        if step == 0:
+            topology.step()
+    before = {name: (active_units(layer), rows_of(layer, optimizer)) for name, layer in topology.layers.items()}
+    topology.step()
+    for name, layer in topology.layers.items():
+        old, rows = before[name]
+        new, now = active_units(layer), rows_of(layer, optimizer)
+        stays, grown = old & new, new & ~old
+        for key, old_rows in rows.items():
+            assert torch.equal(now[key][:, stays[new]], old_rows[:, stays[old]]), f"{key} of {name}"
+            born = now[key][:, grown[new]]
+            if key.endswith("exp_avg_sq"):
+                close(born, torch.full_like(born, float(old_rows.mean())))
+            elif not key.endswith(("fc1.weight", "qkv.weight")):
+                assert not born.any(), f"{key} of {name}"
+
+
+def rows_of(layer: SparseLayer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Values and moments by name, ``[repeats, active units, elements]``."""
+    rows: dict[str, Tensor] = {}
+    for key, each in layer.moving().items():
+        state = optimizer.state[each.parameter]
+        for name, tensor in {
+            "": each.parameter.detach(),
+            ".exp_avg": state["exp_avg"],
+            ".exp_avg_sq": state["exp_avg_sq"],
+        }.items():
+            rows[key + name] = tensor.clone().view(each.repeats, layer.num_active, -1)
+    return rows
 
 
 @torch.no_grad()
