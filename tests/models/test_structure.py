@@ -1,0 +1,65 @@
+"""Which blocks' heads and neurons are made sparse, how many of them, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.errors import ConfigError
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.sparsity.sparse_layer import sparse_layers
+from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [(0.7, 0.6), (1.0, 0.3), (0.34, 1.0)])
+def test_counts_are_those_of_the_papers_code_and_shapes_shrink(heads: float, neurons: float) -> None:
+    packed = packed_vit(heads=heads, neurons=neurons)
+    for layer in sparse_layers(packed).values():
+        assert layer.num_active == (int(6 * heads) if layer.unit == "heads" else int(48 * neurons))
+        assert int(active_units(layer).sum()) == layer.num_active
+    attn, mlp = packed.blocks[0].attn, packed.blocks[0].mlp  # type: ignore[index,union-attr]
+    assert attn.qkv.weight.shape == (3 * int(6 * heads) * 2, 12)  # type: ignore[union-attr]
+    assert mlp.fc1.weight.numel() == mlp.fc2.weight.numel() == int(48 * neurons) * 12  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        ({"structured": StructuredConfig(heads=0.1)}, r"^sparsity.structured.heads = 0.1: keeps none of 6 heads; raise it$"),
+        (
+            {"structured": StructuredConfig(heads=0.7), "density": 0.5},
+            r"^sparsity.structured.heads = 0.7: packs blocks.0.attn.proj by heads, .*; list \"blocks.\*.attn.\*\" in "
+            r"sparsity.keep_dense$",
+        ),
+        (
+            {"structured": StructuredConfig(neurons=0.7), "density": 0.5, "keep_dense": ("blocks.*.attn.*",)},
+            r"^sparsity.structured.neurons = 0.7: packs blocks.0.mlp.fc1 by neurons, .* in sparsity.keep_dense$",
+        ),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(sparsity: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_sparse_vit(MODEL, SparsityConfig(**sparsity), 0)  # type: ignore[arg-type]
+
+
+def test_a_gated_mlp_is_refused() -> None:
+    model = ModelConfig(name="vit_giant_patch14_reg4_dinov2", **TINY)
+    with pytest.raises(
+        ConfigError, match=r"^sparsity.structured.neurons = 0.5: can't pack blocks.0.mlp, which .*; leave it at 1.0$"
+    ):
+        build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
+
+
+def test_neurons_by_unit_and_attention_by_weight_go_together() -> None:
+    sparsity = SparsityConfig(structured=StructuredConfig(neurons=0.5), density=0.3, keep_dense=("blocks.*.mlp.*",))
+    model, plan = build_sparse_vit(MODEL, sparsity, 0)
+    kinds = {layer.unit for layer in sparse_layers(model).values()}
+    assert kinds == {"neurons", "weights"}
+    assert [entry.name for entry in plan][:4] == [
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+    ]
+    weights = [entry for entry in plan if not entry.in_units]
+    assert sum(e.num_active for e in weights) == round(0.3 * sum(e.numel for e in weights))
