@@ -48,7 +48,7 @@ def attach(
             :class:`~svite_scale.sparsity.options.TopologyOptions`.
 
     Raises:
-        TopologyError: the model has no packed layers, its engine isn't supported, or the optimizer steps other parameters.
+        TopologyError: the model has no sparse layers, its engine isn't supported, or the optimizer steps other parameters.
         ValueError: numbers that don't fit together.
     """
     if not sparse_layers(model):

@@ -98,7 +98,7 @@ def packed() -> nn.Module:
 
 def test_attach_needs_packed_layers() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(TopologyError, match=r"no packed layers; call svite_scale\.sparsify"):
+    with pytest.raises(TopologyError, match=r"no sparse layers; call svite_scale\.sparsify"):
         attach(model, adamw(model), total_steps=10, update_every=2)
 
 

@@ -221,7 +221,7 @@ def refused_engines() -> tuple[str, str]:
 def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:
     model = users_model()
     dense_optimizer = torch.optim.AdamW(model.parameters())
-    assert refusal(model, dense_optimizer).startswith("the model has no packed layers; call svite_scale.sparsify(")
+    assert refusal(model, dense_optimizer).startswith("the model has no sparse layers; call svite_scale.sparsify(")
     svite_scale.sparsify(model, DENSITY, distribution="uniform")
     assert refusal(model) == "Sequential needs its optimizer too: attach(model, optimizer, ...)"
     too_early = "the optimizer doesn't step 0.values; build it after sparsify() and after the engine wrapped the model"
