@@ -49,7 +49,7 @@ class TopologyUpdate:
         rate: share of each layer's active weights that was dropped and grown.
         layers: by layer name.
         history: by layer name, how many weights have ever been active, and how many since training began.
-        unit_masks: the masks of heads and neurons after it, see :meth:`~svite_scale.sparsity.topology.TopologyEngine.unit_masks`.
+        unit_masks: of heads and neurons after it; see :meth:`~svite_scale.sparsity.topology.TopologyEngine.unit_masks`.
     """
 
     step: int

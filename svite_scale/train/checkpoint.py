@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,15 +171,20 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
             )
 
 
-def check_same_tensors(path: Path, state: dict[str, DTensor]) -> None:
+def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
     """Refuses a checkpoint whose tensors aren't this run's, by name and size.
+
+    Args:
+        path: of the checkpoint.
+        state: this run's tensors.
+        prefix: of the names to compare; the checkpoint may hold any others.
 
     Raises:
         CheckpointError: names a tensor.
     """
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    for name in sorted(saved.keys() | state.keys()):
+    for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
         if name not in saved or name not in state:
             raise CheckpointError(f"{path}: {name} is only in the {'checkpoint' if name in saved else 'model'}")
         if saved[name] != state[name].shape:
