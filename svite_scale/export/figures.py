@@ -17,8 +17,11 @@ from svite_scale.export.unit_history import UnitHistory
 
 COLORS = {"weights": "#4878a8", "heads": "#c8553d", "neurons": "#588157"}
 ABSENT = "#e8e8e8"
-DIMMED, GREY = 0.2, 0.55
-"""What is left of a dropped patch's pixels, and what they fade to: a grey, so that black images fade visibly too."""
+DIMMED = 0.3
+"""What is left of a dropped patch's pixels."""
+
+DARK_BLUE = np.array([0.15, 0.25, 0.5], dtype=np.float32)
+"""What they fade to: no grey, so that a dropped patch of a black and white image shows too."""
 
 DPI = 100
 IMAGES_PER_ROW = 8
@@ -27,7 +30,7 @@ MAX_TICKS = 6
 
 
 def dimmed(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_], grid: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Images whose dropped patches fade to grey.
+    """Images whose dropped patches fade to dark blue.
 
     Args:
         pixels: ``[B, C, H, W]``, C being 1 or 3.
@@ -41,7 +44,7 @@ def dimmed(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_], grid: tup
     rows, columns = grid
     colors = np.broadcast_to(pixels.transpose(0, 2, 3, 1).astype(np.float32) / 255, (batch, height, width, 3))
     passes = kept.reshape(batch, rows, columns).repeat(height // rows, axis=1).repeat(width // columns, axis=2)
-    return np.where(passes[..., None], colors, DIMMED * colors + (1 - DIMMED) * np.float32(GREY))
+    return np.where(passes[..., None], colors, DIMMED * colors + (1 - DIMMED) * DARK_BLUE)
 
 
 def draw_patches(images: npt.NDArray[np.float32], titles: Sequence[str]) -> bytes:
@@ -63,7 +66,7 @@ def draw_units(histories: Sequence[UnitHistory], steps: Sequence[int]) -> bytes:
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
     for axes, history in zip(_grid(figure, rows, columns, len(histories)), histories, strict=True):
         colors = ListedColormap([ABSENT, COLORS[history.unit]])
-        axes.imshow(history.active, aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="nearest", origin="lower")
+        axes.imshow(history.active, aspect="auto", cmap=colors, vmin=0, vmax=1, origin="lower")
         axes.set_title(history.layer, fontsize=9)
         axes.set_ylabel(history.unit.removesuffix("s"))
         axes.set_xlabel("update after optimizer step")

@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def load_model(run: SavedRun) -> VisionTransformer:
             # It warns that there is no process group, which is what no_dist says.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(state, checkpoint_id=run.checkpoint, no_dist=True)
-    except (OSError, ValueError, RuntimeError, EOFError, CheckpointException) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, CheckpointException) as error:
         what = type(error).__name__ if isinstance(error, CheckpointException) else repr(error)
         raise CheckpointError(f"{run.checkpoint} can't be read ({what}); restore it, or give another --checkpoint") from error
     with torch.no_grad():

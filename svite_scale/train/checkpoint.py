@@ -184,11 +184,14 @@ def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = ""
     """
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    remedy = "use the config that it was saved with"
     for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
         if name not in saved or name not in state:
-            raise CheckpointError(f"{path}: {name} is only in the {'checkpoint' if name in saved else 'model'}")
+            where = "checkpoint" if name in saved else "model"
+            raise CheckpointError(f"{path}: {name} is only in the {where}; {remedy}")
         if saved[name] != state[name].shape:
-            raise CheckpointError(f"{path}: {name} has {saved[name].numel()} elements, the model's {state[name].numel()}")
+            sizes = f"{saved[name].numel()} elements, the model's {state[name].numel()}"
+            raise CheckpointError(f"{path}: {name} has {sizes}; {remedy}")
 
 
 def _sharded(full: Tensor, mesh: DeviceMesh) -> DTensor:

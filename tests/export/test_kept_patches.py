@@ -1,0 +1,81 @@
+"""Which patches pass: counted out by hand, through one selector and through several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models import VisionTransformer
+
+from svite_scale.config import ModelConfig
+from svite_scale.export.kept_patches import compose, kept_patches, named_selectors, tokens_passed
+from svite_scale.models.vit import build_vit
+from tests.export.selectors import Selector, insert
+
+SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
+"""25 patches."""
+
+
+def vit(name: str) -> VisionTransformer:
+    torch.manual_seed(0)
+    return build_vit(ModelConfig(name=name, **SIZES)).eval()  # type: ignore[arg-type]
+
+
+def chosen(selector: Selector) -> list[list[int]]:
+    """By image, which of the patch tokens that reached a selector it chose, ascending."""
+    sums = selector.seen[:, selector.num_prefix :].sum(dim=-1).tolist()
+    return [sorted(sorted(range(len(row)), key=lambda i: -row[i])[: selector.num_patches]) for row in sums]
+
+
+# With a class token, with two prefix tokens, and with registers that come before the patches.
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_later_selectors_see_what_earlier_ones_kept(name: str) -> None:
+    model = vit(name)
+    first, second, third = selectors = insert(model, {0: 17, 1: 9, 2: 4}, "gather")
+    kept = kept_patches(model, torch.randn(6, 1, 40, 40))
+    assert (kept.shape, kept.dtype) == ((3, 6, 25), torch.bool)
+    assert [name for name, _ in named_selectors(model)] == ["selector0", "selector1", "selector2"]
+    assert [selector.seen.shape[1] - model.num_prefix_tokens for selector in selectors] == [25, 17, 9]
+    for image in range(6):
+        after_first = chosen(first)[image]
+        after_second = [after_first[place] for place in chosen(second)[image]]
+        after_third = [after_second[place] for place in chosen(third)[image]]
+        found = [row.nonzero().flatten().tolist() for row in kept[:, image]]
+        assert found == [after_first, after_second, after_third]
+    assert len({tuple(row.tolist()) for row in kept[2]}) > 1, "images differ"
+
+
+def test_masks_show_what_each_selector_chose_of_all_patches() -> None:
+    model = vit("vit_tiny_patch16_224")
+    selectors = insert(model, {0: 17, 2: 9}, "mask")
+    kept = kept_patches(model, torch.randn(5, 1, 40, 40))
+    assert kept.sum(dim=-1).tolist() == [[17] * 5, [9] * 5]
+    for selector, rows in zip(selectors, kept, strict=True):
+        assert [row.nonzero().flatten().tolist() for row in rows] == chosen(selector)
+
+
+def test_without_selectors_there_is_nothing_to_keep() -> None:
+    model = vit("vit_tiny_patch16_224")
+    assert named_selectors(model) == []
+    assert kept_patches(model, torch.randn(2, 1, 40, 40)).shape[0] == 0
+
+
+def test_prefix_tokens_pass_and_the_model_is_left_as_it_was() -> None:
+    model = vit("vit_small_patch14_reg4_dinov2")
+    (selector,) = insert(model, {1: 10}, "gather")
+    images = torch.randn(2, 1, 40, 40)
+    with torch.no_grad():
+        before = model(images)
+    kept_patches(model, images)
+    assert tokens_passed(selector, torch.randn(2, 30, 24))[:, :5].all()
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert not selector._forward_pre_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_positions_compose() -> None:
+    first = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]]).bool()
+    second = torch.tensor([[0, 1, 1], [1, 0, 1]]).bool()
+    third = torch.tensor([[0, 1], [1, 0]]).bool()
+    expected = [[[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]], [[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]]
+    assert compose([first, second, third], 5).int().tolist() == expected
