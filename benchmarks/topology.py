@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 
 from benchmarks.machine import describe_machine
+from benchmarks.timing import WARMUP, alternate, ratio
 from svite_scale import attach
 from svite_scale.config import ModelConfig, OptimizerConfig, SparsityConfig
 from svite_scale.models.sparse_vit import build_sparse_vit
@@ -32,30 +33,6 @@ from svite_scale.train.optimizer import build_optimizer
 MODEL = ModelConfig(name="deit_small_patch16_224")
 NUMEL = 2304 * 768
 """Positions of the weight that the kernels are timed on: queries, keys and values of DeiT-Base."""
-WARMUP = 3
-
-
-def alternate(tasks: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each task in each round; a round runs every task once, in turns from the first or from the last."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(WARMUP + rounds):
-        for name in list(tasks)[:: -1 if turn % 2 else 1]:
-            synchronize(device)
-            start = time.perf_counter()
-            tasks[name]()
-            synchronize(device)
-            if turn >= WARMUP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def ratio(numerators: list[float], denominators: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def kernel_section(arguments: argparse.Namespace) -> None:

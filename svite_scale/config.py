@@ -64,9 +64,9 @@ class TokensConfig:
     mode: Literal["gather", "mask"] = "gather"
     """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
     temperature: Annotated[float, Bounds(above=0.0)] = 10.0
-    """Of the Gumbel softmax at the first step."""
+    """Of the Gumbel softmax at the start of training."""
     final_temperature: Annotated[float, Bounds(above=0.0)] = 0.1
-    """The same at the last step."""
+    """The same at its end; the temperature falls on a line by optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)

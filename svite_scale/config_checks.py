@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svite_scale.config import AugmentConfig, Config, DataConfig, OptimizerConfig, SparsityConfig
+from svite_scale.config import AugmentConfig, Config, DataConfig, OptimizerConfig, SparsityConfig, TokensConfig
 from svite_scale.errors import ConfigError
 
 
@@ -12,6 +12,7 @@ def check_config(config: Config, world_size: int) -> None:
     """
     check_mixing(config.data.augment, config.micro_batch_size(world_size))
     check_sparsity(config.sparsity)
+    check_tokens(config.sparsity.tokens)
     check_data(config.data, config.model.in_channels)
     check_optimizer(config.optimizer, config.train.epochs)
     if config.parallel.backend == "single" and world_size > 1:
@@ -70,6 +71,37 @@ def check_where(sparsity: SparsityConfig) -> None:
             sparsity.power_scale,
             "is only for a sparsity.density that is spread by erk",
             "leave it out, or use sparsity.distribution=erk",
+        )
+
+
+def check_tokens(tokens: TokensConfig) -> None:
+    """Checks what doesn't need the model; the rest is checked where the selectors are put into it."""
+    if not tokens.blocks or list(tokens.blocks) != sorted(set(tokens.blocks)):
+        raise ConfigError(
+            "sparsity.tokens.blocks",
+            list(tokens.blocks),
+            "doesn't name blocks in ascending order, each once",
+            "use for example [0]",
+        )
+    if tokens.final_temperature > tokens.temperature:
+        raise ConfigError(
+            "sparsity.tokens.final_temperature",
+            tokens.final_temperature,
+            f"is above sparsity.tokens.temperature ({tokens.temperature}), but the temperature falls",
+            "lower it",
+        )
+    if tokens.keep is None or tokens.keep <= 1:
+        return
+    if not tokens.keep.is_integer():
+        raise ConfigError(
+            "sparsity.tokens.keep", tokens.keep, "is no whole number of tokens", "round it, or use a share of at most 1"
+        )
+    if tokens.mode == "gather" and len(tokens.blocks) > 1:
+        raise ConfigError(
+            "sparsity.tokens.keep",
+            tokens.keep,
+            f"is a count, which only the first of {len(tokens.blocks)} selectors would bring the tokens down to",
+            "use a share, or one block in sparsity.tokens.blocks",
         )
 
 

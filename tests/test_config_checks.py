@@ -12,6 +12,7 @@ from svite_scale.config import (
     OptimizerConfig,
     ParallelConfig,
     SparsityConfig,
+    TokensConfig,
     TrainConfig,
 )
 from svite_scale.config_checks import check_config
@@ -71,6 +72,33 @@ MISTAKES = [
         "sparsity.update_batch_size = 512: scales updates by steps, but sparsity.update_unit is epochs, which scale by "
         "themselves; leave it null",
     ),
+    *(
+        (Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(tokens=tokens)), message)
+        for tokens, message in (
+            (
+                TokensConfig(keep=98.5),
+                "sparsity.tokens.keep = 98.5: is no whole number of tokens; round it, or use a share of at most 1",
+            ),
+            (
+                TokensConfig(keep=99.0, blocks=(0, 3)),
+                "sparsity.tokens.keep = 99.0: is a count, which only the first of 2 selectors would bring the tokens down to; "
+                "use a share, or one block in sparsity.tokens.blocks",
+            ),
+            *(
+                (
+                    TokensConfig(blocks=blocks),
+                    f"sparsity.tokens.blocks = {list(blocks)}: doesn't name blocks in ascending order, each once; "
+                    "use for example [0]",
+                )
+                for blocks in ((), (3, 0), (1, 1))
+            ),
+            (
+                TokensConfig(temperature=0.05),
+                "sparsity.tokens.final_temperature = 0.1: is above sparsity.tokens.temperature (0.05), but the temperature "
+                "falls; lower it",
+            ),
+        )
+    ),
     (
         Config(run_dir="r", parallel=TWO_RANKS, model=ModelConfig(in_channels=1)),
         "data.mean = [0.485, 0.456, 0.406]: has 3 entries for 1 channels; give one number per channel",
@@ -111,3 +139,16 @@ def test_what_fits_passes() -> None:
     config = Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=24, accumulation_steps=3))
     check_config(config, world_size=2)
     assert config.micro_batch_size(2) == 4
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TokensConfig(keep=0.9, blocks=(0, 3, 6)),
+        TokensConfig(keep=99.0, blocks=(3,)),
+        TokensConfig(keep=99.0, blocks=(0, 3), mode="mask"),
+        TokensConfig(keep=1.0, temperature=1.0, final_temperature=1.0),
+    ],
+)
+def test_tokens_that_fit_pass(tokens: TokensConfig) -> None:
+    check_config(Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(tokens=tokens)), world_size=2)

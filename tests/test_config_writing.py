@@ -36,8 +36,10 @@ def numbers_and_text(kind: Any, bounds: Bounds) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.sampled_from(AMBIGUOUS) | st.text(max_size=20), entries, max_size=3)
     if kind == tuple[str, ...]:
         return st.lists(st.text(max_size=20), max_size=4).map(tuple)
+    if kind == tuple[int, ...]:
+        return st.lists(st.integers(low, bounds.high), max_size=4).map(tuple)
     if get_origin(kind) is tuple:
-        items = st.floats(allow_nan=False, allow_infinity=False)
+        items = st.floats(low, bounds.high, exclude_min=bounds.above is not None, allow_nan=False, allow_infinity=False)
         return st.tuples(items, items) if get_args(kind)[-1] is float else st.lists(items, max_size=4).map(tuple)
     if kind is float:
         return st.floats(low, bounds.high, exclude_min=bounds.above is not None, allow_nan=False, allow_infinity=False)

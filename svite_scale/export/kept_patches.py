@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-SELECTOR = "selector"
-"""Items of ``model.blocks`` named so, with a block's index after it, are token selectors that stand before this block."""
+from svite_scale.models.token_selector import TokenSelector
 
 
-def named_selectors(model: VisionTransformer) -> list[tuple[str, nn.Module]]:
-    """The token selectors by name, in order; empty where the model has none."""
-    return [(name, item) for name, item in model.blocks.named_children() if name.startswith(SELECTOR)]
+def named_selectors(model: VisionTransformer) -> list[tuple[str, TokenSelector]]:
+    """The token selectors by the names that they have among the blocks, ``selector<i>`` right before block i, in order."""
+    return [(name, item) for name, item in model.blocks.named_children() if isinstance(item, TokenSelector)]
 
 
 def kept_patches(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def kept_patches(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def tokens_passed(selector: nn.Module, x: Tensor) -> Tensor:
+def tokens_passed(selector: TokenSelector, x: Tensor) -> Tensor:
     """Bool ``[B, N]``, which of the tokens ``x``, ``[B, N, D]``, a selector set to evaluate lets pass.
 
     Its output is made of those tokens alone, as they are, whether it leaves the others out or sets them to 0. So they are those

@@ -10,7 +10,7 @@ from svite_scale.errors import RunError
 from svite_scale.export.densities import curves, layer_densities
 from svite_scale.export.evaluation_images import evaluation_images
 from svite_scale.export.figures import dimmed, draw_curves, draw_densities, draw_patches, draw_units
-from svite_scale.export.kept_patches import SELECTOR, kept_patches, named_selectors
+from svite_scale.export.kept_patches import kept_patches, named_selectors
 from svite_scale.export.page import Picture, Section, render
 from svite_scale.export.saved_run import SavedRun, load_model
 from svite_scale.export.unit_history import unit_histories
@@ -54,7 +54,7 @@ def patches_section(run: SavedRun, model: VisionTransformer, num_images: int) ->
     for (name, _), passing in zip(selectors, kept, strict=True):
         overlaid = dimmed(images.pixels.numpy(), passing, model.patch_embed.grid_size)
         counts = f"{passing[0].sum()} of {passing.shape[1]} patches"
-        caption = f"What block {name.removeprefix(SELECTOR)} and those after it get: {counts}; the dimmed ones are dropped."
+        caption = f"What block {name.removeprefix('selector')} and those after it get: {counts}; the dimmed ones are dropped."
         pictures.append(Picture(f"patches-{name}", caption, draw_patches(overlaid, titles)))
     return Section(title, pictures)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
 
 from svite_scale.config import Config, ModelConfig
 from svite_scale.models.sparse_vit import plan_sparse_vit
-from svite_scale.models.vit import build_vit
+from svite_scale.models.token_selector import TokenSelector
+from svite_scale.models.vit import blocks, build_vit
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.unit_layer import UnitLayer
 
@@ -21,8 +23,8 @@ class LayerCost:
 
     Attributes:
         name: of the layer's module, or of the attention's.
-        dense_macs: with all weights, heads and neurons.
-        sparse_macs: with the active ones only.
+        dense_macs: with all weights, heads and neurons, over all tokens.
+        sparse_macs: with the active ones only, over the tokens that reach the layer.
     """
 
     name: str
@@ -35,7 +37,7 @@ class ModelCost:
     """Cost of one image's forward.
 
     Multiply-accumulates of the matrix products: linear and patch layers, and attention's two products, which sparse weights
-    don't shorten. Norms, softmax and activations are left out, as in the paper's figures.
+    don't shorten. Norms, softmax, activations and the scores of token selectors are left out, as in the paper's figures.
 
     Attributes:
         layers: the layers that can be made sparse, those kept dense included, and each block's attention.
@@ -59,7 +61,7 @@ class ModelCost:
     def saving(self) -> float:
         """Share of the dense multiply-accumulates that the sparse model does without, 0 to 1.
 
-        An arithmetic count: unstructured zeros make a dense matrix product no faster, absent heads and neurons do.
+        An arithmetic count: unstructured zeros make a dense matrix product no faster, absent heads, neurons and tokens do.
         """
         return 1.0 - self.sparse_macs / self.dense_macs
 
@@ -78,32 +80,48 @@ def model_cost(config: ModelConfig, model: VisionTransformer, plan: list[LayerPl
     """Cost of a config's model that was made sparse by a plan."""
     with torch.device("meta"):
         dense = build_vit(config)
-    tokens = _num_tokens(dense)
-    layers = [_layer_cost(entry, _applications(dense, entry.name)) for entry in plan]
+    all_tokens, tokens = block_tokens(dense), block_tokens(model)
+    layers = [
+        LayerCost(
+            entry.name,
+            entry.numel * _applications(dense, entry.name, all_tokens),
+            entry.num_active * _applications(dense, entry.name, tokens),
+        )
+        for entry in plan
+    ]
+    layers += _attention_costs(dense, model, all_tokens, tokens)
     active = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    layers += _attention_costs(dense, model, tokens)
     return ModelCost(tuple(layers), sum(parameter.numel() for parameter in dense.parameters()), active)
 
 
-def _attention_costs(dense: VisionTransformer, model: VisionTransformer, tokens: int) -> Iterator[LayerCost]:
+def block_tokens(model: VisionTransformer) -> list[int]:
+    """Tokens that reach each block: patches and prefix (class, distillation, registers), less those that selectors drop."""
+    found, tokens = [], model.patch_embed.num_patches + model.num_prefix_tokens
+    for item in model.blocks:
+        if not isinstance(item, TokenSelector):
+            found.append(tokens)
+        elif item.mode == "gather":
+            tokens = item.num_tokens
+    return found
+
+
+def _attention_costs(
+    dense: VisionTransformer, model: VisionTransformer, all_tokens: list[int], tokens: list[int]
+) -> Iterator[LayerCost]:
     """Queries times keys, and attention times values, of each block."""
-    for index, (whole, block) in enumerate(zip(dense.blocks, model.blocks, strict=True)):
-        head_macs, attn = 2 * tokens**2 * whole.attn.head_dim, block.attn
+    pairs: Iterator[tuple[Any, Any]] = zip(blocks(dense), blocks(model), strict=True)
+    for index, (whole, block) in enumerate(pairs):
+        width, attn = whole.attn.head_dim, block.attn
         active = attn.num_active if isinstance(attn, UnitLayer) else attn.num_heads
-        yield LayerCost(f"blocks.{index}.attn", whole.attn.num_heads * head_macs, active * head_macs)
+        yield LayerCost(
+            f"blocks.{index}.attn",
+            2 * all_tokens[index] ** 2 * width * whole.attn.num_heads,
+            2 * tokens[index] ** 2 * width * active,
+        )
 
 
-def _num_tokens(model: VisionTransformer) -> int:
-    """Tokens in the blocks: patches and prefix (class, distillation, registers)."""
-    return model.patch_embed.num_patches + model.num_prefix_tokens
-
-
-def _applications(model: VisionTransformer, name: str) -> int:
+def _applications(model: VisionTransformer, name: str, tokens: list[int]) -> int:
     """How many times a forward of one image applies the layer's weight."""
     if name.startswith("patch_embed."):
         return model.patch_embed.num_patches
-    return _num_tokens(model) if name.startswith("blocks.") else 1
-
-
-def _layer_cost(entry: LayerPlan, applications: int) -> LayerCost:
-    return LayerCost(entry.name, entry.numel * applications, entry.num_active * applications)
+    return tokens[int(name.split(".")[1])] if name.startswith("blocks.") else 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+from fnmatch import fnmatchcase
+
 import torch
 from timm.layers import Attention, Mlp
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config import StructuredConfig
+from svite_scale.config import SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
@@ -69,6 +72,33 @@ def check_packable(field: str, density: float, module: nn.Module, name: str) -> 
     if problem is not None:
         raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
     return num_units
+
+
+def refuse_packed_twice(sparsity: SparsityConfig, in_units: Set[str]) -> None:
+    """Raises:
+    ConfigError: a layer is packed by heads or neurons, and isn't kept from being packed by weights too.
+    """
+    if sparsity.density == 1.0 and not sparsity.densities and sparsity.masks is None:
+        return
+    for name in sorted(in_units):
+        if not any(fnmatchcase(name, pattern) for pattern in sparsity.keep_dense):
+            field, part = ("heads", "attn") if ".attn." in name else ("neurons", "mlp")
+            raise ConfigError(
+                f"sparsity.structured.{field}",
+                getattr(sparsity.structured, field),
+                f"packs {name} by {field}, whose weights density, densities or masks would pack too",
+                f'list "blocks.*.{part}.*" in sparsity.keep_dense',
+            )
+
+
+def patterns_of_the_rest(patterns: Iterable[str], in_units: Set[str], names: Iterable[str]) -> list[str]:
+    """The patterns of ``keep_dense`` but for those that are about layers packed by heads or neurons, and no others."""
+    rest = [name for name in names if name not in in_units]
+    return [
+        pattern
+        for pattern in patterns
+        if any(fnmatchcase(name, pattern) for name in rest) or not any(fnmatchcase(name, pattern) for name in in_units)
+    ]
 
 
 def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:

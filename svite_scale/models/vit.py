@@ -12,6 +12,7 @@ from torch import nn
 
 from svite_scale.config import ModelConfig
 from svite_scale.errors import ConfigError
+from svite_scale.models.token_selector import TokenSelector
 
 
 def build_vit(config: ModelConfig) -> VisionTransformer:
@@ -34,8 +35,8 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
 
 
 def blocks(model: VisionTransformer) -> list[nn.Module]:
-    """The transformer blocks, which FSDP2 gathers one at a time."""
-    return list(model.blocks)
+    """The transformer blocks, which FSDP2 gathers one at a time, without the token selectors between them."""
+    return [block for block in model.blocks if not isinstance(block, TokenSelector)]
 
 
 def check_model(config: ModelConfig) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from timm.models import VisionTransformer
+
 from svite_scale.config import Config
 from svite_scale.models.flops import ModelCost, model_cost
 from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.models.token_selector import token_selectors
 from svite_scale.parallel.memory import ModelSize, bytes_per_rank
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layer_plan import LayerPlan, plan_density
@@ -26,7 +29,7 @@ def describe(config: Config, world_size: int) -> str:
     dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
         _layers(plan),
-        _costs(config, cost),
+        "\n".join([*_costs(config, cost), *_tokens(model)]),
         _bytes(config, world_size, sparse, dense),
     )
     return "\n\n".join(sections)
@@ -57,16 +60,21 @@ def _remarks(layer: LayerPlan) -> list[str]:
     return [remark for remark, holds in remarks.items() if holds]
 
 
-def _costs(config: Config, cost: ModelCost) -> str:
+def _costs(config: Config, cost: ModelCost) -> list[str]:
     macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
-    return "\n".join(
-        [
-            f"model               {config.model.name}, {config.model.image_size} px",
-            f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
-            f"forward, one image  {macs}",
-            f"optimizer step      {config.train.global_batch_size:,} samples",
-        ]
-    )
+    return [
+        f"model               {config.model.name}, {config.model.image_size} px",
+        f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
+        f"forward, one image  {macs}",
+        f"optimizer step      {config.train.global_batch_size:,} samples",
+    ]
+
+
+def _tokens(model: VisionTransformer) -> list[str]:
+    """A line on the tokens of an image, where selectors let not all of them pass."""
+    selectors = token_selectors(model)
+    passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
+    return [f"tokens              {model.patch_embed.num_patches + model.num_prefix_tokens:,}{passing}"] if selectors else []
 
 
 def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:

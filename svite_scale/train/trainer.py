@@ -14,6 +14,7 @@ from svite_scale.data import Batch, DeviceTransform, EvalData, TrainData
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.token_selector import token_selectors
 from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
@@ -46,6 +47,7 @@ class Trainer:
         self.total_steps = config.train.epochs * self.train_data.steps_per_epoch
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.backend, self.density = self._build_backend()
+        self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
         self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
@@ -99,6 +101,8 @@ class Trainer:
             What the topology update did; None where there was none.
         """
         self.schedule.step_update(self.step)
+        for selector in self.selectors:
+            selector.anneal(self.step / self.total_steps)
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
             batch = next(batches)
@@ -154,7 +158,15 @@ class Trainer:
             "density": self.density,
             "drop_rate": self.topology.rate,
             "postponed_updates": self.topology.postponed,
+            **self._token_metrics(),
         }
+
+    def _token_metrics(self) -> dict[str, float]:
+        """The temperature, which all selectors share, and how many tokens the last one lets pass; empty without selectors."""
+        if not self.selectors:
+            return {}
+        last = self.selectors[-1]
+        return {"temperature": last.temperature, "tokens": last.num_tokens}
 
     def _summary(self, seconds: float, evaluation: dict[str, float]) -> dict[str, object]:
         parallel = self.config.parallel

@@ -17,8 +17,10 @@ RUNS = {
     "single": (1, (*ENGINES["single"], *UNITS, "train.checkpoint_every_epochs=2")),
     "fsdp2": (2, (*ENGINES["fsdp2"], *UNITS)),
     "weights": (1, ENGINES["single"]),
+    "tokens": (2, (*ENGINES["fsdp2"], *UNITS, "sparsity.tokens.keep=0.6", "sparsity.tokens.blocks=[0, 1]")),
 }
-"""By name, ranks and overrides; the last is sparse by single weights."""
+"""By name, ranks and overrides. ``weights`` is sparse by single weights. Of 4 patches and a class token, 2 patches pass the
+first selector of ``tokens``, and 1 the second."""
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.errors import DataError
-from svite_scale.export import report
-from svite_scale.export.saved_run import load_model, read_run
-from tests.export.selectors import insert
 from tests.train.command_line import ROOT, Answer
 
 Saved = Callable[[str], Path]
-CALL_TO_SELECT = "The run has no token selector"
+NO_SELECTOR = "The run has no token selector"
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Answer:
@@ -101,7 +97,7 @@ def test_a_run_becomes_pictures_and_one_page(
     assert sorted(page.images) == sorted(pictures.values())
     assert page.links == []
     assert "http" not in (tmp_path / "out" / "report.html").read_text()
-    assert CALL_TO_SELECT in page.text
+    assert NO_SELECTOR in page.text
     assert ("topology.jsonl has no lines" in page.text) == (name == "weights")
 
 
@@ -113,34 +109,31 @@ def test_by_default_the_pictures_lie_in_the_run_directory(
     assert "step-00000010, after 10 optimizer steps" in Page(run_dir / "report" / "report.html").text
 
 
-@pytest.mark.parametrize("mode", ["gather", "mask"])
-def test_each_selector_gets_a_picture(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    run = read_run(saved("single"))
-    model = load_model(run)
-    insert(model, {0: 3, 1: 2}, mode)
-    monkeypatch.setattr(report, "load_model", lambda _: model)
-    page = Page(report.write_report(run, 10, tmp_path))
+def test_each_selector_gets_a_picture(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = command(capsys, "--run", saved("tokens"), "--images", 10, "--out", tmp_path)
+    assert (answer.status, answer.err) == (0, "")
+    page = Page(tmp_path / "report.html")
     for name in ("patches-selector0", "patches-selector1"):
         content = (tmp_path / f"{name}.png").read_bytes()
         check_png(content)
         assert content in page.images
     assert len(page.images) == 6
-    assert CALL_TO_SELECT not in page.text
-    assert "What block 0 and those after it get: 3 of 4 patches" in page.text
-    assert "What block 1 and those after it get: 2 of 4 patches" in page.text
+    assert NO_SELECTOR not in page.text
+    assert "What block 0 and those after it get: 2 of 4 patches" in page.text
+    assert "What block 1 and those after it get: 1 of 4 patches" in page.text
 
 
-def test_shards_that_are_gone_are_named(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir = shutil.copytree(saved("single"), tmp_path / "run")
+def test_shards_that_are_gone_are_named(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = shutil.copytree(saved("tokens"), tmp_path / "run")
     config = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(config.replace(str(saved("single").parent / "digits" / "val"), "/nowhere/val"))
-    run = read_run(run_dir)
-    model = load_model(run)
-    insert(model, {0: 3}, "gather")
-    monkeypatch.setattr(report, "load_model", lambda _: model)
-    with pytest.raises(DataError, match=r"data\.val = '/nowhere/val-.*no shard matches .*; correct it, or write shards with"):
-        report.write_report(run, 2, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    (run_dir / "config.yaml").write_text(config.replace(f"{saved('tokens').parent}/digits/val", "/nowhere/val"))
+    answer = command(capsys, "--run", run_dir)
+    assert (answer.status, answer.err) == (
+        2,
+        "report error: data.val = '/nowhere/val-*.tar': no shard matches '/nowhere/val-*.tar'; "
+        "correct it, or write shards with launch/make_shards.py\n",
+    )
+    assert not (run_dir / "report").exists()
 
 
 def truncate(path: Path) -> None:

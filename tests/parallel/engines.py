@@ -23,7 +23,7 @@ SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def small_vit(*, checkpointing: bool = False, density: float = 0.3) -> VisionTransformer:
+def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int = 2) -> VisionTransformer:
     """A packed ViT for 1 x 14 x 14 images, the same on every rank, whose counts no world size from 2 to 4 divides."""
     torch.manual_seed(0)
     model = build_vit(
@@ -32,7 +32,7 @@ def small_vit(*, checkpointing: bool = False, density: float = 0.3) -> VisionTra
             image_size=14,
             patch_size=7,
             embed_dim=20,
-            depth=2,
+            depth=depth,
             num_heads=4,
             in_channels=1,
             num_classes=10,

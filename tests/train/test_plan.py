@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.config import Config, StructuredConfig
 from svite_scale.config_reader import read_config
 from svite_scale.models.flops import count
 from tests.train.command_line import ROOT, run_here
@@ -27,6 +28,17 @@ def rows(plan: str, pattern: re.Pattern[str]) -> list[dict[str, str]]:
     return [match.groupdict() for match in map(pattern.fullmatch, plan.splitlines()) if match]
 
 
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+"""Features of a DeiT's tokens."""
+
+
+def absent_biases(config: Config) -> int:
+    """Of queries, keys and values of absent heads, 64 features each, and of absent neurons, 4 times as many as features."""
+    width = WIDTHS.get(config.model.name.split("_")[1], 0)
+    heads, neurons, structured = width // 64, 4 * width, config.sparsity.structured
+    return 12 * (3 * 64 * (heads - int(heads * structured.heads)) + neurons - int(neurons * structured.neurons))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_has_a_plan_that_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--config", str(path), "--dry-run", "--ranks", "4")
@@ -44,14 +56,16 @@ def test_every_shipped_config_has_a_plan_that_adds_up(path: Path, capsys: pytest
     assert total["name"] == "all prunable"
     for column in ("active", "total"):
         assert sum(number(layer[column]) for layer in layers) == number(total[column])
-    assert abs(number(total["active"]) - config.sparsity.density * number(total["total"])) <= 1
+    if config.sparsity.structured == StructuredConfig():
+        assert abs(number(total["active"]) - config.sparsity.density * number(total["total"])) <= 1
 
     parameters = re.search(r"parameters +([\d,]+) active of ([\d,]+)", answer.out)
     macs = re.search(r"forward, one image +([\d.]+) of ([\d.]+) GMACs: ([\d.]+)% fewer", answer.out)
     assert parameters is not None
     assert macs is not None
     active, dense = map(number, parameters.groups())
-    assert dense - active == number(total["total"]) - number(total["active"])
+    selecting = WIDTHS.get(path.stem.split("_")[1], 0) if config.sparsity.tokens.keep else 0
+    assert dense - active + selecting == number(total["total"]) - number(total["active"]) + absent_biases(config)
     cost = count(config)
     assert [float(group) for group in macs.groups()] == [
         pytest.approx(cost.sparse_macs / 1e9, abs=5e-5),
@@ -142,3 +156,17 @@ def test_a_plan_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -
     *layers, _ = rows(answer.out, ROW)
     assert {layer["density"] for layer in layers if ".mlp." in layer["name"]} == {"0.2500"}
     assert {layer["density"] for layer in layers if ".mlp." not in layer["name"]} == {"0.5000"}
+
+
+def test_a_plan_shows_the_tokens_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quick start's model has 16 patches and a class token."""
+    answer = run_here(capsys, *QUICKSTART, "sparsity.tokens.keep=0.7", "sparsity.tokens.blocks=[0, 2]")
+    assert (answer.status, answer.err) == (0, "")
+    assert "\ntokens              17, then 12, then 8\n" in answer.out
+    assert "\ntokens" not in run_here(capsys, *QUICKSTART).out
+    answer = run_here(capsys, *QUICKSTART, "sparsity.tokens.keep=0.05")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == (
+        "config error: sparsity.tokens.keep = 0.05: keeps 1 of 17 tokens, and the 1 prefix tokens always stay, "
+        "so no patch would; raise it\n"
+    )

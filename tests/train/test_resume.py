@@ -72,6 +72,28 @@ def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both(
     assert_same_state(ended, resumed)
 
 
+TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
+def test_a_run_with_a_token_selector_draws_the_same_tokens_after_a_resume(
+    tmp_path: Path, digits: Path, engine: str, world_size: int
+) -> None:
+    """Each rank and micro-batch has noise of its own, and the temperature is that of the step."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *TOKENS))
+    run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *TOKENS))
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *TOKENS))
+    assert_same_state(ended, resumed)
+    assert losses_of(stopped) == losses_of(straight)
+    assert np.abs(resumed[0].tensors["blocks.selector0.weight:exp_avg"]).max() > 0
+    for run_dir in (straight, stopped):
+        lines = metrics_of(run_dir)
+        assert [line["tokens"] for line in lines] == [3] * END
+        # 64 samples in batches of 12 are 5 steps per epoch, 20 in all.
+        assert [line["temperature"] for line in lines] == pytest.approx([10 - 9.9 * step / 20 for step in range(END)])
+
+
 def test_a_growth_window_goes_on_under_another_engine_on_another_number_of_ranks(tmp_path: Path, digits: Path) -> None:
     source, straight = tmp_path / "source", tmp_path / "straight"
     saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP, *WINDOW))

@@ -1,0 +1,59 @@
+"""Test accuracy of every kind of sparsity on 5,000 real MNIST digits, in the same number of epochs: mean and spread over seeds.
+
+    python benchmarks/accuracy.py [--seeds 0 1 2] [--rows ROW ...] [--set key=value ...]
+
+Each run is that of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run. The last
+columns say which share of all neurons and heads has ever been active.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this is run as a script
+
+from benchmarks.machine import describe_machine
+from benchmarks.quickstart_runs import Result, mean_and_spread, run_all
+
+DENSE = "sparsity.density=1.0"
+UNITS = [DENSE, "sparsity.structured.heads=0.6", "sparsity.structured.neurons=0.6"]
+ROWS = {
+    "dense": [DENSE],
+    "weights 50%": ["sparsity.density=0.5"],
+    "weights 70%": ["sparsity.density=0.3"],
+    "weights 90%": ["sparsity.density=0.1"],
+    "heads and neurons 40%": UNITS,
+    "heads and neurons 40%, paper": [*UNITS, "sparsity.structured.grow=paper"],
+    "tokens 90%": [DENSE, "sparsity.tokens.keep=0.9"],
+    "tokens 70%": [DENSE, "sparsity.tokens.keep=0.7"],
+    "tokens 50%": [DENSE, "sparsity.tokens.keep=0.5"],
+    "tokens 95%, weights 50%": ["sparsity.density=0.5", "sparsity.tokens.keep=0.95"],
+}
+"""Sparsity of weights, heads and neurons, and tokens that go on, with the overrides that make it."""
+
+
+def ever_active(results: Sequence[Result], unit: str) -> str:
+    shares = [result.metrics[f"{unit}/ever_active"] for result in results if f"{unit}/ever_active" in result.metrics]
+    return f"{100 * statistics.mean(shares):.1f}%" if shares else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
+    arguments = parser.parse_args()
+    print(describe_machine())
+    print(f"seeds {arguments.seeds} {' '.join(arguments.overrides)}\n")
+    results = run_all({name: [*ROWS[name], *arguments.overrides] for name in arguments.rows}, arguments.seeds)
+    print(f"{'':30} {'mean':>6} {'std':>5}  each seed; neurons and heads ever active")
+    for name, found in results.items():
+        print(f"{name:30} {mean_and_spread(found)}; {ever_active(found, 'neurons')} {ever_active(found, 'heads')}")
+
+
+if __name__ == "__main__":
+    main()

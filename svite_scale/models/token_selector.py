@@ -1,0 +1,193 @@
+"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+; DESIGN section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import cast
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from svite_scale.config import TokensConfig
+from svite_scale.errors import ConfigError
+
+
+class TokenSelector(nn.Module):
+    """Lets the prefix tokens and the patch tokens of highest score pass; a score is the token's product with :attr:`weight`.
+
+    In training, Gumbel noise is added to the log-softmax of the scores, and the patch tokens of highest sum pass: a draw
+    without replacement from softmax(scores), whatever the temperature. The temperature sets the gradient. With
+    p = softmax((log-softmax + noise) / temperature) over the patch tokens, a token that passes is multiplied by
+    1 + p - stop_gradient(p): by exactly 1, with the gradient of p. So the scores learn through the tokens that pass.
+
+    In evaluation there is no noise. Each sample's choice is its own, and ties go to the lower index, in training too.
+
+    Scores and probabilities are computed in fp32, under autocast and for bf16 inputs too; inputs of fp64 stay in fp64.
+
+    Attributes:
+        weight: ``[1, embed_dim]``, a linear layer's. Not an ``nn.Linear``, so ``sparsify`` leaves it dense; without a bias,
+            which the softmax would cancel.
+        num_tokens: tokens that pass, prefix tokens included.
+        num_prefix: class, distillation and register tokens, which stand first and always pass.
+        generator: of the noise, on the inputs' device; None draws from torch's global generator, the only one from which
+            activation checkpointing draws the same noise again.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_tokens: int,
+        num_prefix: int,
+        *,
+        mode: str = "gather",
+        temperature: float = 10.0,
+        final_temperature: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """``mode`` is ``gather`` or ``mask``; the rest is described above and in :meth:`anneal`.
+
+        Raises:
+            ValueError: ``num_tokens`` leaves no patch token, or there is no such mode.
+        """
+        super().__init__()
+        if mode not in ("gather", "mask"):
+            raise ValueError(f"mode {mode!r} is neither 'gather' nor 'mask'")
+        if num_tokens <= num_prefix:
+            raise ValueError(f"{num_tokens} tokens leave no patch token beside {num_prefix} prefix tokens")
+        self.num_tokens, self.num_prefix, self.num_patches = num_tokens, num_prefix, num_tokens - num_prefix
+        self.mode, self.generator = mode, generator
+        self.temperatures = (temperature, final_temperature)
+        # A tensor, since a compiled forward is compiled anew when a number changes. No buffer, since DDP would send it at every
+        # forward and ZeRO would round it. On the CPU, from where operations on every device take it as a number.
+        self._temperature = torch.tensor(temperature, dtype=torch.float64, device="cpu")
+        self.weight = nn.Parameter(trunc_normal_(torch.empty(1, embed_dim), std=0.02))
+
+    @property
+    def temperature(self) -> float:
+        """What the noisy log-probabilities are divided by."""
+        return self._temperature.item()
+
+    def anneal(self, progress: float) -> None:
+        """Sets the temperature for the share of training that is done, 0 to 1: on a line from the first to the final one, as in
+        the paper's code. Not between a forward and its backward.
+        """
+        first, final = self.temperatures
+        self._temperature.fill_(first + (final - first) * progress)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, N, embed_dim]`` to ``[batch, num_tokens, embed_dim]``, in the same order; in mode ``mask`` to
+        ``[batch, N, embed_dim]``, where the other tokens are 0.
+
+        Raises:
+            ValueError: N is below ``num_tokens``.
+        """
+        if x.shape[1] < self.num_tokens:
+            raise ValueError(f"can't keep {self.num_tokens} of {x.shape[1]} tokens")
+        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        scores = self.scores(patches)
+        if self.training:
+            scores = scores.log_softmax(dim=-1) + self._gumbel(scores)
+            soft = (scores / self._temperature).softmax(dim=-1)
+            patches = patches * (soft - soft.detach() + 1).to(x.dtype).unsqueeze(-1)
+        return torch.cat([prefix, self._passed(patches, highest(scores.detach(), self.num_patches))], dim=1)
+
+    def scores(self, patches: Tensor) -> Tensor:
+        """``[batch, patches, embed_dim]`` to fp32 (fp64 for fp64) ``[batch, patches]``."""
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        # Not a matrix product: its rounding depends on the rows that it computes together, so on the batch.
+        return (patches.to(dtype) * self.weight.to(dtype)).sum(dim=-1)
+
+    def _passed(self, patches: Tensor, passing: Tensor) -> Tensor:
+        """Leaves out, or sets to 0, the patch tokens whose indices aren't in ``passing``, ascending int64 ``[batch, kept]``."""
+        if self.mode == "gather":
+            return patches.gather(1, passing.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        mask = torch.zeros(patches.shape[:2], dtype=patches.dtype, device=patches.device).scatter(1, passing, 1.0)
+        return patches * mask.unsqueeze(-1)
+
+    def _gumbel(self, like: Tensor) -> Tensor:
+        exponential = torch.empty_like(like).exponential_(generator=self.generator)
+        # A draw of exactly 0 would make the noise infinite.
+        return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()
+
+    def extra_repr(self) -> str:
+        return f"num_tokens={self.num_tokens}, num_prefix={self.num_prefix}, mode={self.mode}"
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Ascending indices of the ``count`` highest of the last dimension; ties go to the lower index, unlike in ``topk``."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+def insert_token_selectors(
+    model: VisionTransformer, tokens: TokensConfig, generator: torch.Generator | None = None
+) -> list[TokenSelector]:
+    """Puts a selector before each block that ``tokens.blocks`` names, in place; call it before an engine wraps the model.
+
+    A selector becomes an item ``selector<i>`` of ``model.blocks``, right before the item ``<i>``. All other names stay, and
+    timm's loop over the items, with activation checkpointing or without, calls it like a block. It belongs to no block, so
+    FSDP2 gathers it with the root's parameters and ZeRO-3 by itself.
+
+    Args:
+        model: its weights stay as they are; the selectors' are drawn from torch's global generator.
+        tokens: ``keep`` must not be None.
+        generator: see :class:`TokenSelector`.
+
+    Returns:
+        The selectors in order.
+
+    Raises:
+        ConfigError: there is no such block, or not so many tokens, or no patch token would be left.
+        ValueError: a generator, where activation checkpointing would draw other noise from it for the backward.
+    """
+    if generator is not None and model.grad_checkpointing:
+        raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
+    depth, num_tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens
+    if not set(tokens.blocks) <= set(range(depth)):
+        raise ConfigError(
+            "sparsity.tokens.blocks", list(tokens.blocks), f"the model has {depth} blocks", f"use 0 to {depth - 1}"
+        )
+    items: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, block in enumerate(model.blocks):
+        if index in tokens.blocks:
+            kept = kept_tokens(tokens, num_tokens, model.num_prefix_tokens)
+            items[f"selector{index}"] = TokenSelector(
+                model.embed_dim,
+                kept,
+                model.num_prefix_tokens,
+                mode=tokens.mode,
+                temperature=tokens.temperature,
+                final_temperature=tokens.final_temperature,
+                generator=generator,
+            )
+            num_tokens = kept if tokens.mode == "gather" else num_tokens
+        items[str(index)] = block
+    model.blocks = nn.Sequential(items)
+    return token_selectors(model)
+
+
+def kept_tokens(tokens: TokensConfig, num_tokens: int, num_prefix: int) -> int:
+    """Tokens that pass a selector which ``num_tokens`` reach, ``num_prefix`` prefix tokens among both.
+
+    Raises:
+        ConfigError: there aren't so many, or no patch token would be left.
+    """
+    keep = cast(float, tokens.keep)
+    kept = math.floor(keep * num_tokens + 0.5) if keep <= 1 else int(keep)
+    if kept > num_tokens:
+        raise ConfigError("sparsity.tokens.keep", keep, f"only {num_tokens} tokens reach the selector", "lower it")
+    if kept <= num_prefix:
+        raise ConfigError(
+            "sparsity.tokens.keep",
+            keep,
+            f"keeps {kept} of {num_tokens} tokens, and the {num_prefix} prefix tokens always stay, so no patch would",
+            "raise it",
+        )
+    return kept
+
+
+def token_selectors(model: nn.Module) -> list[TokenSelector]:
+    """The selectors of a model, wrapped by an engine or not, in order."""
+    return [module for module in model.modules() if isinstance(module, TokenSelector)]

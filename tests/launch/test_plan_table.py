@@ -1,0 +1,42 @@
+"""``launch/plan.py``: the shipped configs beside the paper's figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def answer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_table_has_every_config_and_agrees_with_the_paper() -> None:
+    done = answer("--paper")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    assert set(rows) == {path.stem for path in (ROOT / "configs").glob("deit_*.yaml")}
+
+    sparse, dense, saved, published, params, dense_params, published_params = rows["deit_tiny_s30"]
+    assert (published, published_params) == ("25.56%", "4.02")
+    assert float(saved.rstrip("%")) == pytest.approx(25.56, abs=0.05)
+    assert float(params) == pytest.approx(4.02, abs=0.005)
+    assert (float(dense), float(dense_params)) == (pytest.approx(1.254, abs=1e-3), pytest.approx(5.72, abs=0.01))
+    assert 1 - float(sparse) / float(dense) == pytest.approx(0.2556, abs=1e-3)
+
+    _, _, saved, published, *_ = rows["deit_small_t95_s50"]
+    assert published == "49.32%"
+    assert float(saved.rstrip("%")) == pytest.approx(49.32, abs=0.15)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    done = answer("configs/nothing.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith("config error: ")
+    assert "configs/nothing.yaml" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,150 @@
+"""The straight-through gradient: against a formula written by hand in float64, and against finite differences.
+
+The loss is linear in the tokens, sum over passing patch tokens i of <a_i, x_i>. With c_i = <a_i, x_i> and p the softmax of
+(log-softmax of the scores + noise) / T, the gradient must be that of sum over passing i of c_i p_i, the choice of i held.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svite_scale.models.token_selector import TokenSelector
+
+BATCH, PREFIX, PATCHES, KEPT, DIM = 3, 2, 7, 4, 5
+Array = NDArray[np.float64]
+
+
+def selector_of(mode: str, temperature: float, generator: torch.Generator | None = None) -> TokenSelector:
+    torch.manual_seed(0)
+    selector = TokenSelector(DIM, PREFIX + KEPT, PREFIX, mode=mode, temperature=temperature, generator=generator).double()
+    selector.weight.detach().mul_(50)
+    return selector.train()
+
+
+def problem() -> tuple[Tensor, Tensor]:
+    """Tokens and what each is multiplied by in the loss, float64."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (BATCH, PREFIX + PATCHES, DIM)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
+
+
+def noise_of(seed: int) -> Array:
+    """The noise that a selector draws from a generator of this seed: minus the log of exponentials."""
+    exponential = torch.empty(BATCH, PATCHES, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(seed))
+    return np.asarray([[-math.log(value) for value in row] for row in exponential.tolist()])
+
+
+def perturbed(weight: Array, patches: Array, noise: Array) -> Array:
+    scores = patches @ weight
+    return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)) + noise
+
+
+def softmax(values: Array) -> Array:
+    exponential = np.exp(values - values.max())
+    return exponential / exponential.sum()
+
+
+def loss_of(selector: TokenSelector, x: Tensor, factors: Tensor) -> Tensor:
+    """The linear loss."""
+    y = selector(x)
+    if selector.mode == "mask":
+        return (y * factors)[:, PREFIX:].sum()
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample in range(BATCH):
+        passing = [index for token in y[sample] for index in range(x.shape[1]) if torch.equal(token, x[sample, index])]
+        loss = loss + (y[sample] * factors[sample, passing])[PREFIX:].sum()
+    return loss
+
+
+@pytest.mark.parametrize("mode", ["gather", "mask"])
+@pytest.mark.parametrize("temperature", [10.0, 1.0, 0.1])
+def test_it_is_the_hand_written_formula(mode: str, temperature: float) -> None:
+    x, factors = problem()
+    x.requires_grad_()
+    selector = selector_of(mode, temperature, torch.Generator().manual_seed(5))
+    loss_of(selector, x, factors).backward()
+
+    weight = selector.weight.detach().numpy()[0]
+    tokens, a = x.detach().numpy(), factors.numpy()
+    noisy = perturbed(weight, tokens[:, PREFIX:], noise_of(5))
+    weight_gradient, x_gradient = np.zeros(DIM), np.zeros_like(tokens)
+    for sample in range(BATCH):
+        passing = sorted(range(PATCHES), key=lambda i: -noisy[sample, i])[:KEPT]
+        p = softmax(noisy[sample] / temperature)
+        for j in range(PATCHES):
+            score_gradient = 0.0
+            for i in passing:
+                c = float(a[sample, PREFIX + i] @ tokens[sample, PREFIX + i])
+                score_gradient += c * p[i] * ((i == j) - p[j]) / temperature
+            weight_gradient += score_gradient * tokens[sample, PREFIX + j]
+            x_gradient[sample, PREFIX + j] += score_gradient * weight
+            if j in passing:
+                x_gradient[sample, PREFIX + j] += a[sample, PREFIX + j]
+    assert selector.weight.grad is not None
+    assert x.grad is not None
+    np.testing.assert_allclose(selector.weight.grad.numpy()[0], weight_gradient, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), x_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [5.0, 0.5])
+def test_its_mean_over_noise_is_the_finite_difference_of_the_relaxed_loss(temperature: float) -> None:
+    """Over many draws, with common noise on both sides of the difference and the choice held at each draw."""
+    x, factors = problem()
+    generator = torch.Generator()
+    selector = selector_of("mask", temperature, generator)
+    weight, a = selector.weight.detach().numpy()[0].copy(), factors.numpy()
+    patches, values = x[:, PREFIX:].numpy(), (a * x.numpy()).sum(axis=-1)[:, PREFIX:]
+    draws, step = 400, 1e-5
+    noises = [noise_of(seed) for seed in range(draws)]
+    chosen = [np.argsort(-perturbed(weight, patches, noise), axis=-1)[:, :KEPT] for noise in noises]
+
+    def relaxed(at: Array) -> float:
+        total = 0.0
+        for noise, passing in zip(noises, chosen, strict=True):
+            noisy = perturbed(at, patches, noise) / temperature
+            for sample in range(BATCH):
+                total += float((softmax(noisy[sample]) * values[sample])[passing[sample]].sum())
+        return total / draws
+
+    mean = np.zeros(DIM)
+    for seed in range(draws):
+        generator.manual_seed(seed)
+        (gradient,) = torch.autograd.grad(loss_of(selector, x, factors), selector.weight)
+        mean += gradient.numpy()[0] / draws
+    differences = [(relaxed(weight + step * unit) - relaxed(weight - step * unit)) / (2 * step) for unit in np.eye(DIM)]
+    assert np.abs(mean).max() > 1e-2
+    np.testing.assert_allclose(mean, differences, rtol=1e-6, atol=1e-8)
+
+
+def test_both_modes_have_the_same_gradient() -> None:
+    x, factors = problem()
+    gradients = []
+    for mode in ("gather", "mask"):
+        selector = selector_of(mode, 1.0, torch.Generator().manual_seed(9))
+        loss_of(selector, x, factors).backward()
+        gradients.append(selector.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+
+
+def test_bf16_tokens_get_nearly_the_fp32_gradient_and_pass_unchanged() -> None:
+    torch.manual_seed(3)
+    x, a = (torch.randn(4, 9, 64).bfloat16() for _ in range(2))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        selector = TokenSelector(64, 6, 1, mode="mask", temperature=1.0)
+        torch.manual_seed(1)
+        y = selector(x.to(dtype))
+        assert y.dtype == dtype
+        kept = y.abs().sum(dim=-1) > 0
+        assert torch.equal(y[kept].bfloat16(), x[kept])
+        (y * a.to(dtype)).float().sum().backward()
+        assert selector.weight.grad is not None
+        gradients.append(selector.weight.grad)
+    assert float((gradients[0] - gradients[1]).norm()) < 0.02 * float(gradients[0].norm())

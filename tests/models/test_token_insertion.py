@@ -1,0 +1,191 @@
+"""Selectors in a timm model: where they stand, what stays as it was, what is refused, and what the model then costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from svite_scale.config import Config, ModelConfig, SparsityConfig, TokensConfig
+from svite_scale.errors import ConfigError
+from svite_scale.models.flops import count, model_cost
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.token_selector import insert_token_selectors, token_selectors
+from svite_scale.models.vit import blocks, build_vit
+from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.train.optimizer import parameter_groups
+
+SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
+MODELS = {
+    "class token": (ModelConfig(name="vit_tiny_patch16_224", **SMALL), 1),  # type: ignore[arg-type]
+    "distilled": (ModelConfig(name="deit_tiny_distilled_patch16_224", **SMALL), 2),  # type: ignore[arg-type]
+    "class token and registers": (ModelConfig(name="vit_small_patch14_reg4_dinov2", **SMALL), 5),  # type: ignore[arg-type]
+    "register, average": (ModelConfig(name="vit_wee_patch16_reg1_gap_256", **SMALL), 1),  # type: ignore[arg-type]
+}
+MODEL = MODELS["class token"][0]
+"""25 patch tokens and the class token."""
+
+
+def sparsity_of(*, keep: float | None = 0.5, blocks: tuple[int, ...] = (0,), mode: str = "gather") -> SparsityConfig:
+    return SparsityConfig(density=0.6, tokens=TokensConfig(keep=keep, blocks=blocks, mode=mode))  # type: ignore[arg-type]
+
+
+def test_all_else_is_as_without_selectors() -> None:
+    plain, plain_plan = build_sparse_vit(MODEL, sparsity_of(keep=None), seed=3)
+    model, plan = build_sparse_vit(MODEL, sparsity_of(blocks=(0, 2)), seed=3)
+    state = model.state_dict()
+    assert set(state) - set(plain.state_dict()) == {"blocks.selector0.weight", "blocks.selector2.weight"}
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert plan == plain_plan
+    assert [name for name, _ in model.blocks.named_children()] == ["selector0", "0", "1", "selector2", "2"]
+    assert len(blocks(model)) == 3
+    assert packed_layers(model).keys() == packed_layers(plain).keys()
+
+
+def test_without_keep_there_are_none() -> None:
+    assert not token_selectors(build_sparse_vit(MODEL, sparsity_of(keep=None), seed=0)[0])
+
+
+def test_the_dense_method_has_them_too() -> None:
+    model, _ = build_sparse_vit(MODEL, replace(sparsity_of(), method="dense"), seed=0)
+    assert len(token_selectors(model)) == 1
+    assert not packed_layers(model)
+
+
+def test_a_model_with_selectors_can_be_made_sparse_and_they_stay_dense() -> None:
+    model = build_vit(MODEL)
+    (selector,) = insert_token_selectors(model, TokensConfig(keep=0.5))
+    plan = sparsify(model, 0.3)
+    assert not [entry.name for entry in plan if "selector" in entry.name]
+    assert selector.weight.shape == (1, 24)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str, training: bool, checkpointing: bool) -> None:
+    config, num_prefix = MODELS[name]
+    model, _ = build_sparse_vit(replace(config, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 2)), seed=0)
+    model.train(training)
+    total = 25 + num_prefix
+    first = int(total * 0.5 + 0.5)
+    second = int(first * 0.5 + 0.5)
+    seen: list[torch.Tensor] = []
+    for item in (model.blocks.selector0, *blocks(model)):
+        item.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    model(torch.randn(2, 1, 40, 40)).sum().backward()
+    assert {tuple(tokens.shape[::2]) for tokens in seen} == {(2, 24)}
+    assert [tokens.shape[1] for tokens in seen[:4]] == [total, first, first, second]
+    assert torch.equal(seen[1][:, :num_prefix], seen[0][:, :num_prefix])
+    if training:
+        assert all(selector.weight.grad is not None for selector in token_selectors(model))
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model, _ = build_sparse_vit(replace(MODEL, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 1)), seed=0)
+        torch.manual_seed(1)
+        model.train()(torch.randn(4, 1, 40, 40)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert torch.equal(gradients[1][name], gradient), name
+    assert gradients[0]["blocks.selector0.weight"].abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_a_generator_of_ones_own_is_refused_under_activation_checkpointing() -> None:
+    tokens, generator = TokensConfig(keep=0.5), torch.Generator()
+    (selector,) = insert_token_selectors(build_vit(MODEL), tokens, generator)
+    assert selector.generator is generator
+    with pytest.raises(ValueError, match="leave generator out"):
+        insert_token_selectors(build_vit(replace(MODEL, activation_checkpointing=True)), tokens, generator)
+
+
+def test_weight_decay_applies_to_the_scores_as_to_any_matrix() -> None:
+    model, _ = build_sparse_vit(MODEL, sparsity_of(), seed=0)
+    (selector,) = token_selectors(model)
+    (decay,) = [
+        group["weight_decay"]
+        for group in parameter_groups(model, 0.05)
+        for parameter in group["params"]
+        if parameter is selector.weight
+    ]
+    assert decay == 0.05
+
+
+REFUSED = [
+    (sparsity_of(blocks=(0, 3)), "sparsity.tokens.blocks = [0, 3]: the model has 3 blocks; use 0 to 2"),
+    (sparsity_of(keep=27.0), "sparsity.tokens.keep = 27.0: only 26 tokens reach the selector; lower it"),
+    (
+        sparsity_of(keep=0.05),
+        "sparsity.tokens.keep = 0.05: keeps 1 of 26 tokens, and the 1 prefix tokens always stay, so no patch would; raise it",
+    ),
+    (
+        sparsity_of(keep=0.2, blocks=(0, 2)),
+        "sparsity.tokens.keep = 0.2: keeps 1 of 5 tokens, and the 1 prefix tokens always stay, so no patch would; raise it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sparsity", "message"), REFUSED)
+def test_what_does_not_fit_the_model_is_refused(sparsity: SparsityConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        count(Config(run_dir="unused", model=MODEL, sparsity=sparsity))
+    assert str(caught.value) == message
+
+
+def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
+    for keep in (2.0, 26.0):
+        (selector,) = token_selectors(build_sparse_vit(MODEL, sparsity_of(keep=keep), seed=0)[0])
+        assert selector.num_tokens == keep
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cost_is_what_torch_counts(name: str) -> None:
+    """With all weights, so that tokens alone make the difference; torch counts a multiply and an add as two operations."""
+    sparsity = SparsityConfig(tokens=TokensConfig(keep=0.6, blocks=(1, 2)))
+    model, plan = build_sparse_vit(MODELS[name][0], sparsity, seed=0)
+    timm.layers.set_fused_attn(False)
+    try:
+        counters = []
+        for each in (model, build_sparse_vit(MODELS[name][0], SparsityConfig(), seed=0)[0]):
+            counter = FlopCounterMode(display=False)
+            for block in blocks(each):
+                block.attn.fused_attn = False  # type: ignore[union-attr, assignment]
+            with counter, torch.no_grad():
+                each.eval()(torch.randn(1, 1, 40, 40))
+            counters.append(counter.get_total_flops())
+    finally:
+        timm.layers.set_fused_attn(True)
+    cost = model_cost(MODELS[name][0], model, plan)
+    assert [2 * cost.sparse_macs, 2 * cost.dense_macs] == pytest.approx(counters, rel=1e-3)
+    selecting = sum(selector.weight.numel() for selector in token_selectors(model))
+    assert cost.params_active == cost.params_dense + selecting == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_masked_tokens_save_nothing() -> None:
+    cost = count(Config(run_dir="unused", model=MODEL, sparsity=SparsityConfig(tokens=TokensConfig(keep=0.5, mode="mask"))))
+    assert cost.saving == 0.0
+
+
+def test_deit_small_saves_what_the_abstract_says() -> None:
+    """Half of the weights and 5% of the tokens; the paper counts a little differently."""
+    sparsity = SparsityConfig(density=0.5, tokens=TokensConfig(keep=0.95))
+    cost = count(Config(run_dir="unused", model=ModelConfig(name="deit_small_patch16_224"), sparsity=sparsity))
+    assert 100 * cost.saving == pytest.approx(49.32, abs=0.1)
+
+
+def test_a_selector_is_called_by_a_plain_loop_over_the_blocks() -> None:
+    model, _ = build_sparse_vit(MODEL, sparsity_of(), seed=0)
+    x = torch.randn(2, 26, 24)
+    for item in model.eval().blocks:
+        x = item(x)
+    assert x.shape == (2, 13, 24)
+    assert isinstance(model.blocks, nn.Sequential)

@@ -1,0 +1,46 @@
+"""What docs/tokens.md shows works as it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svite_scale.config import Config, ModelConfig, SparsityConfig, TokensConfig
+from svite_scale.config_reader import to_dict
+from svite_scale.models.flops import count
+from svite_scale.models.vit import build_vit
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tokens.md").read_text()
+
+
+def test_the_page_names_every_key_and_every_default() -> None:
+    rows = [line.split(" | ")[:2] for line in PAGE.splitlines() if line.startswith("| `")]
+    shown = {}
+    for keys, defaults in rows:
+        names = [key.strip("|` ") for key in keys.split(",")]
+        shown |= dict(zip(names, defaults.split(", ") if len(names) > 1 else [defaults], strict=True))
+    written = {
+        key: "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        for key, value in to_dict(TokensConfig()).items()
+    }
+    assert shown == written
+
+
+def test_the_saving_of_the_page_is_what_is_counted() -> None:
+    sparsity = SparsityConfig(density=0.5, tokens=TokensConfig(keep=0.95))
+    cost = count(Config(run_dir="unused", model=ModelConfig(name="deit_small_patch16_224"), sparsity=sparsity))
+    assert f"save {100 * cost.saving:.2f}%" in PAGE
+
+
+def test_the_loop_of_the_page_runs() -> None:
+    names: dict[str, Any] = {
+        "model": build_vit(ModelConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, embed_dim=16, num_heads=2)),
+        "step": 3,
+        "total_steps": 4,
+    }
+    exec(PAGE.split("```python")[1].split("```")[0], names)
+    assert names["model"](torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+    assert names["selectors"][0].temperature == pytest.approx(2.575)
