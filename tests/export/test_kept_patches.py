@@ -26,7 +26,9 @@ def vit(name: str, **tokens: object) -> VisionTransformer:
 
 
 def watched(model: VisionTransformer) -> list[list[list[int]]]:
-    """By call of a selector, the model's forward coming first, and by image: which of the patch tokens that reach it have the highest scores, ascending."""
+    """By call of a selector, those of the model's forward coming first, and by image: which of the patch tokens that reach it
+    have the highest scores, ascending.
+    """
     found: list[list[list[int]]] = []
 
     def watch(selector: TokenSelector, arguments: tuple[Tensor]) -> None:
