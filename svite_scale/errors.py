@@ -44,3 +44,7 @@ class DataError(SviteScaleError):
 
 class CheckpointError(SviteScaleError):
     """A checkpoint can't be written, found, or loaded into this run."""
+
+
+class RunError(SviteScaleError):
+    """A run directory holds no run, or one of its files can't be read or written."""

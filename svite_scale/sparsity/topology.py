@@ -21,6 +21,7 @@ from svite_scale.sparsity.remap import Remap
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
 from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.unit_layer import UnitLayer
 from svite_scale.sparsity.warmup import GrownWarmup
 
 logger = logging.getLogger("svite_scale")
@@ -111,6 +112,14 @@ class TopologyEngine:
         self._prepare_step()
         return update
 
+    @torch.no_grad()
+    def unit_masks(self) -> dict[str, bytes]:
+        """Which units are active: by name of each layer of heads or neurons, ``ceil(N / 8)`` bytes, bit i of byte j being unit
+        8j + i. Layers packed by single weights aren't among them, for their masks are large. A collective.
+        """
+        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
+        return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
+
     def counters(self) -> dict[str, int]:
         """What :meth:`resume` needs besides the tensors of :meth:`state`, as plain integers."""
         return {
@@ -187,7 +196,7 @@ class TopologyEngine:
         rate = self.schedule.rate(self.steps)
         self.last_update = self.steps
         layers = {name: self._update_layer(layer, method, rate) for name, layer in self.layers.items()}
-        return TopologyUpdate(self.steps, rate, layers, self.history.counts())
+        return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
 
     def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
         """One layer's update; the layer's dense tensors live only in here."""

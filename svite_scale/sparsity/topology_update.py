@@ -49,12 +49,14 @@ class TopologyUpdate:
         rate: share of each layer's active weights that was dropped and grown.
         layers: by layer name.
         history: by layer name, how many weights have ever been active, and how many since training began.
+        unit_masks: of heads and neurons after it; see :meth:`~svite_scale.sparsity.topology.TopologyEngine.unit_masks`.
     """
 
     step: int
     rate: float
     layers: Mapping[str, LayerUpdate] = field(repr=False)
     history: Mapping[str, HistoryCounts] = field(repr=False)
+    unit_masks: Mapping[str, bytes] = field(repr=False)
 
     @property
     def units(self) -> tuple[str, ...]:

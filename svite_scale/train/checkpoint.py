@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,19 +171,27 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
             )
 
 
-def check_same_tensors(path: Path, state: dict[str, DTensor]) -> None:
+def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
     """Refuses a checkpoint whose tensors aren't this run's, by name and size.
+
+    Args:
+        path: of the checkpoint.
+        state: this run's tensors.
+        prefix: of the names to compare; the checkpoint may hold any others.
 
     Raises:
         CheckpointError: names a tensor.
     """
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    for name in sorted(saved.keys() | state.keys()):
+    remedy = "use the config that it was saved with"
+    for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
         if name not in saved or name not in state:
-            raise CheckpointError(f"{path}: {name} is only in the {'checkpoint' if name in saved else 'model'}")
+            where = "checkpoint" if name in saved else "model"
+            raise CheckpointError(f"{path}: {name} is only in the {where}; {remedy}")
         if saved[name] != state[name].shape:
-            raise CheckpointError(f"{path}: {name} has {saved[name].numel()} elements, the model's {state[name].numel()}")
+            sizes = f"{saved[name].numel()} elements, the model's {state[name].numel()}"
+            raise CheckpointError(f"{path}: {name} has {sizes}; {remedy}")
 
 
 def _sharded(full: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl`` and ``summary.json`` in the run directory, and MLflow."""
+"""Where a run's numbers go: ``metrics.jsonl``, ``topology.jsonl`` and ``summary.json`` in the run directory, and MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO
 from svite_scale.config import Config
 from svite_scale.config_reader import leaf_hints, to_dict, write_config
 
-METRICS = "metrics.jsonl"
+METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
 FIELDS = leaf_hints(Config).keys()
 
@@ -21,7 +21,7 @@ class Tracker:
     """Writes one run's metrics on the main rank; on the others it does nothing.
 
     ``metrics.jsonl`` holds one JSON object per logged step, appended and flushed at once, so that nothing logged is lost to a
-    kill.
+    kill; ``topology.jsonl``, where heads or neurons are sparse, one for the start and one per topology update.
     """
 
     def __init__(self, config: Config, run_dir: Path, resumed_step: int | None, *, enabled: bool) -> None:
@@ -30,7 +30,7 @@ class Tracker:
         Args:
             config: the resolved config, which is written beside the metrics.
             run_dir: where they go.
-            resumed_step: lines after this step are cut from the ``metrics.jsonl`` there; None for a new run.
+            resumed_step: lines after this step are cut from the files there; None for a new run.
             enabled: whether this is the main rank.
         """
         self.run_dir = run_dir
@@ -40,10 +40,10 @@ class Tracker:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")
-        path = run_dir / METRICS
-        if resumed_step is not None and path.exists():
-            _cut(path, resumed_step)
-        self._lines = path.open("a")
+        for path in (run_dir / METRICS, run_dir / TOPOLOGY):
+            if resumed_step is not None and path.exists():
+                _cut(path, resumed_step)
+        self._lines = (run_dir / METRICS).open("a")
         if config.tracking.mlflow:
             self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
 
@@ -59,6 +59,18 @@ class Tracker:
             self._lines.flush()
         if self._mlflow:
             self._mlflow.log(step, metrics)
+
+    def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
+        """One line of which heads and neurons are active after an optimizer step; none where the model has no such layers.
+
+        Args:
+            step: 0 at the start.
+            unit_masks: see :meth:`~svite_scale.sparsity.topology.TopologyEngine.unit_masks`; written in hexadecimal.
+        """
+        if self._lines and unit_masks:
+            line = {"step": step, "masks": {name: mask.hex() for name, mask in unit_masks.items()}}
+            with (self.run_dir / TOPOLOGY).open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
 
     def summarize(self, summary: Mapping[str, object]) -> None:
         """Writes ``summary.json``."""

@@ -19,6 +19,7 @@ from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
 from svite_scale.sparsity.layer_plan import plan_density
+from svite_scale.sparsity.topology_update import TopologyUpdate
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.optimizer import build_optimizer, build_schedule
@@ -61,6 +62,8 @@ class Trainer:
         """Trains to the last step, evaluating and saving on the way and at the end."""
         started = time.perf_counter()
         with Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker:
+            if self.resumed_step is None:
+                tracker.log_topology(self.step, self.topology.unit_masks())
             progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
             window = MetricsWindow(self.device)
             if tracker.ui_command:
@@ -68,7 +71,10 @@ class Trainer:
             batches = self.train_data.batches(self.step, self.last_step)
             evaluation: dict[str, float] = {}
             while self.step < self.last_step:
-                metrics = self._train_step(batches, window)
+                update = self._train_step(batches, window)
+                metrics = update.metrics() if update else {}
+                if update:
+                    tracker.log_topology(update.step, update.unit_masks)
                 progress.advance()
                 evaluates, saves = self._is_due(self.config.train.eval_every_epochs), self._is_due(self._save_every)
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
@@ -88,11 +94,11 @@ class Trainer:
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
 
-    def _train_step(self, batches: Iterator[Batch], window: MetricsWindow) -> dict[str, float]:
+    def _train_step(self, batches: Iterator[Batch], window: MetricsWindow) -> TopologyUpdate | None:
         """One optimizer step, and the topology update if one is due.
 
         Returns:
-            The metrics of the topology update; empty where there was none.
+            What the topology update did; None where there was none.
         """
         self.schedule.step_update(self.step)
         for selector in self.selectors:
@@ -106,8 +112,7 @@ class Trainer:
             self.backend.backward(loss)
             window.add(loss.detach(), logits.detach(), batch.labels)
         window.step(self.backend.step())
-        update = self.topology.step()
-        return update.metrics() if update else {}
+        return self.topology.step()
 
     def _build_backend(self) -> tuple[Backend, float]:
         """The wrapped model, and the active share of its prunable weights."""

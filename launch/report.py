@@ -1,0 +1,21 @@
+"""Draws a run: ``python launch/report.py --run runs/quickstart`` writes pictures, and one page that holds them all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from svite_scale.export.command import main
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory")
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as step-00001240; default: the newest")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="evaluation images to show; default: 8")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to; default: report/ in the run directory")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments()))

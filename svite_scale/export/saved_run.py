@@ -1,0 +1,143 @@
+"""A run directory as it was left: one of its checkpoints, and what was written down on the way there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from timm.models import VisionTransformer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from svite_scale.config import Config
+from svite_scale.config_reader import read_config
+from svite_scale.errors import CheckpointError, RunError
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.train.checkpoint import LATEST, RUN_STATE, check_same_tensors, latest
+from svite_scale.train.tracking import METRICS, TOPOLOGY
+
+Line = dict[str, Any]
+"""One JSON object of ``metrics.jsonl`` or ``topology.jsonl``."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run up to one of its checkpoints.
+
+    Attributes:
+        run_dir: of the run.
+        config: resolved.
+        checkpoint: its directory.
+        step: the optimizer step after which the checkpoint was saved.
+        metrics: lines of ``metrics.jsonl`` up to that step; empty where there is no such file.
+        topology: the same of ``topology.jsonl``.
+    """
+
+    run_dir: Path
+    config: Config
+    checkpoint: Path
+    step: int
+    metrics: list[Line]
+    topology: list[Line]
+
+
+def read_run(run_dir: Path, checkpoint: str | None = None) -> SavedRun:
+    """Reads all of a run but its tensors.
+
+    Args:
+        run_dir: of the run.
+        checkpoint: name of one; None is the newest.
+
+    Raises:
+        RunError: there is no run, or a line of its files is damaged.
+        ConfigError: its config can't be read.
+        CheckpointError: there is no such checkpoint.
+    """
+    config_path = run_dir / "config.yaml"
+    if not config_path.is_file():
+        raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
+    config = read_config(config_path)
+    path = find_checkpoint(run_dir / "checkpoints", checkpoint)
+    step = _saved_step(path)
+    metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
+    return SavedRun(run_dir, config, path, step, metrics, topology)
+
+
+def find_checkpoint(directory: Path, name: str | None) -> Path:
+    """The directory of a checkpoint, by default of the newest.
+
+    Raises:
+        CheckpointError: there is none, or none of that name; the message lists those that there are.
+    """
+    saved = sorted(path.parent.name for path in directory.glob(f"step-*[0-9]/{RUN_STATE}"))
+    if not saved:
+        raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
+    if name is None and (directory / LATEST).exists():
+        return latest(directory)
+    if name not in saved:
+        problem = "names no newest checkpoint" if name is None else f"holds no checkpoint {name!r}"
+        raise CheckpointError(f"{directory} {problem}; give --checkpoint one of {', '.join(saved)}")
+    return directory / name
+
+
+def read_lines(path: Path, last_step: int) -> list[Line]:
+    """The JSON objects of a file, one a line, up to a step; none where there is no file.
+
+    Raises:
+        RunError: a line is no object with a step; the message has its number.
+    """
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            line: Line = json.loads(text)
+            if int(line["step"]) <= last_step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise damaged_line(path, f"line {number}", error) from error
+    return lines
+
+
+def damaged_line(path: Path, line: str, error: Exception) -> RunError:
+    """What to say of a line of a file that can't be read."""
+    return RunError(f"{path}: {line} is damaged ({error!r}); restore the line, or delete it")
+
+
+def load_model(run: SavedRun) -> VisionTransformer:
+    """The checkpoint's model on the CPU, in fp32, set to evaluate. No collective: it needs no process group.
+
+    Raises:
+        ConfigError: the model can't be built.
+        CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    model, _ = build_sparse_vit(run.config.model, run.config.sparsity, run.config.seed)
+    parameters = dict(model.named_parameters())
+    # Flat, as every engine saves them.
+    state = {f"model/{name}": torch.empty_like(parameter).flatten() for name, parameter in parameters.items()}
+    try:
+        check_same_tensors(run.checkpoint, state, prefix="model/")
+        with warnings.catch_warnings():
+            # It warns that there is no process group, which is what no_dist says.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(state, checkpoint_id=run.checkpoint, no_dist=True)
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, CheckpointException) as error:
+        what = type(error).__name__ if isinstance(error, CheckpointException) else repr(error)
+        raise CheckpointError(f"{run.checkpoint} can't be read ({what}); restore it, or give another --checkpoint") from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[f"model/{name}"].view_as(parameter))
+    return model.eval()
+
+
+def _saved_step(checkpoint: Path) -> int:
+    path = checkpoint / RUN_STATE
+    try:
+        return int(json.loads(path.read_text())["topology"]["steps"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or give another --checkpoint") from error
