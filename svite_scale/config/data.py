@@ -1,0 +1,44 @@
+"""The samples, and what is done to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from svite_scale.config.bounds import Bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time augmentation. ``deit`` is the DeiT recipe through timm; ``affine`` is light and suits digits."""
+
+    recipe: Literal["none", "affine", "deit"] = "none"
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's policy string, for ``recipe: deit``."""
+    random_erasing: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.0
+    mixup: Annotated[float, Bounds(low=0.0)] = 0.0
+    """Alpha of mixup's beta distribution; 0 is off."""
+    cutmix: Annotated[float, Bounds(low=0.0)] = 0.0
+    label_smoothing: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    repeats: Annotated[int, Bounds(low=1)] = 1
+    """Repeated augmentation: copies of a sample in an epoch, whose length stays the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Tar shards with their index sidecars, as ``launch/make_shards.py`` writes them."""
+
+    train: str = ""
+    """Brace pattern, glob, or folder of the training shards."""
+    val: str = ""
+    """The same for the evaluation shards."""
+    workers: Annotated[int, Bounds(low=0)] = 2
+    """Loader processes per rank."""
+    shuffle_shards: Annotated[int, Bounds(low=1)] = 64
+    """Samples are shuffled within windows of this many (shuffled) shards."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, for pixels in 0..1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Bounds(above=0.0, high=1.0)] = 0.875
+    """Centre crop at evaluation, as a share of the resized image (224 of 256)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
