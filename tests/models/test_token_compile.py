@@ -23,10 +23,12 @@ def test_a_compiled_model_evaluates_alike_and_trains_without_compiling_again() -
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         nonlocal graphs
-        graphs += 1
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, inputs)
+        # Inductor may give up midway and be asked again for the same graph, as it is where its cache is empty.
+        result = compile_fx(module, inputs)
+        graphs += 1
+        return result
 
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     images, labels = torch.randn(8, 1, 16, 16), torch.arange(8) % 4
