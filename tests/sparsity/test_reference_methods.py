@@ -228,7 +228,7 @@ def test_a_score_of_the_wrong_shape_is_refused_with_the_layers_name() -> None:
         packed.step()
     packed.backward(*batch(UPDATE_EVERY))
     with pytest.raises(
-        TopologyError, match=r"topology update of .* after step 4: a score must be float of shape \(\d+,\), not"
+        TopologyError, match=r"topology update of .* after step 4: drop scores must be of shape \(\d+,\), not \(3,\)"
     ):
         packed.step()
 
