@@ -226,6 +226,11 @@ def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:
     assert refusal(model) == "Sequential needs its optimizer too: attach(model, optimizer, ...)"
     too_early = "the optimizer doesn't step 0.values; build it after sparsify() and after the engine wrapped the model"
     assert refusal(model, dense_optimizer) == too_early
+    options = svite_scale.TopologyOptions(method="dense")
+    with pytest.raises(
+        TopologyError, match=r"method dense has no sparse layers, .*; leave sparsify\(\) out, or use method static"
+    ):
+        svite_scale.attach(model, dense_optimizer, total_steps=STEPS, update_every=6, options=options)
     for no_zero, before_sharding in run_on_ranks(2, refused_engines):
         assert no_zero == "the DeepSpeed engine runs ZeRO stage 0; use stage 1, 2 or 3"
         assert before_sharding == too_early
