@@ -48,11 +48,14 @@ def attach(
             :class:`~svite_scale.sparsity.options.TopologyOptions`.
 
     Raises:
-        TopologyError: the model has no sparse layers, its engine isn't supported, or the optimizer steps other parameters.
+        TopologyError: the model has no sparse layers, or has some under method ``dense``; its engine isn't supported; or the
+            optimizer steps other parameters.
         ValueError: numbers that don't fit together.
     """
     if not sparse_layers(model):
         raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
+    if options is not None and options.method == "dense":
+        raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
         _check_steps_values(model, access.optimizer)

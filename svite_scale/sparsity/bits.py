@@ -34,15 +34,17 @@ def pack(mask: Tensor) -> Tensor:
     """Packs a mask into bits.
 
     Args:
-        mask: bool, ``[numel]``.
+        mask: bool, ``[numel]``, of any stride.
 
     Returns:
         uint8, ``[ceil(numel / 8)]``; the bits past ``numel`` are 0.
     """
     if mask.dtype != torch.bool or mask.dim() != 1:
         raise ValueError(f"pack needs a 1-D bool mask, not {mask.dtype} of shape {tuple(mask.shape)}")
-    eights = padded(mask, num_bytes(mask.numel()) * 8).view(torch.int64)
-    return (eights * GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+    eights = padded(mask, num_bytes(mask.numel()) * 8)
+    if eights.storage_offset() % 8 or not eights.is_contiguous():
+        eights = eights.clone(memory_format=torch.contiguous_format)  # a slice can't be read eight bools at a time
+    return (eights.view(torch.int64) * GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack(bits: Tensor, numel: int) -> Tensor:

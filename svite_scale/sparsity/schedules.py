@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Integral
 
 
 def cosine(initial: float, step: int, total: int, final: float = 0.005) -> float:
@@ -61,6 +62,10 @@ class UpdateSchedule:
     drop_schedule: str = "cosine"
 
     def __post_init__(self) -> None:
+        for name in ("total_steps", "update_every", "start_step"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} ({value!r}) must be a whole number of optimizer steps, an int")
         if self.total_steps < 1 or self.update_every < 1:
             raise ValueError(f"total_steps ({self.total_steps}) and update_every ({self.update_every}) must be at least 1")
         if self.start_step < 0:
@@ -78,7 +83,7 @@ class UpdateSchedule:
     def stop_step(self) -> int:
         """The last optimizer step after which an update may happen."""
         # As the decimal that was written: in binary the product of 0.29 and 100 is a little below 29.
-        return math.floor(Decimal(repr(self.stop_fraction)) * self.total_steps)
+        return math.floor(Decimal(repr(float(self.stop_fraction))) * int(self.total_steps))
 
     @property
     def num_updates(self) -> int:

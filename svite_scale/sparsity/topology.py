@@ -77,6 +77,15 @@ class TopologyEngine:
         for layer in self.layers.values():
             self.history.begin(layer, access.read(layer.mask))
         self._prepare_step()
+        if self._moves and not schedule.num_updates:
+            logger.warning(
+                "no weight will ever move: updates come every %d steps from step %d on, and stop after step %d of %d; lower "
+                "update_every, or use method static",
+                schedule.update_every,
+                schedule.start_step,
+                schedule.stop_step,
+                schedule.total_steps,
+            )
 
     @property
     def rate(self) -> float:

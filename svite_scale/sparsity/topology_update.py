@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class LayerUpdate:
         regrown: of them, those that the same update grew again; they never left.
         grown_survival: of the weights grown at the update before, the share still active; None where there were none.
         drop_threshold: largest score that was dropped (|weight|, by most methods); None where none was.
-        grow_threshold: smallest score that was grown (|gradient|, by default).
+        grow_threshold: smallest score that was grown (|gradient|, by default; infinite where ``mixed`` grew all at random).
     """
 
     unit: str
@@ -76,7 +77,7 @@ class TopologyUpdate:
 
     def metrics(self) -> Metrics:
         """Totals by name, those of heads and neurons as ``heads/<name>`` and ``neurons/<name>``, and each layer's figures as
-        ``layers/<figure>/<layer>``.
+        ``layers/<figure>/<layer>`` where there is one, and it is finite.
         """
         totals: Metrics = {}
         for unit in self.units:
@@ -112,4 +113,5 @@ class TopologyUpdate:
             "grow_threshold": layer.grow_threshold,
             "grown_survival": layer.grown_survival,
         }
-        return {figure: value for figure, value in figures.items() if value is not None}
+        # Of weights that a method forces, the threshold is infinite, and JSON has no infinities.
+        return {figure: value for figure, value in figures.items() if value is not None and math.isfinite(value)}

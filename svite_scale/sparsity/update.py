@@ -38,15 +38,15 @@ def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count
 
     Args:
         active: bool, ``[units]``, unchanged.
-        drop_score: float, ``[units]``; read where ``active``.
-        grow_score: float, ``[units]``; read where inactive after the drop.
+        drop_score: of any real dtype, ``[units]``; read where ``active``.
+        grow_score: the same; read where inactive after the drop.
         count: units to drop and to grow, 0 to the number of active ones.
 
     Returns:
         bool, ``[units]``, with as many active units as before.
 
     Raises:
-        TopologyError: a score that is read is NaN, or ``count`` is out of range.
+        TopologyError: a score that is read is NaN, scores are of another shape, or ``count`` is out of range.
     """
     return grow(drop(active, drop_score, count).active, grow_score, count).active
 
@@ -69,7 +69,10 @@ def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "g
     Returns:
         The chosen units as a new bool ``[units]``, and the last score chosen, None where ``count`` is 0.
     """
-    score = score if score.dtype in KEY_TYPES else score.float()
+    if score.shape != eligible.shape:
+        raise TopologyError(f"{role} scores must be of shape {tuple(eligible.shape)}, not {tuple(score.shape)}")
+    if score.dtype not in KEY_TYPES:
+        score = score.float() if score.is_floating_point() else score.double()
     chosen, available, largest = torch.zeros_like(eligible), int(eligible.count_nonzero()), role == "grow"
     if not 0 <= count <= available:
         raise TopologyError(f"can't {role} {count} of {available} {'inactive' if largest else 'active'} units")

@@ -34,7 +34,13 @@ def build_topology(config: Config, backend: Backend, steps_per_epoch: int, total
         if steps > schedule.update_every:
             problem = f"is longer than the {schedule.update_every} steps between two updates"
             raise ConfigError(f"sparsity.{name}", steps, problem, "shorten it, or raise sparsity.update_every")
-    options = TopologyOptions(
+    return TopologyEngine(backend.model, backend.access, schedule, topology_options(config), group=dist.group.WORLD)
+
+
+def topology_options(config: Config) -> TopologyOptions:
+    """Which weights a run moves, and how."""
+    sparsity = config.sparsity
+    return TopologyOptions(
         method=sparsity.method,
         random_share=sparsity.random_share,
         seed=config.seed,
@@ -43,7 +49,6 @@ def build_topology(config: Config, backend: Backend, steps_per_epoch: int, total
         grown_moments=sparsity.grown_moments,
         grown_warmup_steps=sparsity.grown_warmup_steps,
     )
-    return TopologyEngine(backend.model, backend.access, schedule, options, group=dist.group.WORLD)
 
 
 def update_schedule(config: Config, steps_per_epoch: int, total_steps: int) -> UpdateSchedule:

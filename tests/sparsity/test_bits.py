@@ -44,6 +44,12 @@ def test_bits_are_numpys_in_little_order(mask: list[bool]) -> None:
     assert restored.tolist() == mask
 
 
+@pytest.mark.parametrize("part", [slice(1, 17), slice(3, 19), slice(0, 32, 2), slice(1, 9), slice(2, 30, 3)])
+def test_a_part_of_a_mask_is_packed_as_a_mask_of_its_own(part: slice) -> None:
+    whole = mask_of("10110011100001011010111000110100")
+    assert pack(whole[part]).tolist() == pack(torch.tensor(whole.tolist()[part])).tolist()
+
+
 @given(packed=st.lists(st.integers(0, 255), min_size=1, max_size=9), missing=st.integers(0, 7))
 def test_bits_past_the_last_position_are_ignored(packed: list[int], missing: int) -> None:
     numel = 8 * len(packed) - missing

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import pytest
 
 from svite_scale.config import SparsityConfig
-from svite_scale.sparsity.methods import METHODS
+from svite_scale.errors import ConfigError
+from svite_scale.sparsity.methods import METHODS, Method, magnitude, uniform_random
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.train.topology import check_method
 from tests import reference
 from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, dense_mask
 
@@ -37,11 +44,26 @@ def test_the_method_of_the_page_drops_what_matters_least_to_the_loss() -> None:
 
 def test_the_page_names_every_method_and_every_default() -> None:
     assert all(f"| `{method}` |" in PAGE for method in METHODS)
+    found = set()
     for line in PAGE.splitlines():
         keys, _, rest = line.removeprefix("| ").partition(" | ")
         if line.startswith("| `") and hasattr(SparsityConfig(), keys.split("`")[1]):
+            found |= {key.strip("` ") for key in keys.split(",")}
             shown = [word.strip("` ") for word in rest.split(" | ")[0].split(",")]
             assert shown == [written(getattr(SparsityConfig(), key.strip("` "))) for key in keys.split(",")]
+
+    fields = {each.name for each in dataclasses.fields(SparsityConfig)}
+    where_weights_are = {"density", "distribution", "power_scale", "densities", "masks", "keep_dense", "structured", "tokens"}
+    assert found == fields - where_weights_are - {"method"}
+
+
+def test_a_line_in_the_table_is_all_that_a_method_needs() -> None:
+    pair = Method(drop=magnitude, grow=uniform_random)
+    with patch.dict(METHODS, {"own": pair}):
+        check_method(SparsityConfig(method="own"))
+        assert TopologyOptions(method="own").scores is pair
+    with pytest.raises(ConfigError):
+        check_method(SparsityConfig(method="own"))
 
 
 def written(value: object) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.methods import METHODS, Candidates, Method, magnitude
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
 from tests import reference
 from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, assert_state, batch, dense_mask
@@ -97,7 +99,7 @@ class Twins:
         if self.options.method == "set":
             return drawn
         if self.options.method == "mixed":
-            for position in sorted(inactive, key=lambda position: -drawn[position])[: round(SHARE * count)]:
+            for position in sorted(inactive, key=lambda position: -drawn[position])[: round(self.options.random_share * count)]:
                 scores[position] = math.inf
         return scores
 
@@ -113,8 +115,10 @@ def assert_metrics(update: TopologyUpdate) -> None:
         assert metrics[f"layers/density/{name}"] == layer.num_active / layer.numel
         assert metrics[f"layers/initial_survival/{name}"] == update.history[name].initial_survivors / layer.num_active
         assert metrics[f"layers/ever_active/{name}"] == update.history[name].ever_active / layer.numel
-        for figure in ("dropped", "grown", "regrown", "drop_threshold", "grow_threshold"):
+        for figure in ("dropped", "grown", "regrown", "drop_threshold"):
             assert metrics[f"layers/{figure}/{name}"] == getattr(layer, figure)
+        threshold = layer.grow_threshold
+        assert metrics.get(f"layers/grow_threshold/{name}") == (None if threshold == math.inf else threshold)
         assert metrics.get(f"layers/grown_survival/{name}") == layer.grown_survival
 
 
@@ -122,6 +126,7 @@ OPTIONS = {
     "svite": TopologyOptions(),
     "set": TopologyOptions(method="set", seed=SEED),
     "mixed": TopologyOptions(method="mixed", seed=SEED, random_share=SHARE),
+    "mixed, all of it at random": TopologyOptions(method="mixed", seed=SEED, random_share=1.0),
     "a window of three steps": TopologyOptions(grow_window=3),
     "a window from update to update": TopologyOptions(grow_window=UPDATE_EVERY),
     "magnitudes over a window": TopologyOptions(grow_window=3, grow_by="magnitude"),
@@ -228,7 +233,7 @@ def test_a_score_of_the_wrong_shape_is_refused_with_the_layers_name() -> None:
         packed.step()
     packed.backward(*batch(UPDATE_EVERY))
     with pytest.raises(
-        TopologyError, match=r"topology update of .* after step 4: a score must be float of shape \(\d+,\), not"
+        TopologyError, match=r"topology update of .* after step 4: drop scores must be of shape \(\d+,\), not \(3,\)"
     ):
         packed.step()
 
@@ -249,6 +254,23 @@ def test_a_score_of_the_wrong_shape_is_refused_with_the_layers_name() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackedTrainer(TopologyOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "update_every", "start", "says"),
+    [("svite", 9, 0, True), ("svite", 8, 9, True), ("svite", 8, 8, False), ("static", 9, 0, False)],
+)
+def test_a_schedule_without_an_update_is_named_at_the_start(
+    method: str, update_every: int, start: int, says: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed = PackedTrainer()
+    schedule = UpdateSchedule(total_steps=10, update_every=update_every, start_step=start)
+    with caplog.at_level("WARNING", logger="svite_scale"):
+        TopologyEngine(packed.model, packed.topology.access, schedule, TopologyOptions(method=method))
+    expected = (
+        f"no weight will ever move: updates come every {update_every} steps from step {start} on, and stop after step 8 of 10; "
+    )
+    assert [message.startswith(expected) for message in caplog.messages] == [True] * says
 
 
 @pytest.mark.parametrize("grow_by", ["gradient", "magnitude"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,11 @@ def test_the_stop_is_the_decimal_that_was_written(stop: float, total: int, step:
     assert UpdateSchedule(total_steps=total, update_every=1, stop_fraction=stop).stop_step == step
 
 
+def test_numbers_may_be_numpys() -> None:
+    schedule = UpdateSchedule(total_steps=np.int64(100), update_every=np.int64(10), stop_fraction=np.float64(0.29))  # type: ignore[arg-type]
+    assert (schedule.stop_step, schedule.next_update(0), schedule.num_updates) == (29, 10, 2)
+
+
 @given(total=st.integers(1, 120), every=st.integers(1, 130), start=st.integers(0, 130), stop=st.floats(0.0, 1.0))
 def test_updates_are_the_multiples_between_start_and_stop(total: int, every: int, start: int, stop: float) -> None:
     schedule = UpdateSchedule(total_steps=total, update_every=every, start_step=start, stop_fraction=stop)
@@ -85,6 +91,9 @@ def test_the_rate_falls_from_the_start(shape: str, rates: list[float]) -> None:
     [
         ({"total_steps": 0, "update_every": 1}, r"total_steps \(0\)"),
         ({"total_steps": 1, "update_every": 0}, r"update_every \(0\)"),
+        ({"total_steps": 100, "update_every": 2.5}, r"update_every \(2\.5\) must be a whole number"),
+        ({"total_steps": 1e5, "update_every": 2}, r"total_steps \(100000\.0\) must be a whole number"),
+        ({"total_steps": 100, "update_every": 2, "start_step": 0.5}, r"start_step \(0\.5\) must be a whole number"),
         ({"total_steps": 1, "update_every": 1, "stop_fraction": 1.5}, r"stop_fraction \(1\.5\)"),
         ({"total_steps": 1, "update_every": 1, "drop_fraction": 1.5}, r"drop_fraction \(1\.5\)"),
         ({"total_steps": 1, "update_every": 1, "drop_fraction": 0.1, "final_drop_fraction": 0.2}, r"\(0\.2\) <= drop_fraction"),

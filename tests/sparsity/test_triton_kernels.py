@@ -44,6 +44,17 @@ def test_on_a_gpu(dtype: torch.dtype, numel: int) -> None:
     assert_same_bits(found[1], values)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="the current GPU can be another one only where there are two")
+def test_on_a_gpu_that_isnt_the_current_one() -> None:
+    packed = packed_of(5000, 0.3, torch.float32, seed=5)
+    dense, mask, values = (tensor.to("cuda:1") for tensor in (packed.dense, packed.mask, packed.values))
+    with torch.cuda.device(0):
+        found = expand(values, mask, dense.shape), compress(dense, mask, len(values))
+    assert [tensor.device.index for tensor in found] == [1, 1]
+    assert_same_bits(found[0], packed.expanded.to("cuda:1"))
+    assert_same_bits(found[1], values)
+
+
 @pytest.mark.parametrize("trouble", ["no triton", "no GPU driver"])
 def test_where_it_cant_be_used_torch_operations_serve_and_one_warning_says_so(
     trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -130,6 +130,22 @@ def test_a_nan_growth_score_of_what_was_just_dropped_is_refused() -> None:
     assert prune_and_grow(bools("110"), *scores, 0).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("numel", [3, 5, 40])
+def test_scores_of_another_shape_are_refused(numel: int) -> None:
+    right, wrong = torch.ones(4), torch.ones(numel)
+    with pytest.raises(TopologyError, match=rf"drop scores must be of shape \(4,\), not \({numel},\)"):
+        prune_and_grow(bools("1100"), wrong, right, 1)
+    with pytest.raises(TopologyError, match=rf"grow scores must be of shape \(4,\), not \({numel},\)"):
+        prune_and_grow(bools("1100"), right, wrong, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.uint8])
+def test_scores_of_any_dtype_are_compared_exactly(dtype: torch.dtype) -> None:
+    large = 2**24 if dtype == torch.int64 else 2
+    drop, grow = torch.tensor([large + 1, large, 0, 0], dtype=dtype), torch.tensor([0, 0, large, large + 1], dtype=dtype)
+    assert prune_and_grow(bools("1100"), drop, grow, 1).tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("count", [-1, 3])
 def test_a_count_out_of_range_is_refused(count: int) -> None:
     with pytest.raises(TopologyError, match=f"can't drop {count} of 2 active units"):

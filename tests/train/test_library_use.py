@@ -153,11 +153,35 @@ def deepspeed(stage: int) -> Outcome:
 def accelerate() -> Outcome:
     from accelerate import Accelerator
 
+    return accelerated(Accelerator(cpu=True), is_fsdp2=False)
+
+
+def accelerate_fsdp2() -> Outcome:
+    """Through Accelerate's plugin, which it takes on GPUs only: so its state is told that it took it here."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    accelerator = Accelerator(cpu=True)
+    units = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["PackedLinear"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **units)
+    # There is no public way; accelerated() sees whether this one is one.
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    try:
+        return accelerated(accelerator, is_fsdp2=True)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerated(accelerator: Any, *, is_fsdp2: bool) -> Outcome:
+    from torch.distributed.fsdp import FSDPModule
+
     model = users_model()
     svite_scale.sparsify(model, DENSITY, distribution="uniform")
-    accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=3e-3))
     assert accelerator.num_processes == dist.get_world_size()
+    assert isinstance(model, FSDPModule) == accelerator.is_fsdp2 == is_fsdp2
 
     def step(loss: Tensor) -> None:
         accelerator.backward(loss)
@@ -188,7 +212,7 @@ def test_a_plain_loop_without_torch_distributed() -> None:
     assert_weights_moved(plain())
 
 
-@pytest.mark.parametrize("use", [ddp, fsdp2, accelerate, deepspeed], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("use", [ddp, fsdp2, accelerate, accelerate_fsdp2, deepspeed], ids=lambda use: use.__name__)
 def test_an_engine_of_the_users_own_trains_as_one_process_does(use: Callable[..., Outcome]) -> None:
     single = plain()
     for stages in [(2,), (3,)] if use is deepspeed else [()]:
@@ -226,6 +250,11 @@ def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:
     assert refusal(model) == "Sequential needs its optimizer too: attach(model, optimizer, ...)"
     too_early = "the optimizer doesn't step 0.values; build it after sparsify() and after the engine wrapped the model"
     assert refusal(model, dense_optimizer) == too_early
+    options = svite_scale.TopologyOptions(method="dense")
+    with pytest.raises(
+        TopologyError, match=r"method dense has no sparse layers, .*; leave sparsify\(\) out, or use method static"
+    ):
+        svite_scale.attach(model, dense_optimizer, total_steps=STEPS, update_every=6, options=options)
     for no_zero, before_sharding in run_on_ranks(2, refused_engines):
         assert no_zero == "the DeepSpeed engine runs ZeRO stage 0; use stage 1, 2 or 3"
         assert before_sharding == too_early

@@ -6,10 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from svite_scale.config import Config
+from svite_scale.distributed import World
+from svite_scale.sparsity.topology_update import TopologyUpdate
+from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run, whole_statistics
+from tests.train.runs import (
+    ENGINES,
+    State,
+    assert_same_state,
+    loaded,
+    losses_of,
+    metrics_of,
+    resumed_run,
+    run,
+    state_of,
+    whole_statistics,
+)
 from tests.train.tiny import tiny_config
 
 STOP, END = 6, 10
@@ -70,6 +85,35 @@ def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both(
     assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
     resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *WINDOW))
     assert_same_state(ended, resumed)
+
+
+def postponed(config: Config, resume: bool) -> State:
+    """Trains on a rank, with a gradient in the fourth step that isn't finite."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=resume)
+    topology, (layer, *_) = trainer.topology, trainer.topology.layers.values()
+    step = topology.step
+
+    def poisoned_step() -> TopologyUpdate | None:
+        if topology.steps == 3 and layer.gradient_sink is not None:
+            layer.gradient_sink(torch.full(layer.shape, torch.nan))
+        return step()
+
+    topology.step = poisoned_step  # type: ignore[method-assign]
+    trainer.run()
+    return state_of(trainer)
+
+
+def test_a_postponed_update_is_counted_in_the_metrics_and_comes_after_a_resume(tmp_path: Path, digits: Path) -> None:
+    """By a window of two steps after the fourth, and so the fifth, after which the run stops, is already heard for it."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ended = run_on_ranks(1, postponed, config_of(digits, straight, "single", END, "sparsity.grow_window=2"), False)
+    run_on_ranks(1, postponed, config_of(digits, stopped, "single", 5, "sparsity.grow_window=2"), False)
+    resumed = run_on_ranks(1, postponed, config_of(digits, stopped, "single", END, "sparsity.grow_window=2"), True)
+    assert_same_state(ended, resumed)
+    for run_dir in (straight, stopped):
+        lines = metrics_of(run_dir)
+        assert [line["step"] for line in lines if "dropped" in line] == [6, 8]
+        assert [line["postponed_updates"] for line in lines] == [0] * 3 + [1] * (END - 3)
 
 
 TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.methods import METHODS
-from svite_scale.train.topology import check_method, update_schedule
+from svite_scale.train.topology import check_method, topology_options, update_schedule
 from tests.ranks import run_on_ranks
 from tests.train.runs import metrics_of, run
 from tests.train.tiny import tiny_config
@@ -49,6 +50,19 @@ def test_the_other_keys_are_handed_on() -> None:
     schedule = update_schedule(config, steps_per_epoch=100, total_steps=1000)
     assert schedule.stop_step == 600
     assert schedule.rate(300) == pytest.approx(0.25)
+
+
+def test_the_options_are_the_keys_of_the_same_names() -> None:
+    given = {
+        "method": "mixed",
+        "random_share": 0.2,
+        "grow_window": 3,
+        "grow_by": "magnitude",
+        "grown_moments": "zero",
+        "grown_warmup_steps": 4,
+    }
+    config = replace(config_of(**given), seed=7)
+    assert asdict(topology_options(config)) == given | {"seed": 7}
 
 
 def test_an_unknown_method_is_refused() -> None:

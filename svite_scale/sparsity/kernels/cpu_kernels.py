@@ -22,11 +22,11 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, instructions: str) -> None:
         address, number = ctypes.c_void_p, ctypes.c_int64
-        self._count_digits = _function(library, "count_digits_4", address, number, address, number, address)
-        self._count = _function(library, "count_active", address, number)
+        self._count_digits = _function(library, "count_digits_4", None, address, number, address, number, address)
+        self._count = _function(library, "count_active", number, address, number)
         self._expand, self._compress = (
             {
-                size: _function(library, f"{task}_{size}_{instructions}", address, number, address, address, number)
+                size: _function(library, f"{task}_{size}_{instructions}", number, address, number, address, address, number)
                 for size in (2, 4)
             }
             for task in ("expand", "compress")
@@ -74,8 +74,8 @@ def load() -> CpuKernels:
     return CpuKernels(library, "avx2" if library.has_avx2() else "portable")
 
 
-def _function(library: ctypes.CDLL, name: str, *arguments: type[Any]) -> Any:
-    """A C function of ``arguments`` that returns an int64."""
+def _function(library: ctypes.CDLL, name: str, result: type[Any] | None, *arguments: type[Any]) -> Any:
+    """A C function from ``arguments`` to ``result``, None where it is void."""
     function = library[name]
-    function.argtypes, function.restype = arguments, ctypes.c_int64
+    function.argtypes, function.restype = arguments, result
     return function

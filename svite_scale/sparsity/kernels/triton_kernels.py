@@ -25,7 +25,9 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.expand`; for elements of 2 or 4 bytes."""
     dense = values.new_empty(shape)
     numel, num_active = dense.numel(), values.numel()
-    if numel:
+    if not numel:
+        return dense
+    with torch.cuda.device_of(mask):  # Triton launches on the current device
         counts, ends = _count_blocks(mask, numel)
         source, target = _as_integers(values), _as_integers(dense)
         _expand_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, num_active, block=BLOCK)
@@ -40,10 +42,11 @@ def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
     numel = dense.numel()
     if not numel:
         return dense.new_empty(0)
-    counts, ends = _count_blocks(mask, numel)
-    values = dense.new_empty(int(ends[-1]) if num_active is None else num_active)
-    source, target = _as_integers(dense), _as_integers(values)
-    _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, len(values), block=BLOCK)
+    with torch.cuda.device_of(mask):
+        counts, ends = _count_blocks(mask, numel)
+        values = dense.new_empty(int(ends[-1]) if num_active is None else num_active)
+        source, target = _as_integers(dense), _as_integers(values)
+        _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, len(values), block=BLOCK)
     return values
 
 
