@@ -165,3 +165,11 @@ def test_the_largest_label_is_named(tmp_path: Path) -> None:
     write_shards(numbered(10), tmp_path, "train", 4)
     assert largest_label(load_indexes(str(tmp_path))) == (6, f"sample 'sample-006' of {tmp_path / 'train-000001.tar'}")
     assert largest_label([]) == (-1, "no sample")
+
+
+def test_indexes_are_compact_in_memory(tmp_path: Path) -> None:
+    """A million samples must fit each rank's memory many times over."""
+    (shard,) = write_shards(numbered(200), tmp_path, "train", 200)
+    index = load_index(shard)
+    assert index.offsets.nbytes + index.lengths.nbytes + index.labels.nbytes == 16 * 200
+    assert len(index.packed_keys) < 5 * 200  # of 10 each
