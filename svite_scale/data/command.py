@@ -14,8 +14,9 @@ from tqdm import tqdm
 from svite_scale.data.builtin import mnist5k, photographs
 from svite_scale.data.folder import image_folder, labelled_files
 from svite_scale.data.index import build_index, damage, is_indexed, save_index
+from svite_scale.data.info import check_classes, write_info
 from svite_scale.data.labels import LabelRule, read_classes, read_labels
-from svite_scale.data.output import Output, check_classes, write_info
+from svite_scale.data.output import Output
 from svite_scale.data.patterns import find_shards
 from svite_scale.data.processes import in_processes
 from svite_scale.data.source import Source
@@ -79,7 +80,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
         with tqdm(total=total, initial=total - left, desc=prefix, unit="image") as progress:
             for count in output.write(missing, arguments.workers):
                 progress.update(count)
-    write_info(output, prefix, source.classes)
+    write_info(output.shards, output.counts, prefix, source.classes)
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
     print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from svite_scale.data.files import remove_leftovers, replacing
+from svite_scale.data.files import remove_leftovers
 from svite_scale.data.index import load_index, sidecar_path
 from svite_scale.data.processes import in_processes
 from svite_scale.data.shards import refuse_longer, shard_name, write_shard
 from svite_scale.data.source import Source
 from svite_scale.errors import DataError
-
-INFO = "_info.json"
-"""What timm's reader of WebDataset shards looks for beside them."""
 
 
 class Output:
@@ -91,45 +87,3 @@ class Output:
         origins = [self._source.origin(sample) for sample in self._parts[number]]
         text = "\n".join(origin.text for origin in origins)
         return hashlib.sha256(text.encode()).hexdigest(), max(origin.changed_ns for origin in origins)
-
-
-def check_classes(directory: Path, split: str, classes: Sequence[str] | None) -> None:
-    """Requires that the splits written to ``directory`` so far number the same classes alike.
-
-    Raises:
-        DataError: they don't, or what tells of them can't be read.
-    """
-    for other, info in read_splits(directory).items():
-        known = info.get("classes")
-        if other != split and classes is not None and known is not None and list(classes) != known:
-            raise DataError(
-                f"{directory} holds {other} with {len(known)} classes, and {split} has {len(classes)}, not all the same in the "
-                "same order, so that labels would disagree; give both the same --classes FILE, or another --out"
-            )
-
-
-def write_info(output: Output, split: str, classes: Sequence[str] | None) -> Path:
-    """Adds a split to the folder's ``_info.json``, by which timm's reader finds it: ``ReaderWds(DIR, split="train")``."""
-    path = output.shards[0].parent / INFO
-    splits = read_splits(path.parent)
-    info = {
-        "name": split,
-        "num_samples": sum(output.counts),
-        "filenames": [shard.name for shard in output.shards],
-        "shard_lengths": output.counts,
-    }
-    if classes is not None:
-        info["classes"] = list(classes)
-    if splits.get(split) != info:
-        splits[split] = info
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"splits": dict(sorted(splits.items()))}) + "\n")
-    return path
-
-
-def read_splits(directory: Path) -> dict[str, dict]:
-    path = directory / INFO
-    try:
-        return dict(json.loads(path.read_text())["splits"]) if path.exists() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not readable ({error!r}); delete it, and it will be written again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ import pytest
 
 from svite_scale.data.folder import ImageFiles, image_folder
 from svite_scale.data.index import load_index, load_indexes, sidecar_path
-from svite_scale.data.output import Output, write_info
+from svite_scale.data.output import Output
 from svite_scale.data.processes import in_processes
 from svite_scale.errors import DataError
 from tests.data.numbered import picture
@@ -213,23 +212,6 @@ def test_a_longer_output_before_is_refused_at_once(tmp_path: Path) -> None:
         Output(source, tmp_path, "train", 2)
     assert Output(source, tmp_path, "val", 2).counts == [2, 2, 2]
     assert Output(source, tmp_path, "train", 1).counts == [1] * 6
-
-
-def test_splits_are_added_to_the_info_file(tmp_path: Path) -> None:
-    outputs = {split: Output(small_source(tmp_path), tmp_path, split, 4) for split in ("val", "train")}
-    for split, output in outputs.items():
-        path = write_info(output, split, ["a", "b"] if split == "train" else None)
-    splits = json.loads(path.read_text())["splits"]
-    assert splits["val"] == {
-        "name": "val",
-        "num_samples": 6,
-        "filenames": ["val-000000.tar", "val-000001.tar"],
-        "shard_lengths": [4, 2],
-    }
-    assert splits["train"]["classes"] == ["a", "b"]
-    path.write_text("[]")
-    with pytest.raises(DataError, match=r"_info\.json is not readable"):
-        write_info(outputs["val"], "val", None)
 
 
 def die(item: int) -> int:
