@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +25,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(directory: Path, start: str) -> None:
-    """Removes what killed processes left of files whose names begin with ``start``; none may be writing them."""
-    for path in directory.iterdir():
-        if path.name.startswith(f".{start}") and path.name.endswith(".tmp"):
-            path.unlink(missing_ok=True)
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Removes what killed processes left of these files, which are in one folder; none may be writing them."""
+    names = {path.name: path.parent for path in paths}
+    for folder in set(names.values()):
+        for temporary in folder.glob(".*.tmp"):
+            if temporary.name[1:].rsplit(".", 2)[0] in names:
+                temporary.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -205,7 +205,7 @@ def damage(shard: Path) -> str:
         return ""
     return (
         f"{shard} is damaged, or its index is stale: its checksum is {found[:12]}..., the index has {index.sha256[:12]}...; "
-        f"restore the tar, or {index_again(shard)}"
+        f"restore the tar, or if it was changed on purpose, delete {sidecar_path(shard).name} and {index_again(shard)}"
     )
 
 

@@ -33,14 +33,15 @@ class Output:
     def __init__(self, source: Source, directory: str | Path, prefix: str, samples_per_shard: int) -> None:
         if samples_per_shard < 1:
             raise DataError(f"samples_per_shard is {samples_per_shard}; use at least 1")
-        self._folder, self._source, self._prefix = Path(directory), source, prefix
+        folder = Path(directory)
         if not source.keys:
-            raise DataError(f"there are no samples to write to {self._folder}")
+            raise DataError(f"there are no samples to write to {folder}")
+        self._source = source
         numbers = range(len(source.keys))
         self._parts = [numbers[start : start + samples_per_shard] for start in numbers[::samples_per_shard]]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        refuse_longer(self._folder, prefix, len(self._parts))
-        self.shards = [self._folder / shard_name(prefix, number) for number in range(len(self._parts))]
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_longer(folder, prefix, len(self._parts))
+        self.shards = [folder / shard_name(prefix, number) for number in range(len(self._parts))]
 
     @property
     def counts(self) -> list[int]:
@@ -58,13 +59,14 @@ class Output:
         Raises:
             DataError: a sample can't be made or stored.
         """
-        remove_leftovers(self._folder, f"{self._prefix}-")
+        files = [*self.shards, *map(sidecar_path, self.shards)]
+        remove_leftovers(files)
         if missing:
             self._source.prepare()
         try:
             yield from in_processes(self._write, missing, workers)
         finally:
-            remove_leftovers(self._folder, f"{self._prefix}-")
+            remove_leftovers(files)
 
     def _is_finished(self, number: int) -> tuple[int, bool]:
         shard = self.shards[number]

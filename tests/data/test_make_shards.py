@@ -163,23 +163,24 @@ def test_every_bad_shard_is_named(
     shards = write_shards(numbered(10), tmp_path, "train", 2)
     assert command.main(["--verify", str(tmp_path), "--workers", workers]) == 0
     assert capsys.readouterr().out == "5 shards are as they were when they were indexed\n"
-    overwrite(shards[1], 512 + 20, b"!")
+    overwrite(shards[1], 3 * 512 + 20, b"!")  # in the first image
     os.truncate(shards[3], 1000)
     sidecar_path(shards[4]).unlink()
     assert command.main(["--verify", str(tmp_path), "--workers", workers]) == 2
     output = capsys.readouterr()
-    assert [name in output.out for name in ("000000", "000001.tar is damaged", "000002", "000003.tar has 1000")] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    assert f"delete train-000001.tar.index.json and run: python launch/make_shards.py --index '{shards[1]}'" in output.out
+    for text, is_there in {"000000": 0, "000001.tar is damaged": 1, "000002": 0, "000003.tar has 1000": 1}.items():
+        assert (f"train-{text}" in output.out) == is_there
+    assert "train-000004.tar has no index" in output.out
     assert "error: 3 of 5 shards can't be used as they are; see above" in output.err.splitlines()
     assert command.main(["--index", str(tmp_path), "--workers", workers]) == 2
     output = capsys.readouterr()
     assert "000003.tar is not a readable" in output.out or "000003.tar is damaged or cut off" in output.out
     assert "error: 1 of 2 shards can't be indexed; see above" in output.err.splitlines()
     assert load_indexes(str(shards[4]))[0].count == 2
+    sidecar_path(shards[1]).unlink()
+    assert command.main(["--index", str(shards[1])]) == 0
+    assert command.main(["--verify", str(shards[1])]) == 0
 
 
 @pytest.mark.parametrize(

@@ -139,13 +139,17 @@ def test_the_command_itself_killed(images: Path, whole: dict[str, str], tmp_path
 def test_only_what_is_missing_or_differs_is_written(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
     source = image_folder(images)
     write(source, tmp_path, 2)
-    (tmp_path / ".train-000003.tar.99.tmp").write_bytes(b"left by a killed process")
+    for name in (".train-000003.tar.99.tmp", ".train-000004.tar.index.json.7.tmp"):
+        (tmp_path / name).write_bytes(b"left by a killed process")
+    of_others = tmp_path / ".train-extra-000003.tar.99.tmp"
+    of_others.write_bytes(b"being written")
     (tmp_path / "train-000004.tar").unlink()
     sidecar_path(tmp_path / "train-000005.tar").unlink()
     sidecar_path(tmp_path / "train-000006.tar").write_text("{}")
     os.truncate(tmp_path / "train-000007.tar", 1024)
     assert Output(source, tmp_path, "train", PER_SHARD).missing(2) == [4, 5, 6, 7]
     assert write(source, tmp_path, 2) == 4
+    of_others.unlink()
     assert contents(tmp_path) == whole
 
 
