@@ -32,6 +32,8 @@ class DataConfig:
     """Brace pattern, glob, or folder of the training shards."""
     val: str = ""
     """The same for the evaluation shards."""
+    verify_checksums: bool = False
+    """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its share."""
     workers: Annotated[int, Bounds(low=0)] = 2
     """Loader processes per rank."""
     shuffle_shards: Annotated[int, Bounds(low=1)] = 64

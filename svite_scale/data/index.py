@@ -209,6 +209,21 @@ def damage(shard: Path) -> str:
     )
 
 
+def check_contents(indexes: Sequence[ShardIndex], rank: int, world_size: int) -> None:
+    """Compares this rank's share of the shards, every ``world_size``-th, with the checksums in their indexes; reads all of it.
+
+    Not a collective: a rank that finds damage raises while the others go on, and its end is left to the launcher to tell, as
+    with samples that can't be read. Remote shards are left out; they are compared when they are fetched.
+
+    Raises:
+        DataError: names the first shard that differs.
+    """
+    for index in indexes[rank::world_size]:
+        problem = damage(index.path) if isinstance(index.path, Path) else ""
+        if problem:
+            raise DataError(problem)
+
+
 def largest_label(indexes: Sequence[ShardIndex]) -> tuple[int, str]:
     """The largest label, and the first sample that has it, in words; -1 without samples."""
     largest = max((int(index.labels.max()) for index in indexes if index.count), default=-1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from svite_scale.config import Config
 from svite_scale.data import Batch, DeviceTransform, EvalData, TrainData
-from svite_scale.data.index import largest_label, load_indexes
+from svite_scale.data.index import check_contents, largest_label, load_indexes
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
@@ -210,6 +210,8 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
         rank=world.rank,
         world_size=world.size,
     )
+    if config.data.verify_checksums:
+        check_contents(load_indexes(config.data.train) + load_indexes(config.data.val), world.rank, world.size)
     num_classes = max(train_data.num_classes, eval_data.num_classes)
     if num_classes > model.num_classes:
         largest, place = largest_label(load_indexes(config.data.train) + load_indexes(config.data.val))

@@ -14,6 +14,7 @@ import pytest
 from svite_scale.data import load_indexes, write_shards
 from svite_scale.data.index import (
     build_index,
+    check_contents,
     damage,
     is_indexed,
     largest_label,
@@ -159,6 +160,18 @@ def test_damage_that_keeps_the_size_shows_in_the_checksum(tmp_path: Path) -> Non
     assert "stale: it describes a tar of" in damage(cut)
     cut.unlink()
     assert "can't be read" in damage(cut)
+
+
+def test_ranks_verify_checksums_of_a_share_each(tmp_path: Path) -> None:
+    shards = write_shards(numbered(10), tmp_path, "train", 2)
+    indexes = load_indexes(str(tmp_path))
+    for rank in range(3):
+        check_contents(indexes, rank, 3)
+    overwrite(shards[4], 700, bytes([shards[4].read_bytes()[700] ^ 1]))
+    for rank in (0, 2):
+        check_contents(indexes, rank, 3)
+    with pytest.raises(DataError, match=r"train-000004\.tar is damaged"):
+        check_contents(indexes, 1, 3)
 
 
 def test_the_largest_label_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,6 +155,21 @@ def test_missing_shards_are_an_error_of_the_run(config_path: Path, capsys: pytes
     assert answer.status == 1
     assert answer.err.startswith("error on rank 0: data.train = '/nowhere/train-*.tar'")
     assert not (config_path.parent / "run").exists()
+
+
+def test_other_content_of_the_same_size_is_found_where_checksums_are_verified(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = Path(shutil.copytree(digits, tmp_path / "shards"))
+    start = ["--config", str(write_config_file(shards, tmp_path / "run", tmp_path / "tiny.yaml")), "train.max_steps=1"]
+    assert run_here(capsys, *start, "data.verify_checksums=true").status == 0
+    shutil.rmtree(tmp_path / "run")
+    damaged = shards / "val-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    answer = run_here(capsys, *start, "data.verify_checksums=true")
+    assert answer.status == 1
+    assert answer.err.startswith(f"error on rank 0: {damaged} is damaged, or its index is stale: its checksum is ")
+    assert run_here(capsys, *start).status == 0
 
 
 def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
