@@ -59,14 +59,13 @@ class Output:
         Raises:
             DataError: a sample can't be made or stored.
         """
-        files = [*self.shards, *map(sidecar_path, self.shards)]
-        remove_leftovers(files)
         if missing:
             self._source.prepare()
         try:
             yield from in_processes(self._write, missing, workers)
         finally:
-            remove_leftovers(files)
+            # Also what earlier runs left, if they were killed.
+            remove_leftovers([*self.shards, *map(sidecar_path, self.shards)])
 
     def _is_finished(self, number: int) -> tuple[int, bool]:
         shard = self.shards[number]

@@ -229,9 +229,17 @@ def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
         list(in_processes(die, range(8), 2))
 
 
-def test_leaving_early_ends_the_workers() -> None:
+def dawdle(path: Path | None) -> None:
+    """Leaves a file, unless it is ended before."""
+    if path is not None:
+        time.sleep(20)
+        path.touch()
+
+
+def test_leaving_early_ends_the_workers_at_once(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
-    work = in_processes(time.sleep, [0, *[600] * 7], 2)
+    work = in_processes(dawdle, [None, *(tmp_path / str(number) for number in range(7))], 2)
     next(work)
     work.close()
     assert set(psutil.Process().children()) <= before
+    assert not list(tmp_path.iterdir())
