@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from svite_scale.config.bounds import Bounds
+from svite_scale.config.checkpoint import CheckpointConfig
 from svite_scale.config.data import AugmentConfig, DataConfig
 from svite_scale.config.model import ModelConfig
 from svite_scale.config.parallel import ParallelConfig
@@ -21,6 +22,7 @@ from svite_scale.errors import ConfigError
 __all__ = [
     "AugmentConfig",
     "Bounds",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "ModelConfig",
@@ -46,6 +48,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.history import History
 from svite_scale.sparsity.layer_decision import decide, write_topology
@@ -42,6 +42,7 @@ class TopologyEngine:
         postponed: updates that were put off because a gradient wasn't finite.
         history: which weights have ever been active, and which all the time.
         newcomers: which active weights came at the last update.
+        followers: what else is carried along at an update; empty unless something is put there.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TopologyEngine:
         check_fits(self.options, schedule)
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
+        self.followers: list[FollowsTopology] = []
         self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
         self.history = History(group)
         self.newcomers = Newcomers(self.layers.values(), group)
@@ -202,7 +204,7 @@ class TopologyEngine:
         """One layer's update; the layer's dense tensors live only in here."""
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
-        write_topology(layer, remap, self.access, self.options.grown_moments)
+        write_topology(layer, remap, self.access, self.options.grown_moments, self.followers)
         self.history.follow(layer, decision.old_mask, decision.new_mask)
         grown_survival = self.newcomers.follow(layer, remap)
         if self.warmup:

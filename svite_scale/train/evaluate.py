@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from svite_scale.data import DeviceTransform, EvalData
 from svite_scale.parallel.backend import Backend
+from svite_scale.train.ema import Ema
 
 
 @torch.no_grad()
@@ -30,3 +31,10 @@ def evaluate(backend: Backend, data: EvalData, transform: DeviceTransform) -> di
     dist.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
     return {"eval_loss": loss / count, "eval_accuracy": top1 / count, "eval_top5": top5 / count}
+
+
+def evaluate_ema(ema: Ema, backend: Backend, data: EvalData, transform: DeviceTransform) -> dict[str, float]:
+    """What :func:`evaluate` returns, of the average of the weights, named ``eval_ema_loss`` and so on. A collective."""
+    with ema.in_place_of_weights():
+        metrics = evaluate(backend, data, transform)
+    return {name.replace("eval_", "eval_ema_", 1): value for name, value in metrics.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from svite_scale.parallel.build import build_backend
 from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.sparsity.topology_update import TopologyUpdate
 from svite_scale.train.checkpoint import Checkpoint
-from svite_scale.train.evaluate import evaluate
+from svite_scale.train.ema import Ema
+from svite_scale.train.evaluate import evaluate, evaluate_ema
 from svite_scale.train.optimizer import build_optimizer, build_schedule
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
@@ -50,7 +52,15 @@ class Trainer:
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
-        self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
+        self.ema = self._build_ema()
+        self.checkpoint = Checkpoint(
+            self.run_dir / "checkpoints",
+            config,
+            self.backend,
+            self.topology,
+            ema=self.ema,
+            steps_per_epoch=self.train_data.steps_per_epoch,
+        )
         self.resumed_step = self._load() if resume else None
 
     @property
@@ -61,7 +71,8 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step, evaluating and saving on the way and at the end."""
         started = time.perf_counter()
-        with Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker:
+        tracker = Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main)
+        with tracker, closing(self.checkpoint):
             if self.resumed_step is None:
                 tracker.log_topology(self.step, self.topology.unit_masks())
             progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
@@ -76,20 +87,21 @@ class Trainer:
                 if update:
                     tracker.log_topology(update.step, update.unit_masks)
                 progress.advance()
-                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), self._is_due(self._save_every)
+                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), self._saves()
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
                 metrics |= window.close(self.config.train.global_batch_size) | self._state_metrics()
                 if evaluates:
-                    evaluation = evaluate(self.backend, self.eval_data, self.eval_transform)
+                    evaluation = self._evaluate()
                     metrics |= evaluation
                 if saves:
-                    self.checkpoint.save()
+                    self.checkpoint.save(wait=self.step == self.last_step)
+                metrics |= self.checkpoint.metrics()
                 window.restart()
                 tracker.log(self.step, metrics)
                 progress.show(metrics)
             # Where a finished run was resumed, no step evaluated it.
-            evaluation = evaluation or evaluate(self.backend, self.eval_data, self.eval_transform)
+            evaluation = evaluation or self._evaluate()
             progress.close()
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
@@ -112,6 +124,8 @@ class Trainer:
             self.backend.backward(loss)
             window.add(loss.detach(), logits.detach(), batch.labels)
         window.step(self.backend.step())
+        if self.ema:
+            self.ema.update()
         return self.topology.step()
 
     def _build_backend(self) -> tuple[Backend, float]:
@@ -129,6 +143,21 @@ class Trainer:
         backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
         return backend, plan_density(plan)
 
+    def _build_ema(self) -> Ema | None:
+        """The average of the weights, which then follows the topology; None where the config asks for none."""
+        if self.config.train.ema_decay is None:
+            return None
+        ema = Ema(self.backend.model, self.backend.access, self.config.train.ema_decay)
+        self.topology.followers.append(ema)
+        return ema
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the weights, and of their average where the config asks for them. A collective."""
+        metrics = evaluate(self.backend, self.eval_data, self.eval_transform)
+        if self.ema and self.config.train.eval_ema:
+            metrics |= evaluate_ema(self.ema, self.backend, self.eval_data, self.eval_transform)
+        return metrics
+
     def _load(self) -> int:
         """Loads the newest checkpoint; returns its step."""
         # Optimizers create their state at their first step, so take one that changes nothing.
@@ -139,11 +168,12 @@ class Trainer:
         for _ in range(self.config.train.accumulation_steps):
             self.backend.backward(self.backend.forward(images).float().sum() * 0.0)
         self.backend.step()
-        return self.checkpoint.load()
+        return self.checkpoint.load_newest()
 
-    @property
-    def _save_every(self) -> int | None:
-        return self.config.train.checkpoint_every_epochs
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        every_steps = self.config.checkpoint.every_steps
+        return self._is_due(self.config.checkpoint.every_epochs) or (every_steps is not None and self.step % every_steps == 0)
 
     def _is_due(self, every_epochs: int | None) -> bool:
         """Whether something done every so many epochs, and at the end, is due after this step."""
