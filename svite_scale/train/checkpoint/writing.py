@@ -11,7 +11,10 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 
 from svite_scale.errors import CheckpointError
 from svite_scale.train.checkpoint.agreement import on_all_ranks, on_main_rank
@@ -32,6 +35,16 @@ class Snapshot:
     step: int
     tensors: Mapping[str, DTensor]
     run_state: Mapping[str, Any]
+
+
+class PlainSpokenWriter(dcp.FileSystemWriter):
+    """Tells why a file couldn't be written: torch hides the system's error behind one of its own archive format."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _cause(error) from error
 
 
 def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: dist.ProcessGroup, *, may_create: bool) -> Path:
@@ -66,11 +79,19 @@ def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: 
 
 def _write_tensors(tensors: Mapping[str, DTensor], partial: Path, group: dist.ProcessGroup) -> None:
     try:
-        dcp.save(dict(tensors), checkpoint_id=partial, process_group=group)
+        dcp.save(dict(tensors), storage_writer=PlainSpokenWriter(partial), process_group=group)
     except CheckpointException as error:
         # It says nothing by itself, and isn't an Exception.
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"{reason} (on rank {rank})") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's error that led to another; that one where there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def _finish_files(snapshot: Snapshot, partial: Path, rank: int) -> dict[str, FileDigest]:
