@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svite_scale.config import AugmentConfig, Config, DataConfig, OptimizerConfig, SparsityConfig, TokensConfig
+from svite_scale.config import AugmentConfig, Config, DataConfig, OptimizerConfig, SparsityConfig, TokensConfig, TrainConfig
 from svite_scale.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ def check_config(config: Config, world_size: int) -> None:
     check_tokens(config.sparsity.tokens)
     check_data(config.data, config.model.in_channels)
     check_optimizer(config.optimizer, config.train.epochs)
+    check_ema(config.train)
     if config.parallel.backend == "single" and world_size > 1:
         raise ConfigError(
             "parallel.backend",
@@ -136,3 +137,10 @@ def check_optimizer(optimizer: OptimizerConfig, epochs: int) -> None:
         raise ConfigError(
             "optimizer.warmup_epochs", optimizer.warmup_epochs, f"is longer than train.epochs ({epochs})", "shorten it"
         )
+
+
+def check_ema(train: TrainConfig) -> None:
+    if train.ema_decay is not None and train.ema_decay >= 1:
+        raise ConfigError("train.ema_decay", train.ema_decay, "never lets the average move", "use a number below 1")
+    if train.eval_ema and train.ema_decay is None:
+        raise ConfigError("train.eval_ema", True, "evaluates an average that isn't kept", "set train.ema_decay, 0.9999 say")

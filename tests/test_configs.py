@@ -121,6 +121,7 @@ def test_the_rest_of_the_recipe_is_deits(name: str) -> None:
     assert (augment.random_erasing, augment.mixup, augment.cutmix, augment.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
     assert (config.model.drop_path, config.model.num_classes, config.model.image_size) == (0.1, 1000, 224)
     assert (config.train.precision, config.checkpoint.every_epochs) == ("bf16", 10)
+    assert (config.train.ema_decay, config.train.eval_ema) == (0.99996, True)
     assert config.train.clip_grad_norm is None
 
 

@@ -20,6 +20,7 @@ class Ema:
 
     Attributes:
         decay: see above.
+        parts: by trainable parameter, this rank's part, as ``access.local_values`` cuts it.
     """
 
     def __init__(self, model: nn.Module, access: ParameterAccess, decay: float) -> None:
@@ -33,14 +34,13 @@ class Ema:
         self.decay = decay
         self._access = access
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # By parameter, this rank's part, of the shape of what access.local_values gives.
-        self._parts = {parameter: self._values(parameter).clone() for parameter in self._parameters}
+        self.parts = {parameter: self._values(parameter).clone() for parameter in self._parameters}
 
     @torch.no_grad()
     def update(self) -> None:
         """One optimizer step is done. Local."""
         values = [self._values(parameter) for parameter in self._parameters]
-        torch._foreach_lerp_(list(self._parts.values()), values, 1.0 - self.decay)
+        torch._foreach_lerp_(list(self.parts.values()), values, 1.0 - self.decay)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The full average of one parameter, fp32, shaped like it, on every rank. A collective."""
@@ -53,7 +53,7 @@ class Ema:
     def write(self, parameter: nn.Parameter, average: Tensor) -> None:
         """Replaces what :meth:`read` returned. Local."""
         _, offset = self._access.local_values(parameter)
-        part = self._parts[parameter]
+        part = self.parts[parameter]
         own = average.flatten()[offset : offset + part.numel()]
         part[: own.numel()].copy_(own)
 
@@ -78,7 +78,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, parameter: nn.Parameter) -> None:
-        values, part = self._values(parameter), self._parts[parameter]
+        values, part = self._values(parameter), self.parts[parameter]
         held = values.clone()
         values.copy_(part)
         part.copy_(held)
