@@ -36,7 +36,8 @@ from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.checkpoint import Checkpoint
 
-RANKS = 2
+RANKS, STEPS_PER_EPOCH = 2, 2
+SAVING = CheckpointConfig(keep_last=2, on_error="stop")
 ANSWER_S = 120
 """Longest that ranks may take to load or save; it fails then, and doesn't hang."""
 
@@ -73,8 +74,8 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
     """
     draw = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    # It imports once what all ranks need.
-    context.set_forkserver_preload(["benchmarks.kills"])
+    # It imports once what all ranks need; torch's optimizers and FSDP2 would import the second when they are first used.
+    context.set_forkserver_preload(["benchmarks.kills", "torch._dynamo"])
     outcome = Outcome()
     saved = attempted = 0
     while outcome.during_save < instants:
@@ -190,7 +191,7 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
         tell("saved", topology.steps)
 
 
-def small_run(directory: Path) -> tuple[Backend, TopologyEngine, Checkpoint]:
+def small_run(directory: Path, saving: CheckpointConfig = SAVING) -> tuple[Backend, TopologyEngine, Checkpoint]:
     """A sparse model on FSDP2 whose topology stands still, and its checkpoints."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 37), nn.Linear(37, 11))
@@ -202,8 +203,8 @@ def small_run(directory: Path) -> tuple[Backend, TopologyEngine, Checkpoint]:
     backend.step()
     schedule = UpdateSchedule(total_steps=10**9, update_every=10**9)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method="static"), group=dist.group.WORLD)
-    config = Config(run_dir=str(directory.parent), checkpoint=CheckpointConfig(keep_last=2, on_error="stop"))
-    return backend, topology, Checkpoint(directory, config, backend, topology)
+    config = Config(run_dir=str(directory.parent), checkpoint=saving)
+    return backend, topology, Checkpoint(directory, config, backend, topology, steps_per_epoch=STEPS_PER_EPOCH)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -70,7 +70,7 @@ class CheckpointDirectory:
         final = partial.with_suffix("")
         partial.rename(final)
         sync(self.path)
-        pointer = self.path / f".{LATEST}{PARTIAL}"
+        pointer = self.path / f"{LATEST}.new"
         write_durably(pointer, final.name)
         os.replace(pointer, self.path / LATEST)
         sync(self.path)
@@ -88,8 +88,15 @@ class CheckpointDirectory:
         complete = [path for path in self.named() if problem_of(path, share=slice(0)) is None]
         for path in complete[self.keep_last :]:
             if self.keep_every is None or step_of(path) % self.keep_every:
-                # Renamed first: a kill meanwhile must not leave a checkpoint that looks torn.
-                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Says so where it can't: the new checkpoint is saved all the same."""
+        try:
+            # Renamed first: a kill meanwhile must not leave a checkpoint that looks torn.
+            shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+        except OSError as error:
+            logger.warning("can't remove the old checkpoint %s: %s", path, error)
 
 
 def newest_valid(directory: CheckpointDirectory, group: dist.ProcessGroup | None = None) -> Path | None:
