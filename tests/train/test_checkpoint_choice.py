@@ -84,6 +84,7 @@ def another_size(path: Path) -> None:
 
 
 DATA = "__1_0.distcp"
+KEEP_ALL = CheckpointConfig(keep_last=None)
 TORN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no manifest": ("manifest.json", Path.unlink, "it has no manifest.json"),
     "empty manifest": ("manifest.json", lambda path: path.write_text(""), "its manifest.json is damaged"),
@@ -103,7 +104,7 @@ TORN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 def test_a_torn_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, torn: str) -> None:
     directory = tmp_path / "checkpoints"
     name, damage, problem = TORN[torn]
-    run_on_ranks(2, save_steps, directory, SAVING, 2)
+    run_on_ranks(2, save_steps, directory, KEEP_ALL, 2)
     newest = directory / "step-00000002"
     damage(newest / name)
     left = {path.name: path.read_bytes() for path in newest.iterdir()}
@@ -114,7 +115,7 @@ def test_a_torn_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, to
     assert other.lines == []
     assert {path.name: path.read_bytes() for path in newest.iterdir()} == left
     # Going on, the same step is saved beside it, and is the newest from then on.
-    names = run_on_ranks(2, save_steps, directory, SAVING, 1)[0]
+    names = run_on_ranks(2, save_steps, directory, KEEP_ALL, 1)[0]
     assert names == ["latest", "step-00000001", "step-00000002", "step-00000002-2"]
     assert (directory / "latest").read_text() == "step-00000002-2\n"
     assert [found.step for found in run_on_ranks(2, load, directory)] == [2, 2]

@@ -201,3 +201,13 @@ def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest
     assert metrics_of(run_dir) == finished
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["eval_loss"]) == (7, pytest.approx(finished[-1]["eval_loss"], rel=1e-5))
+
+    tensors = run_dir / "checkpoints" / "step-00000007" / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    answer = run_here(capsys, *again, "train.max_steps=8")
+    assert answer.status == 0
+    skipped = [line for line in answer.err.splitlines() if "is skipped" in line]
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"checkpoint {tensors.parent} is skipped: {tensors.name} has ")
+    assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7, 8], "gone on after step 5"
+    assert {path.name for path in tensors.parents[1].glob("step-*")} == {f"step-0000000{step}" for step in (5, 7, 8)}
