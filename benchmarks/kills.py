@@ -194,12 +194,13 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
 def small_run(directory: Path, saving: CheckpointConfig = SAVING) -> tuple[Backend, TopologyEngine, Checkpoint]:
     """A sparse model on FSDP2 whose topology stands still, and its checkpoints."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 37), nn.Linear(37, 11))
+    # The first is large enough to be saved in chunks.
+    model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 11))
     sparsify(model, 0.4)
     options = EngineOptions(device=torch.device("cpu"), units=[], micro_batch_size=1)
     backend = TorchBackend("fsdp2", model, adamw, options)
     # The optimizer makes its state at the first step.
-    backend.backward(backend.forward(torch.zeros(1, 40)).sum() * 0.0)
+    backend.backward(backend.forward(torch.zeros(1, 600)).sum() * 0.0)
     backend.step()
     schedule = UpdateSchedule(total_steps=10**9, update_every=10**9)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method="static"), group=dist.group.WORLD)

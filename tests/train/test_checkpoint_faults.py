@@ -135,12 +135,12 @@ def saves_around_a_fault(directory: Path, saving: CheckpointConfig, fault: str) 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """A file system of a few checkpoints' size."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system to fill")
     path = tmp_path / "disk"
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(path)], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a small file system to fill can't be mounted here: {mounted.stderr.strip()}")
     try:

@@ -152,7 +152,7 @@ class Checkpoint:
             warn_of_other_versions(run_state["versions"], path)
         # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
         self.topology.resume(run_state["topology"])
-        state = self._tensors.collect()
+        state = self._tensors.to_load()
         check_same_tensors(path, state)
         try:
             dcp.load(state, checkpoint_id=path, process_group=self._group)
@@ -171,7 +171,7 @@ class Checkpoint:
             "config": to_dict(self.config),
             "versions": versions(),
         }
-        return Snapshot(self.topology.steps, self._tensors.collect(), run_state)
+        return Snapshot(self.topology.steps, self._tensors.to_save(), run_state)
 
     def _write(self, snapshot: Snapshot, *, may_create: bool) -> tuple[Path, float]:
         """On the thread. Returns the checkpoint and the seconds it took."""

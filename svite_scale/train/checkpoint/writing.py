@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
 from svite_scale.errors import CheckpointError
@@ -28,12 +28,12 @@ class Snapshot:
 
     Attributes:
         step: the optimizer step after which it was taken.
-        tensors: by name, this rank's chunks, in CPU memory.
+        tensors: by name, what this rank saves, in CPU memory.
         run_state: what isn't a tensor, for JSON.
     """
 
     step: int
-    tensors: Mapping[str, DTensor]
+    tensors: Mapping[str, Tensor]
     run_state: Mapping[str, Any]
 
 
@@ -77,7 +77,7 @@ def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: 
         raise CheckpointError(f"can't save {where}: {error}; free or mount the disk") from error
 
 
-def _write_tensors(tensors: Mapping[str, DTensor], partial: Path, group: dist.ProcessGroup) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor], partial: Path, group: dist.ProcessGroup) -> None:
     try:
         dcp.save(dict(tensors), storage_writer=PlainSpokenWriter(partial), process_group=group)
     except CheckpointException as error:
