@@ -191,14 +191,16 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
         tell("saved", topology.steps)
 
 
-def small_run(directory: Path, saving: CheckpointConfig = SAVING) -> tuple[Backend, TopologyEngine, Checkpoint]:
-    """A sparse model on FSDP2 whose topology stands still, and its checkpoints."""
+def small_run(
+    directory: Path, saving: CheckpointConfig = SAVING, kind: str = "fsdp2"
+) -> tuple[Backend, TopologyEngine, Checkpoint]:
+    """A sparse model, on FSDP2 unless said otherwise, whose topology stands still, and its checkpoints."""
     torch.manual_seed(0)
     # The first is large enough to be saved in chunks.
     model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 11))
     sparsify(model, 0.4)
     options = EngineOptions(device=torch.device("cpu"), units=[], micro_batch_size=1)
-    backend = TorchBackend("fsdp2", model, adamw, options)
+    backend = TorchBackend(kind, model, adamw, options)
     # The optimizer makes its state at the first step.
     backend.backward(backend.forward(torch.zeros(1, 600)).sum() * 0.0)
     backend.step()

@@ -15,9 +15,9 @@ from tests.train.runs import metrics_of, run
 from tests.train.tiny import tiny_config
 
 
-def train_while_saving(directory: Path) -> tuple[int, dict[str, float], list[str]]:
+def train_while_saving(directory: Path, kind: str) -> tuple[int, dict[str, float], list[str]]:
     """Saves step 1 and, without waiting, step 2; changes all weights meanwhile, with collectives of its own."""
-    backend, topology, checkpoint = small_run(directory, SAVING)
+    backend, topology, checkpoint = small_run(directory, SAVING, kind)
     metrics: dict[str, float] = {}
     for step in (1, 2):
         topology.step()
@@ -41,8 +41,9 @@ def train_while_saving(directory: Path) -> tuple[int, dict[str, float], list[str
     return step, metrics, sorted(path.name for path in directory.iterdir())
 
 
-def test_the_state_saved_is_that_of_its_step(tmp_path: Path) -> None:
-    for step, metrics, names in run_on_ranks(2, train_while_saving, tmp_path / "checkpoints"):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_state_saved_is_that_of_its_step(tmp_path: Path, kind: str) -> None:
+    for step, metrics, names in run_on_ranks(2, train_while_saving, tmp_path / "checkpoints", kind):
         assert step == 2
         assert names == ["latest", "step-00000001", "step-00000002"]
         assert metrics["failed_saves"] == 0
