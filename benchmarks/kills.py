@@ -60,6 +60,13 @@ class Outcome:
     loaded_new: int = 0
     save_ms: list[float] = field(default_factory=list)
 
+    def check(self, loaded: int, saved: int, attempted: int) -> None:
+        """Counts what was loaded after a kill: the step reported saved, or the one attempted."""
+        assert loaded in (saved, attempted), f"step {saved} was saved and {attempted} attempted, but {loaded} was loaded"
+        if attempted > saved:
+            self.loaded_new += loaded == attempted
+            self.loaded_previous += loaded == saved
+
 
 def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
     """Kills until that many kills have hit a save.
@@ -82,10 +89,7 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
         ranks = Pair(context, folder, outcome.during_save + outcome.between_saves)
         try:
             loaded = ranks.hear("loaded")
-            assert loaded in (saved, attempted), f"step {saved} was saved and {attempted} attempted, but {loaded} was loaded"
-            if attempted > saved:
-                outcome.loaded_new += loaded == attempted
-                outcome.loaded_previous += loaded == saved
+            outcome.check(loaded, saved, attempted)
             # Some saves go well first, so that there are old checkpoints to remove too.
             for _ in range(draw.randint(0, 2)):
                 outcome.save_ms.append(ranks.save_duration())
@@ -100,7 +104,7 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
         outcome.between_saves += attempted == saved
     ranks = Pair(context, folder, -1)
     try:
-        assert ranks.hear("loaded") in (saved, attempted)
+        outcome.check(ranks.hear("loaded"), saved, attempted)
     finally:
         ranks.end()
     return outcome
