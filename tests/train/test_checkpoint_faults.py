@@ -115,6 +115,7 @@ def saves_around_a_fault(directory: Path, saving: CheckpointConfig, fault: str) 
 
     message = None
     save(wait=True)
+    assert checkpoint.metrics()["failed_saves"] == 0
     with FAULTS[fault][0](directory):
         try:
             save(wait=False)
