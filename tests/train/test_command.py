@@ -153,7 +153,9 @@ def test_missing_shards_are_an_error_of_the_run(config_path: Path, capsys: pytes
     assert not (config_path.parent / "run").exists()
 
 
-def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_its_refusals_and_its_resumption(
+    config_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = config_path.parent / "run"
     start = ["--config", str(config_path)]
     again = [*start, "--resume"]
@@ -206,7 +208,7 @@ def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest
     tensors.write_bytes(tensors.read_bytes()[:-1])
     answer = run_here(capsys, *again, "train.max_steps=8")
     assert answer.status == 0
-    skipped = [line for line in answer.err.splitlines() if "is skipped" in line]
+    skipped = [line for line in caplog.messages if "is skipped" in line]
     assert len(skipped) == 1
     assert skipped[0].startswith(f"checkpoint {tensors.parent} is skipped: {tensors.name} has ")
     assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7, 8], "gone on after step 5"
