@@ -10,6 +10,7 @@ and go on. It must be the one whose save was last reported done, or the one whos
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -129,11 +130,12 @@ class Pair:
     def hear(self, kind: str) -> int:
         """The step of the next message of a kind."""
         while True:
-            assert self._messages.poll(ANSWER_S), f"no {kind!r} in {ANSWER_S} s"
             try:
+                assert self._messages.poll(ANSWER_S), f"no {kind!r} in {ANSWER_S} s"
                 found, step = self._messages.recv()
-            except EOFError as error:
-                raise AssertionError(f"ranks failed: {[path.read_text() for path in self._errors]}") from error
+            except (AssertionError, EOFError) as error:
+                said = "\n".join(path.read_text() for path in self._errors)
+                raise AssertionError(f"ranks failed, or hang ({error}):\n{said}") from error
             self._note(found, step)
             if found == kind:
                 return step
@@ -147,16 +149,19 @@ class Pair:
 
     def kill(self, victim: int, *, both: bool) -> None:
         """Kills one rank, and the other with it, or leaves it to find out."""
-        self._processes[victim].kill()
-        survivor = self._processes[1 - victim]
-        if not both:
-            survivor.join(5)
-        survivor.kill()
+        dying, survivor = self._processes[victim], self._processes[1 - victim]
+        dying.kill()
+        if both:
+            survivor.kill()
+        survivor.join(5)
+        dying.join()
 
     def end(self) -> None:
         """Ends both, and reads what they had said."""
         for process in self._processes:
-            process.kill()
+            # Asked first: the number of one that has ended may be another's by now.
+            if process.is_alive():
+                process.kill()
             process.join()
         try:
             while self._messages.poll():
@@ -174,6 +179,7 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
     """A rank: loads the newest checkpoint, checks it, and saves one step after another. Rank 0 tells."""
     # Its dying of the other's death is no news; anything else is.
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    faulthandler.dump_traceback_later(ANSWER_S / 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
