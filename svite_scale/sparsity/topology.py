@@ -92,12 +92,15 @@ class TopologyEngine:
         retry = self._retry_step if self.steps < self._retry_step <= self.schedule.stop_step else None
         return min((step for step in (scheduled, retry) if step is not None), default=None)
 
-    def step(self) -> TopologyUpdate | None:
+    def step(self, *, applied: bool = True) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
-        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, the update is
-        postponed by another window and :attr:`postponed` counts it; past the last step that the schedule allows, it is left
-        out.
+        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, or the step on
+        which an update is due wasn't applied, the update is postponed by another window and :attr:`postponed` counts it; past
+        the last step that the schedule allows, it is left out.
+
+        Args:
+            applied: False for a step that left the weights as they were; its gradients don't count. The same on all ranks.
 
         Returns:
             What changed, or None where nothing did.
@@ -107,8 +110,8 @@ class TopologyEngine:
         """
         due = self.next_update == self.steps + 1
         self.steps += 1
-        self.growth.end_step()
-        update = self._try_update() if due else None
+        self.growth.end_step(applied=applied)
+        update = self._try_update(applied) if due else None
         self._prepare_step()
         return update
 
@@ -177,11 +180,12 @@ class TopologyEngine:
         if self.warmup:
             self.warmup.prepare(self.steps - self.last_update)
 
-    def _try_update(self) -> TopologyUpdate | None:
-        self.growth.check_complete()
+    def _try_update(self, applied: bool) -> TopologyUpdate | None:
         method = self.options.scores
         update = None
-        if self.growth.all_finite():
+        if applied:
+            self.growth.check_complete()
+        if applied and self.growth.all_finite():
             assert method is not None, "only methods that move weights have updates"
             update = self._update(method)
         else:
