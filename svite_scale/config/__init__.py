@@ -12,6 +12,7 @@ from typing import Annotated
 
 from svite_scale.config.bounds import Bounds
 from svite_scale.config.data import AugmentConfig, DataConfig
+from svite_scale.config.guard import GuardConfig
 from svite_scale.config.model import ModelConfig
 from svite_scale.config.parallel import ParallelConfig
 from svite_scale.config.sparsity import SparsityConfig, StructuredConfig, TokensConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Bounds",
     "Config",
     "DataConfig",
+    "GuardConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -47,6 +49,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def micro_batch_size(self, world_size: int) -> int:

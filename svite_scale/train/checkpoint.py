@@ -29,6 +29,7 @@ from svite_scale.parallel.backend import Backend
 from svite_scale.parallel.moments import scalars, write_scalars
 from svite_scale.sparsity.sharding import rank_chunk
 from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.train.guard import Guard
 from svite_scale.train.tracking import flatten_config
 
 LATEST = "latest"
@@ -55,12 +56,14 @@ class Checkpoint:
         config: of the run.
         backend: holds the model and the optimizer.
         topology: holds the step and the statistics.
+        guard: holds what it has counted.
     """
 
     directory: Path
     config: Config
     backend: Backend
     topology: TopologyEngine
+    guard: Guard
 
     @torch.no_grad()
     def save(self) -> Path:
@@ -101,11 +104,17 @@ class Checkpoint:
         dcp.load(state, checkpoint_id=path)
         self._write(state)
         write_scalars(self.backend.optimizer, run_state["optimizer_scalars"])
+        self.guard.resume(run_state["guard"])
         return self.topology.steps
+
+    def newest_valid(self) -> Path | None:
+        """The newest complete checkpoint; None where there is none yet."""
+        return latest(self.directory) if (self.directory / LATEST).exists() else None
 
     def _publish(self, partial: Path, final: Path) -> None:
         run_state = {
             "topology": self.topology.counters(),
+            "guard": self.guard.state(),
             "optimizer_scalars": scalars(self.backend.optimizer),
             "config": to_dict(self.config),
         }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from svite_scale.data import DeviceTransform, EvalData
+from svite_scale.data import Batch, DeviceTransform
 from svite_scale.parallel.backend import Backend
 
 
 @torch.no_grad()
-def evaluate(backend: Backend, data: EvalData, transform: DeviceTransform) -> dict[str, float]:
+def evaluate(backend: Backend, data: Iterable[Batch], transform: DeviceTransform) -> dict[str, float]:
     """Evaluates every sample once. A collective: all ranks have equally many batches.
 
     Returns:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Literal
 
 from svite_scale.config import Config
 from svite_scale.config_reader import leaf_hints, to_dict, write_config
+from svite_scale.train.preemption import Preempted
 
 METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
@@ -40,9 +41,8 @@ class Tracker:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")
-        for path in (run_dir / METRICS, run_dir / TOPOLOGY):
-            if resumed_step is not None and path.exists():
-                _cut(path, resumed_step)
+        if resumed_step is not None:
+            cut_lines(run_dir, resumed_step)
         self._lines = (run_dir / METRICS).open("a")
         if config.tracking.mlflow:
             self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
@@ -59,6 +59,13 @@ class Tracker:
             self._lines.flush()
         if self._mlflow:
             self._mlflow.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after a step to which the run has gone back. MLflow keeps it beside what is logged anew."""
+        if self._lines:
+            self._lines.close()
+            cut_lines(self.run_dir, step)
+            self._lines = (self.run_dir / METRICS).open("a")
 
     def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
         """One line of which heads and neurons are active after an optimizer step; none where the model has no such layers.
@@ -84,7 +91,7 @@ class Tracker:
         if self._lines:
             self._lines.close()
         if self._mlflow:
-            self._mlflow.end(failed=kind is not None)
+            self._mlflow.end("FINISHED" if kind is None else "KILLED" if kind is Preempted else "FAILED")
 
 
 class MlflowRun:
@@ -125,8 +132,8 @@ class MlflowRun:
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
 
-    def end(self, *, failed: bool) -> None:
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+    def end(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+        self.client.set_terminated(self.run_id, status)
 
 
 def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -141,7 +148,10 @@ def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, 
     return flat
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Drops the lines after a step: the resumed run writes them anew."""
-    kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= last_step]
-    path.write_text("".join(line + "\n" for line in kept))
+def cut_lines(run_dir: Path, last_step: int) -> None:
+    """Drops the lines after a step from a run's files: the run writes them anew."""
+    for path in (run_dir / METRICS, run_dir / TOPOLOGY):
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+            path.write_text("".join(line + "\n" for line in kept))

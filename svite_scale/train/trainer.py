@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,9 +20,12 @@ from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
 from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.sparsity.topology_update import TopologyUpdate
+from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.evaluate import evaluate
+from svite_scale.train.guard import Guard, spread_nonfinite
 from svite_scale.train.optimizer import build_optimizer, build_schedule
+from svite_scale.train.preemption import Preempted, never
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
 from svite_scale.train.topology import build_topology
@@ -33,13 +36,32 @@ from svite_scale.train.window import MetricsWindow
 class Trainer:
     """One run of a config. Every rank makes one and calls :meth:`run`; both are collectives."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, *, resume: bool) -> None:
-        """Builds everything, and loads the newest checkpoint where ``resume`` says so.
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        *,
+        resume: bool,
+        activity: Activity | None = None,
+        asked_to_stop: Callable[[], bool] = never,
+    ) -> None:
+        """Builds everything.
+
+        Args:
+            config: of the run.
+            world: this rank's.
+            device: this rank's.
+            resume: load the newest checkpoint.
+            activity: is told what this rank is doing.
+            asked_to_stop: called before the first step and after each; whether to save and stop there, the same on all ranks.
 
         Raises:
             ConfigError, DataError, CheckpointError: what the config names can't be used.
         """
         self.config, self.world, self.device = config, world, device
+        self.activity = activity or Activity()
+        self.asked_to_stop = asked_to_stop
         self.run_dir = Path(config.run_dir)
         self.train_data, self.eval_data = open_data(config, world)
         self.train_transform = DeviceTransform(config.data, config.model.num_classes, device, training=True)
@@ -50,7 +72,8 @@ class Trainer:
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
-        self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
+        self.guard = Guard(config.guard)
+        self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology, self.guard)
         self.resumed_step = self._load() if resume else None
 
     @property
@@ -59,37 +82,54 @@ class Trainer:
         return self.topology.steps
 
     def run(self) -> None:
-        """Trains to the last step, evaluating and saving on the way and at the end."""
+        """Trains to the last step, evaluating and saving on the way and at the end.
+
+        Raises:
+            Preempted: it was asked to stop, and has saved.
+            DivergedError: gradients aren't finite, or the loss spikes, as often as the config allows.
+        """
         started = time.perf_counter()
-        with Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker:
+        with (
+            Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker,
+            Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
+        ):
             if self.resumed_step is None:
                 tracker.log_topology(self.step, self.topology.unit_masks())
-            progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
             window = MetricsWindow(self.device)
             if tracker.ui_command:
                 progress.write(f"watch the run with: {tracker.ui_command}")
-            batches = self.train_data.batches(self.step, self.last_step)
+            batches = self._batches()
             evaluation: dict[str, float] = {}
+            stops = self.asked_to_stop()
             while self.step < self.last_step:
+                if stops:
+                    raise Preempted(self.step)
                 update = self._train_step(batches, window)
                 metrics = update.metrics() if update else {}
                 if update:
                     tracker.log_topology(update.step, update.unit_masks)
                 progress.advance()
-                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), self._is_due(self._save_every)
+                stops = self.asked_to_stop()
+                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), stops or self._is_due(self._save_every)
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
                 metrics |= window.close(self.config.train.global_batch_size) | self._state_metrics()
-                if evaluates:
-                    evaluation = evaluate(self.backend, self.eval_data, self.eval_transform)
-                    metrics |= evaluation
+                if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
+                    batches = self._roll_back(tracker, progress, metrics["loss"])
+                    window.restart()
+                    continue
                 if saves:
+                    self.activity.enter("checkpoint")
                     self.checkpoint.save()
+                if evaluates:
+                    evaluation = self._evaluate()
+                    metrics |= evaluation
+                self.activity.enter("metrics")
                 window.restart()
                 tracker.log(self.step, metrics)
                 progress.show(metrics)
             # Where a finished run was resumed, no step evaluated it.
-            evaluation = evaluation or evaluate(self.backend, self.eval_data, self.eval_transform)
+            evaluation = evaluation or self._evaluate()
             progress.close()
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
@@ -105,14 +145,47 @@ class Trainer:
             selector.anneal(self.step / self.total_steps)
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
+            self.activity.enter("waiting for data")
             batch = next(batches)
+            self.activity.enter("forward")
             images, targets = self.train_transform(batch.images, batch.labels)
             logits = self.backend.forward(images).float()
             loss = F.cross_entropy(logits, targets, label_smoothing=self.train_transform.loss_label_smoothing)
-            self.backend.backward(loss)
+            self.activity.enter("backward")
+            self.backend.backward(spread_nonfinite(loss) if self._skips_nonfinite else loss)
             window.add(loss.detach(), logits.detach(), batch.labels)
-        window.step(self.backend.step())
-        return self.topology.step()
+        self.activity.enter("optimizer step")
+        result = self.backend.step()
+        window.step(result)
+        self.activity.enter("topology update" if self.topology.next_update == self.step + 1 else "next step")
+        update = self.topology.step(applied=result.applied)
+        self.activity.end_step(self.step)
+        self.guard.end_step(self.step, result.applied, self.checkpoint.newest_valid)
+        return update
+
+    def _batches(self) -> Iterator[Batch]:
+        """What the remaining steps train on."""
+        offset = self.guard.data_offset
+        return self.train_data.batches(self.step + offset, self.last_step + offset)
+
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(self.backend, self.activity.each(self.eval_data, "evaluation"), self.eval_transform)
+
+    def _roll_back(self, tracker: Tracker, progress: Progress, loss: float) -> Iterator[Batch]:
+        """Goes back to the newest checkpoint because of a loss; returns what to train on from there."""
+        spiked_at, counted = self.step, self.guard.state()
+        self.activity.enter("rollback")
+        self.checkpoint.load()
+        self.guard.resume(counted)
+        self.guard.roll_back(spiked_at, self.step)
+        tracker.rewind(self.step)
+        progress.rewind(self.step)
+        progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
+        return self._batches()
+
+    @property
+    def _skips_nonfinite(self) -> bool:
+        return self.config.guard.max_nonfinite_steps is not None
 
     def _build_backend(self) -> tuple[Backend, float]:
         """The wrapped model, and the active share of its prunable weights."""
@@ -125,6 +198,7 @@ class Trainer:
             accumulation_steps=config.train.accumulation_steps,
             bf16=config.train.precision == "bf16",
             clip_grad_norm=config.train.clip_grad_norm,
+            skip_nonfinite=self._skips_nonfinite,
         )
         backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
         return backend, plan_density(plan)
@@ -158,6 +232,7 @@ class Trainer:
             "density": self.density,
             "drop_rate": self.topology.rate,
             "postponed_updates": self.topology.postponed,
+            **self.guard.metrics(),
             **self._token_metrics(),
         }
 

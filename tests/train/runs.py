@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
     """The state right after loading the newest checkpoint, which may be saved again into another ``checkpoints/``."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
     if save_to is not None:
-        type(trainer.checkpoint)(save_to, config, trainer.backend, trainer.topology).save()
+        replace(trainer.checkpoint, directory=save_to).save()
     return state_of(trainer)
 
 
