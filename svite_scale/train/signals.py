@@ -6,14 +6,20 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems send before they kill; SIGUSR1 is what ours asks Slurm for."""
 
+SAME_SIGNAL_S = 2.0
+
 
 class StopSignals:
     """From entering to leaving, the first of :data:`STOP_SIGNALS` sets :attr:`received`, and a second one ends the process.
+
+    One that comes within :data:`SAME_SIGNAL_S` of the first is the first again: batch systems signal launchers and ranks alike,
+    and launchers pass theirs on.
 
     Python runs signal handlers between two instructions of the main thread, so never while that waits for other ranks in a
     collective. Hence a thread reads the numbers of signals from the descriptor to which Python writes them at once.
@@ -26,6 +32,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = False
+        self._first_at: float | None = None
         self.saved_status: int | None = None
 
     def __enter__(self) -> StopSignals:
@@ -60,9 +67,10 @@ class StopSignals:
     def _receive(self, number: int) -> None:
         if self.saved_status is not None:
             os._exit(self.saved_status)
-        if self.received:
+        if self._first_at is None:
+            self._first_at, self.received = time.monotonic(), True
+        elif time.monotonic() - self._first_at > SAME_SIGNAL_S:
             os._exit(128 + number)
-        self.received = True
 
 
 _active: StopSignals | None = None

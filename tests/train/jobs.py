@@ -68,6 +68,10 @@ class Job:
         for process in self.processes:
             process.start()
 
+    def is_stopped(self, rank: int) -> bool:
+        """Whether a rank has stopped itself by a signal."""
+        return Path(f"/proc/{self.processes[rank].pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
     def wait(self, *ranks: int) -> list[Ended]:
         """What the ranks, by default all, came to; ends the rest. Fails where one of them doesn't end."""
         deadline = time.monotonic() + DEADLINE_S

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.train.signals import SAME_SIGNAL_S
 from tests.train.command_line import ROOT
 from tests.train.jobs import DEADLINE_S, Fault, Job, eventually
 from tests.train.runs import losses_of, metrics_of
@@ -54,9 +55,11 @@ def test_a_second_signal_ends_the_process_at_once(config_path: Path) -> None:
     eventually(lambda: metrics.exists() and len(metrics.read_text().splitlines()) == 2)
     # Soon rank 1 waits for rank 0 in a collective, where Python runs no handler.
     time.sleep(1)
-    for _ in range(2):
+    for pause in (0.1, SAME_SIGNAL_S + 1):
         os.kill(job.processes[1].pid or 0, signal.SIGTERM)
-        time.sleep(0.5)
+        time.sleep(pause)
+        assert job.processes[1].is_alive(), "the first only asks, and so does what comes right after it"
+    os.kill(job.processes[1].pid or 0, signal.SIGTERM)
     (ended,) = job.wait(1)
     assert ended.status == 128 + signal.SIGTERM
 

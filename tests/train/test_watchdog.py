@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.jobs import Fault, Job
+from tests.train.jobs import Fault, Job, eventually
 from tests.train.tiny import write_config_file
 
 TIMEOUT_S = 6
@@ -34,13 +36,11 @@ FAULTS = {
 def test_the_others_end_and_name_the_rank(config_path: Path, name: str) -> None:
     fault, cause = FAULTS[name]
     others = [rank for rank in range(3) if rank != fault.rank]
-    started = time.monotonic()
     # A rank whose threads still run ends itself.
     ranks = range(3) if fault.kind == "sleep" else others
     ended = Job(3, config_path, *OVERRIDES, fault=fault).wait(*ranks)
     assert {one.status for one in ended} == {1}, ended
     lines = [line for one in ended for line in one.err.splitlines() if line.startswith("error: ")]
-    print(time.monotonic() - started, [one.err for one in ended])
     (line,) = lines
     found = re.fullmatch(r"error: rank (\d) on \S+ \((.*?)\): (.*); rank \d on \S+ \((.*?)\) ends the job", line)
     assert found, line
@@ -60,3 +60,23 @@ def test_an_error_on_one_rank_ends_the_others(config_path: Path) -> None:
     )
     assert "Traceback" in ended[1].err
     assert "error" not in ended[0].err + ended[2].err, "one rank speaks"
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(config_path: Path) -> None:
+    job = Job(2, config_path, "parallel.backend=ddp", "guard.hang_timeout_s=4", fault=Fault(0, 4, "SIGSTOP"))
+    eventually(lambda: job.is_stopped(0))
+    pids = [process.pid or 0 for process in job.processes]
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(6)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert [one.status for one in job.wait()] == [0, 0]
+
+
+def test_without_a_timeout_nobody_watches(config_path: Path) -> None:
+    job = Job(2, config_path, "parallel.backend=ddp", "guard.hang_timeout_s=null", fault=Fault(0, 4, "SIGKILL"))
+    (ended,) = job.wait(1)
+    # gloo's own error; under NCCL there would be none for half an hour.
+    assert ended.status == 1
+    assert "RuntimeError" in ended.err
+    assert "rank 0" not in ended.err
