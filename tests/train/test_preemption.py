@@ -25,22 +25,22 @@ def config_path(digits: Path, tmp_path: Path) -> Path:
     return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
 
 
-@pytest.mark.parametrize("kind", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "rank", "world_size"), [("SIGTERM", 1, 3), ("SIGUSR1", 0, 1)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_path: Path, kind: str, rank: int, world_size: int) -> None:
     run_dir = config_path.parent / "run"
     batch = "train.global_batch_size=15"
-    ended = Job(3, config_path, DDP, batch, fault=Fault(1, 6, kind)).wait()
-    assert [one.status for one in ended] == [85, 85, 85], ended
+    ended = Job(world_size, config_path, DDP, batch, fault=Fault(rank, 6, kind)).wait()
+    assert [one.status for one in ended] == [85] * world_size, ended
     # It comes during step 6, and the ranks hear of it by the end of step 7.
     assert ended[0].err.endswith("\nstopped by a signal, saved after step 7; go on with --resume\n")
     assert "Traceback" not in "".join(one.err for one in ended)
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000007\n"
     assert [line["step"] for line in metrics_of(run_dir)] == list(range(1, 8))
 
-    assert [one.status for one in Job(3, config_path, DDP, batch, resume=True).wait()] == [0, 0, 0]
+    assert [one.status for one in Job(world_size, config_path, DDP, batch, resume=True).wait()] == [0] * world_size
     stopped = losses_of(run_dir)
     straight = config_path.parent / "straight"
-    assert [one.status for one in Job(3, config_path, DDP, batch, f"run_dir={straight}").wait()] == [0, 0, 0]
+    assert [one.status for one in Job(world_size, config_path, DDP, batch, f"run_dir={straight}").wait()] == [0] * world_size
     assert stopped == losses_of(straight), "as if it had never stopped"
 
 
