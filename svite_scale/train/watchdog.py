@@ -149,7 +149,9 @@ class Watchdog:
     def _verdict(self, now: float) -> str | None:
         limit = self.short_limit if self._someone_failed else self.limit
         if now - self._heard_at > limit:
-            return f"{self.heartbeats.latest.get(0, 'rank 0')}: the store on its node hasn't answered for {limit:.0f} s; {GONE}"
+            # Under torchrun its agent keeps the store.
+            keeper = "the launcher" if dist.is_torchelastic_launched() else self.heartbeats.latest.get(0, "rank 0")
+            return f"{keeper}: the store that it keeps hasn't answered for {limit:.0f} s; {GONE}"
         silent = self.heartbeats.silent(now, limit)
         if silent:
             return f"{name_ranks(silent)}: no sign of life for {limit:.0f} s; {GONE}"

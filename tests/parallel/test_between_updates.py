@@ -154,26 +154,3 @@ def keep_dense(model: nn.Module) -> None:
 def test_a_dense_weight_that_stays_is_noticed() -> None:
     (seen,) = run_on_ranks(1, watched, "single", True, keep_dense)
     assert seen.after_forward == [1] * STEPS
-
-
-def collectives_of_a_step(kind: str, clip: float | None, skip_nonfinite: bool) -> dict[str, int]:
-    """Runs on every rank."""
-    backend = build_backend(kind, small_vit(), adamw, micro_batch_size=BATCH, clip=clip, skip_nonfinite=skip_nonfinite)
-    watch = Watch(set())
-    for step in range(2):
-        images = torch.randn(BATCH, 1, 14, 14, generator=torch.Generator().manual_seed(step))
-        backend.backward(backend.forward(images).square().mean())
-        watch.look()
-        with watch:
-            assert backend.step().applied
-    return watch.look()
-
-
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("kind", SHARED)
-def test_looking_at_the_gradient_costs_a_scalar_under_fsdp2_without_clipping_and_nothing_else(
-    kind: str, clip: float | None
-) -> None:
-    looking, blind = (run_on_ranks(2, collectives_of_a_step, kind, clip, look)[0] for look in (True, False))
-    added = 1 if kind == "fsdp2" and clip is None else 0
-    assert sum(looking.values()) - sum(blind.values()) == added, (looking, blind)

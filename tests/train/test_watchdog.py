@@ -27,8 +27,8 @@ FAULTS = {
     "stopped": (Fault(2, 4, "SIGSTOP"), "no sign of life"),
     "hanging": (Fault(1, 4, "sleep"), "no progress"),
     "hanging main rank": (Fault(0, 4, "sleep"), "no progress"),
-    "killed main rank": (Fault(0, 4, "SIGKILL"), "the store on its node hasn't answered"),
-    "stopped main rank": (Fault(0, 4, "SIGSTOP"), "the store on its node hasn't answered"),
+    "killed main rank": (Fault(0, 4, "SIGKILL"), "the store that it keeps hasn't answered"),
+    "stopped main rank": (Fault(0, 4, "SIGSTOP"), "the store that it keeps hasn't answered"),
 }
 
 
