@@ -100,6 +100,13 @@ def test_a_step_that_isnt_finite_on_one_rank_changes_nothing_on_any(tmp_path: Pa
     assert [line["postponed_updates"] for line in lines] == [0, 0, 0, 1, 1, 1]
 
 
+def test_an_update_goes_by_the_other_steps_of_its_window(tmp_path: Path, digits: Path) -> None:
+    config = tiny_config(digits, tmp_path / "run", "sparsity.update_every=5", "sparsity.grow_window=3", "train.max_steps=5")
+    run_on_ranks(1, run_with_nan, config)
+    last = metrics_of(tmp_path / "run")[-1]
+    assert (last["skipped_steps"], last["postponed_updates"], "dropped" in last) == (1, 0, True)
+
+
 def test_where_nobody_looks_a_step_is_applied(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "guard.max_nonfinite_steps=null", "train.max_steps=5")
     (states,) = run_on_ranks(1, run_with_nan, config)
