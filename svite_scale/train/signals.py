@@ -85,8 +85,9 @@ def _forget_in_child() -> None:
     global _active
     if _active is not None:
         signal.set_wakeup_fd(-1)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        # Those that this process found: batch systems signal all processes of a job, and may start it with signals ignored.
+        for number, handler in _active._old_handlers.items():
+            signal.signal(number, handler)
         _active = None
 
 
