@@ -103,6 +103,13 @@ def start(world: World, device: torch.device, hang_timeout_s: float | None = Non
     return store
 
 
+def main_says(answer: bool) -> bool:
+    """The main rank's answer, on all ranks; what each sees of a shared file system may differ. A collective."""
+    answers = [answer]
+    dist.broadcast_object_list(answers, src=0, device=torch.device("cpu"))
+    return answers[0]
+
+
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():

@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
-        arguments: ``config``, ``overrides``, ``resume``, ``dry_run``, ``ranks``.
+        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
 
     Returns:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after another
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
         with StopSignals() as signals:
-            return train(config, world, signals, resume=arguments.resume)
+            return train(config, world, signals, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except ConfigError as error:
         if world.is_main:
             print(f"config error: {error}", file=sys.stderr)
@@ -76,16 +76,26 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     return 0
 
 
-def train(config: Config, world: World, signals: StopSignals, *, resume: bool) -> int:
-    """Checks all that can be checked, then joins the process group and trains."""
+def train(config: Config, world: World, signals: StopSignals, *, resume: bool, auto_resume: bool) -> int:
+    """Checks all that can be checked, then joins the process group and trains.
+
+    Args:
+        config: of the run.
+        world: this rank.
+        signals: that ask the run to stop.
+        resume: go on from the newest checkpoint, which must be there.
+        auto_resume: go on if there is a checkpoint, torn or not, else start anew, over what a run left that never saved.
+    """
     check_config(config, world.size)
     check_model(config.model)
     check_method(config.sparsity)
     device = distributed.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
-    check_run_dir(config, resume)
+    check_run_dir(config, resume or auto_resume)
     store = distributed.start(world, device, config.guard.hang_timeout_s)
     try:
+        if auto_resume:
+            resume = distributed.main_says(holds_checkpoint(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, resume=resume)
     finally:
         distributed.stop()
@@ -112,6 +122,11 @@ def supervise(
         # Together, for when one rank has left, some launchers end the others, and so does the store.
         dist.barrier()
         return status
+
+
+def holds_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has ever saved. What a save left that was cut off has another name."""
+    return any((run_dir / "checkpoints").glob("step-*[0-9]"))
 
 
 def check_run_dir(config: Config, resume: bool) -> None:

@@ -31,7 +31,7 @@ class Tracker:
         Args:
             config: the resolved config, which is written beside the metrics.
             run_dir: where they go.
-            resumed_step: lines after this step are cut from the files there; None for a new run.
+            resumed_step: lines after this step are cut from the files there; None for a new run, whose files replace them.
             enabled: whether this is the main rank.
         """
         self.run_dir = run_dir
@@ -41,11 +41,14 @@ class Tracker:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")
-        if resumed_step is not None:
+        if resumed_step is None:
+            for path in (run_dir / METRICS, run_dir / TOPOLOGY):
+                path.unlink(missing_ok=True)
+        else:
             cut_lines(run_dir, resumed_step)
         self._lines = (run_dir / METRICS).open("a")
         if config.tracking.mlflow:
-            self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
+            self._mlflow = MlflowRun(config, run_dir)
 
     @property
     def ui_command(self) -> str | None:
@@ -97,7 +100,8 @@ class Tracker:
 class MlflowRun:
     """The run in MLflow; by default in a SQLite file beside the run directories, which needs no server."""
 
-    def __init__(self, config: Config, run_dir: Path, resumed: bool) -> None:
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        """Goes on with the run that the run directory names, or makes one."""
         # A training job should speak to nobody it wasn't told to.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow  # takes seconds to import
@@ -106,7 +110,7 @@ class MlflowRun:
         self.uri = config.tracking.uri or f"sqlite:///{parent / 'mlflow.db'}"
         self.client = mlflow.MlflowClient(self.uri)
         id_file = run_dir / "mlflow_run_id"
-        if resumed and id_file.exists():
+        if id_file.exists():
             self.run_id = id_file.read_text().strip()
             self.client.update_run(self.run_id, status="RUNNING")
         else:
