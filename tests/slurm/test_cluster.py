@@ -1,0 +1,58 @@
+"""The fixture leaves nothing behind, however the process that started it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import PREFIX, Cluster, pids_in, remove_leftovers, remove_namespace
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from tests.slurm.cluster import Cluster, pids_in
+cluster = Cluster(Path(sys.argv[1]))
+print(*[pid for name in cluster.names.values() for pid in pids_in(name)], flush=True)
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_suite_and_the_next_one_after_a_killed_one_leave_nothing(
+    cluster: Cluster, tmp_path: Path, ended_by: signal.Signals
+) -> None:
+    """``cluster`` stands for another suite at the same time, which must not be touched."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cluster"), str(int(ended_by))]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as suite:
+        assert suite.stdout is not None
+        pids = [int(word) for word in suite.stdout.readline().split()]
+        suite.wait()
+    assert len(pids) >= 3, "the daemons"
+    if ended_by == signal.SIGKILL:
+        assert namespaces_of(suite.pid)
+        remove_leftovers()
+    assert not namespaces_of(suite.pid)
+    assert not [path for path in Path("/etc/netns").glob("*") if path.name.startswith(f"{PREFIX}-{suite.pid}-")]
+    for pid in pids:
+        assert not Path("/proc", str(pid)).exists() or state_of(pid) == "Z"
+    assert cluster.node_state("node1") == "IDLE"
+
+
+def test_a_namespace_that_is_not_there_is_no_error(cluster: Cluster) -> None:
+    assert pids_in(f"{PREFIX}-none") == []
+    remove_namespace(f"{PREFIX}-none")
+
+
+def namespaces_of(pid: int) -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return re.findall(rf"^{PREFIX}-{pid}-\S+", listed, re.MULTILINE)
+
+
+def state_of(pid: int) -> str:
+    """Such as Z, ended but not yet reaped by whoever is its parent now."""
+    return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
