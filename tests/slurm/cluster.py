@@ -6,7 +6,6 @@ of theirs. The file system, the processes' numbers and /dev/shm are the machine'
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,7 +90,7 @@ class Cluster:
         self.folder = folder
         self.names = {host: f"{PREFIX}-{os.getpid()}-{host}" for host in ADDRESSES}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        atexit.register(self.stop)
+        self.keeper = start_keeper(self.names.values())
         try:
             self._write_files()
             self._connect()
@@ -105,12 +104,10 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends every process in the namespaces, by its number, and deletes them."""
-        for name in self.names.values():
-            remove_namespace(name)
+        self.keeper.communicate()
         for daemon in self.daemons.values():
             daemon.wait()
         self.daemons.clear()
-        atexit.unregister(self.stop)
 
     def command(self, *words: str, host: str = CONTROLLER, env: Mapping[str, str] | None = None) -> str:
         """What a command prints, run on one of the hosts with this process's environment and ``env``.
@@ -215,8 +212,14 @@ class Cluster:
             )
 
 
+def start_keeper(names: Iterable[str]) -> subprocess.Popen[bytes]:
+    """A process that removes namespaces once its standard input ends: when it is closed, or when this process ends, however."""
+    command = [sys.executable, "-m", __name__, *names]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, start_new_session=True)
+
+
 def remove_leftovers() -> None:
-    """Clears the namespaces of clusters whose test process was killed."""
+    """Clears the namespaces of clusters whose test process was killed, and the keeper too."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for name, pid in re.findall(rf"^({PREFIX}-(\d+)-\S+)", listed, re.MULTILINE):
         if not Path("/proc", pid).exists():
@@ -254,3 +257,9 @@ def _inside(name: str, host: str, *words: str) -> list[str]:
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    for kept in sys.argv[1:]:
+        remove_namespace(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -22,25 +23,31 @@ os.kill(os.getpid(), int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_suite_and_the_next_one_after_a_killed_one_leave_nothing(
-    cluster: Cluster, tmp_path: Path, ended_by: signal.Signals
-) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_suite_leaves_nothing_however_it_ends(cluster: Cluster, tmp_path: Path, ended_by: signal.Signals) -> None:
     """``cluster`` stands for another suite at the same time, which must not be touched."""
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cluster"), str(int(ended_by))]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as suite:
         assert suite.stdout is not None
         pids = [int(word) for word in suite.stdout.readline().split()]
-        suite.wait()
     assert len(pids) >= 3, "the daemons"
-    if ended_by == signal.SIGKILL:
-        assert namespaces_of(suite.pid)
-        remove_leftovers()
-    assert not namespaces_of(suite.pid)
-    assert not [path for path in Path("/etc/netns").glob("*") if path.name.startswith(f"{PREFIX}-{suite.pid}-")]
+    cluster.wait_until(
+        lambda: not namespaces_of(suite.pid) and not [*Path("/etc/netns").glob(f"{PREFIX}-{suite.pid}-*")],
+        "the namespaces and their files are gone",
+    )
     for pid in pids:
         assert not Path("/proc", str(pid)).exists() or state_of(pid) == "Z"
     assert cluster.node_state("node1") == "IDLE"
+
+
+def test_what_a_killed_suite_left_is_removed_and_what_a_living_one_has_is_not(cluster: Cluster) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = f"{PREFIX}-{ended.pid}-node1"
+    subprocess.run(["ip", "netns", "add", left], check=True)
+    remove_leftovers()
+    assert not namespaces_of(ended.pid)
+    assert len(namespaces_of(os.getpid())) == 3
 
 
 def test_a_namespace_that_is_not_there_is_no_error(cluster: Cluster) -> None:
