@@ -29,7 +29,8 @@ class DataConfig:
     """Tar shards with their index sidecars, as ``launch/make_shards.py`` writes them."""
 
     train: str = ""
-    """Brace pattern, glob, or folder of the training shards."""
+    """Brace pattern, glob, or folder of the training shards; or a brace pattern of URLs: ``http(s)://``, ``s3://``, ``gs://``
+    or ``pipe:COMMAND``."""
     val: str = ""
     """The same for the evaluation shards."""
     workers: Annotated[int, Bounds(low=0)] = 2
@@ -39,6 +40,12 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    cache_dir: str | None = None
+    """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
+    cache_gb: Annotated[float, Bounds(above=0.0)] = 20.0
+    """Most that they may take there, in 10^9 bytes; the least recently used go."""
+    fetch_attempts: Annotated[int, Bounds(low=1)] = 5
+    """Tries to fetch a shard or an index."""
     eval_crop: Annotated[float, Bounds(above=0.0, high=1.0)] = 0.875
     """Centre crop at evaluation, as a share of the resized image (224 of 256)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -12,10 +12,12 @@ What it guarantees
     - The stream can begin at any optimizer step: resuming needs that number and nothing else, also on another number of ranks.
     - A sample's augmentation on the CPU depends on (seed, epoch, sample, copy) only, and leaves global random state alone.
     - Evaluation counts every sample exactly once on any world size, with equally many batches on all ranks.
+    - Shards behind URLs are fetched once per machine into a bounded folder that its processes share, whole or not at all.
     - What can't be read raises :class:`~svite_scale.errors.DataError`; nothing is skipped.
 
 How it is laid out
     ``patterns``, ``scan``, ``index``, ``shards`` and ``builtin`` are about files; ``order`` holds the pure functions;
+    ``urls``, ``fetch``, ``cache`` and ``cache_folder`` bring remote shards here;
     ``reader``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``loader`` and ``device`` make batches.
 """
 

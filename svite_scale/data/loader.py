@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from svite_scale.config import DataConfig
+from svite_scale.data.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.dataset import Row, ShardDataset
 from svite_scale.data.index import load_indexes
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
@@ -60,7 +61,9 @@ class TrainData:
                 f"{global_batch_size} samples do not divide into {world_size} ranks x {accumulation_steps} micro-batches"
             )
         transform = train_transform(config, image_size)
-        self._dataset = ShardDataset(load_indexes(config.train, "data.train"), transform, in_channels, seed)
+        indexes = load_indexes(config.train, "data.train", ShardCache.of(config))
+        check_window(config, [index.size for index in indexes if isinstance(index.path, RemoteShard)])
+        self._dataset = ShardDataset(indexes, transform, in_channels, seed)
         self._config = config
         self._global_batch_size, self._accumulation_steps = global_batch_size, accumulation_steps
         self._rank, self._world_size, self._seed = rank, world_size, seed
@@ -128,7 +131,7 @@ class EvalData:
     def __init__(
         self, config: DataConfig, *, image_size: int, in_channels: int, batch_size: int, rank: int, world_size: int
     ) -> None:
-        indexes = load_indexes(config.val, "data.val")
+        indexes = load_indexes(config.val, "data.val", ShardCache.of(config))
         self._dataset = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
         if not len(self._dataset):
             raise DataError(f"data.val = {config.val!r} holds no samples; write shards that do")

@@ -7,7 +7,26 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from svite_scale.data.urls import COMMANDS, PIPE, is_remote
 from svite_scale.errors import DataError
+
+
+def find_urls(pattern: str, field: str) -> list[str]:
+    """The URLs that a remote brace pattern names, sorted and each once.
+
+    Args:
+        pattern: for example ``https://host/train-{000000..000009}.tar`` or ``pipe:ssh host cat /data/train-{00..09}.tar``.
+        field: what the pattern is called where the user wrote it, for the error.
+
+    Raises:
+        DataError: the pattern is malformed, or has a glob.
+    """
+    urls = expand(pattern, field)
+    if "*" in pattern and not pattern.startswith(PIPE):
+        raise DataError(
+            f"{field} = {pattern!r}: URLs can't be listed by a glob; write braces, for example train-{{00..09}}.tar"
+        )
+    return sorted(set(urls))
 
 
 def find_shards(pattern: str, field: str) -> list[Path]:
@@ -22,11 +41,20 @@ def find_shards(pattern: str, field: str) -> list[Path]:
     """
     if not pattern:
         raise DataError(f"{field} is empty; give the brace pattern, glob or folder of tar shards")
+    if is_remote(pattern):
+        raise DataError(f"{field} = {pattern!r} is remote; do this where the shards are stored, with their paths")
+    if "://" in pattern:
+        known = ", ".join(f"{scheme}://" for scheme in COMMANDS)
+        raise DataError(f"{field} = {pattern!r}: such URLs aren't known; use {known}, {PIPE}COMMAND or a path")
+    return sorted({shard for part in expand(pattern, field) for shard in matches(part, pattern, field)})
+
+
+def expand(pattern: str, field: str) -> list[str]:
+    """A pattern with its braces expanded."""
     try:
-        parts = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError as error:
         raise DataError(f"{field} = {pattern!r} has unbalanced braces; write for example train-{{00..09}}.tar") from error
-    return sorted({shard for part in parts for shard in matches(part, pattern, field)})
 
 
 def matches(part: str, pattern: str, field: str) -> list[Path]:
