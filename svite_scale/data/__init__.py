@@ -4,7 +4,8 @@ What it offers
     - :class:`TrainData` and :class:`EvalData`: one rank's batches, from (:class:`Batch`) uint8 images in tar shards;
       :class:`DeviceTransform` turns them into the model's input on the device.
     - :func:`write_shards` writes such shards, in WebDataset's format, each with a JSON index beside it, which
-      :func:`load_indexes` reads; ``launch/make_shards.py`` does so from the command line, and indexes shards of others.
+      :func:`load_indexes` reads; ``launch/make_shards.py`` does so from the command line in several processes, indexes
+      shards of others, and verifies checksums.
 
 What it guarantees
     - The order of an epoch is a pure function of the shards' counts, the seed and the epoch. A step's samples are the same for
@@ -16,7 +17,8 @@ What it guarantees
     - What can't be read raises :class:`~svite_scale.errors.DataError`; nothing is skipped.
 
 How it is laid out
-    ``patterns``, ``scan``, ``index``, ``shards`` and ``builtin`` are about files; ``order`` holds the pure functions;
+    ``command``, ``output``, ``shards``, ``processes`` and ``files`` write; ``source``, ``builtin``, ``folder`` and ``labels``
+    are what they write from; ``patterns``, ``info``, ``scan`` and ``index`` find it again; ``order`` holds the pure functions;
     ``urls``, ``fetch``, ``cache`` and ``cache_folder`` bring remote shards here;
     ``reader``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``loader`` and ``device`` make batches.
 """

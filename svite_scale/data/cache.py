@@ -43,13 +43,13 @@ class ShardCache:
         directory = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
         return cls(directory, round(config.cache_gb * 1e9), config.fetch_attempts)
 
-    def shard(self, url: str, size: int, digest: str | None) -> RemoteShard:
+    def shard(self, url: str, size: int, digest: str) -> RemoteShard:
         """A shard of this cache; nothing is fetched yet.
 
         Args:
             url: of the shard.
             size: bytes, as its index tells.
-            digest: SHA-256 in hexadecimal, as its index tells; None where it doesn't.
+            digest: SHA-256 in hexadecimal, as its index tells.
 
         Raises:
             DataError: the cache can't hold it.
@@ -61,7 +61,7 @@ class ShardCache:
             )
         return RemoteShard(url, size, digest, self)
 
-    def open_shard(self, url: str, size: int, digest: str | None) -> int:
+    def open_shard(self, url: str, size: int, digest: str) -> int:
         """A descriptor of the shard's bytes, for the caller to close. They stay readable through it, evicted or not.
 
         Raises:
@@ -93,7 +93,7 @@ class ShardCache:
         """Lets the next start fetch the index of the shard at ``url``, because something doesn't fit."""
         self._folder.remove(index_name(url))
 
-    def _fetch_shard(self, name: str, url: str, size: int, digest: str | None) -> int:
+    def _fetch_shard(self, name: str, url: str, size: int, digest: str) -> int:
         remedy = "check the network or raise data.fetch_attempts; if the shard was replaced, replace its index too"
 
         def write(descriptor: int) -> None:
@@ -137,7 +137,7 @@ class RemoteShard:
 
     url: str
     size: int
-    digest: str | None
+    digest: str
     cache: ShardCache
 
     def __str__(self) -> str:
@@ -206,7 +206,7 @@ def write_all(descriptor: int, content: bytes, position: int) -> None:
         view, position = view[count:], position + count
 
 
-def write_checked(descriptor: int, chunks: Iterator[bytes], size: int, digest: str | None) -> None:
+def write_checked(descriptor: int, chunks: Iterator[bytes], size: int, digest: str) -> None:
     """Writes a shard from position 0 on.
 
     Raises:
@@ -221,5 +221,5 @@ def write_checked(descriptor: int, chunks: Iterator[bytes], size: int, digest: s
         position += len(chunk)
     if position < size:
         raise FetchError(f"it ended after {position} of the {size} bytes that its index tells")
-    if digest is not None and hashed.hexdigest() != digest:
+    if hashed.hexdigest() != digest:
         raise FetchError("its SHA-256 isn't the one that its index tells")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +14,14 @@ import numpy.typing as npt
 
 from svite_scale.config import DataConfig
 from svite_scale.data.cache import RemoteShard, ShardCache
-from svite_scale.data.files import replacing
+from svite_scale.data.files import replacing, sha256_of
+from svite_scale.data.labels import LabelRule
 from svite_scale.data.patterns import find_shards, find_urls
-from svite_scale.data.scan import TarSample, scan_tar
+from svite_scale.data.scan import scan_tar
 from svite_scale.data.urls import index_url, is_remote
 from svite_scale.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the sidecar's layout."""
 FETCHES = 16
 """Indexes that are fetched at a time."""
@@ -28,30 +31,40 @@ FETCHES = 16
 class ShardIndex:
     """What random access to one shard needs.
 
-    Columns are numpy arrays, so that an index of millions of samples stays compact and is shared with forked workers.
+    Columns are numpy arrays, so that an index of millions of samples stays compact and is shared with forked workers: 16
+    bytes per sample, and the packed keys.
     """
 
     path: Path | RemoteShard
     """The tar file."""
     size: int
-    """Its length in bytes, by which a stale index is recognised."""
+    """Its length in bytes, by which a stale index is recognised at once."""
+    sha256: str
+    """Of its content, by which damage is recognised, in hexadecimal."""
+    plan: str
+    """What it was written from, as a checksum by which the writer knows its own; empty for shards of others."""
     offsets: npt.NDArray[np.int64]
     """``[count]``: first byte of each image."""
-    lengths: npt.NDArray[np.int64]
-    """``[count]``: bytes of each image."""
-    labels: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    """``[count]``: bytes of each image; 0 where the image is empty."""
+    labels: npt.NDArray[np.int32]
     """``[count]``"""
-    keys: npt.NDArray[np.bytes_]
-    """``[count]``: webdataset keys, in UTF-8."""
+    packed_keys: bytes
+    """The keys, which only messages need: zero-separated UTF-8, compressed."""
 
     @property
     def count(self) -> int:
         """Samples in the shard."""
         return len(self.offsets)
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys; unpacked at each call."""
+        return zlib.decompress(self.packed_keys).decode().split("\0") if self.count else []
+
     def key(self, position: int) -> str:
         """Key of the sample at ``position`` of the shard."""
-        return bytes(self.keys[position]).decode()
+        return self.keys[position]
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -59,23 +72,36 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def build_index(shard: Path) -> ShardIndex:
-    """Builds the index by reading the headers of the tar.
+def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> ShardIndex:
+    """Builds the index by reading the whole tar, once for its headers and once for the checksum.
 
     Raises:
-        DataError: the tar is damaged, or a sample has no image or no label.
+        DataError: the tar is damaged or compressed, or a sample has no image or no label.
     """
-    return index_of(shard, shard.stat().st_size, scan_tar(shard))
+    size = shard.stat().st_size
+    samples = scan_tar(shard, rule)
+    return index_of(shard, size, sha256_of(shard), plan, *zip(*samples, strict=True))
 
 
-def index_of(shard: Path, size: int, samples: list[TarSample]) -> ShardIndex:
+def index_of(
+    shard: Path,
+    size: int,
+    sha256: str,
+    plan: str,
+    keys: Sequence[str],
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    labels: Sequence[int],
+) -> ShardIndex:
     return ShardIndex(
         path=shard,
         size=size,
-        offsets=np.array([sample.offset for sample in samples], dtype=np.int64),
-        lengths=np.array([sample.length for sample in samples], dtype=np.int64),
-        labels=np.array([sample.label for sample in samples], dtype=np.int64),
-        keys=np.array([sample.key.encode() for sample in samples], dtype=np.bytes_),
+        sha256=sha256,
+        plan=plan,
+        offsets=np.array(offsets, dtype=np.int64),
+        lengths=np.array(lengths, dtype=np.int32),
+        labels=np.array(labels, dtype=np.int32),
+        packed_keys=zlib.compress("\0".join(keys).encode(), level=1),
     )
 
 
@@ -84,7 +110,9 @@ def save_index(index: ShardIndex) -> Path:
     record = {
         "format": FORMAT,
         "size": index.size,
-        "keys": [index.key(position) for position in range(index.count)],
+        "sha256": index.sha256,
+        "plan": index.plan,
+        "keys": index.keys,
         "offsets": index.offsets.tolist(),
         "lengths": index.lengths.tolist(),
         "labels": index.labels.tolist(),
@@ -96,29 +124,8 @@ def save_index(index: ShardIndex) -> Path:
     return path
 
 
-def load_index(shard: Path) -> ShardIndex:
-    """Reads the sidecar of ``shard``.
-
-    Raises:
-        DataError: it is missing, unreadable, or was written for another version of the tar.
-    """
-    path = sidecar_path(shard)
-    remedy = f"run: python launch/make_shards.py --index '{shard}'"
-    if not path.exists():
-        raise DataError(f"{shard} has no index ({path.name}); {remedy}")
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a readable index ({error!r}); delete it and {remedy}") from error
-    index = parse_index(text, shard, str(path), f"delete it and {remedy}")
-    size = shard.stat().st_size
-    if size != index.size:
-        raise DataError(f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {size}; {remedy}")
-    return index
-
-
 def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
-    """The index that a sidecar's text describes.
+    """The index that a sidecar's text describes; reads no file.
 
     Args:
         text: of the sidecar.
@@ -133,10 +140,43 @@ def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
         record = json.loads(text)
         if record["format"] != FORMAT:
             raise DataError(f"{source} has format {record['format']!r}, this version reads {FORMAT}; {remedy}")
-        columns = zip(record["keys"], record["offsets"], record["lengths"], record["labels"], strict=True)
-        return index_of(shard, record["size"], [TarSample(*row) for row in columns])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        columns = [record[name] for name in ("keys", "offsets", "lengths", "labels")]
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError("columns of unequal length")
+        index = index_of(shard, int(record["size"]), str(record["sha256"]), str(record["plan"]), *columns)
+        if (index.offsets + index.lengths).max(initial=0) > index.size:
+            raise ValueError("an image beyond the tar's end")
+        if min(int(column.min(initial=0)) for column in (index.offsets, index.lengths, index.labels)) < 0:
+            raise ValueError("a negative number")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{source} is not a readable index ({error!r}); {remedy}") from error
+    return index
+
+
+def load_index(shard: Path) -> ShardIndex:
+    """Reads the sidecar of ``shard``, and compares the size that it tells with the tar's.
+
+    Raises:
+        DataError: it is missing, unreadable, or was written for another version of the tar.
+    """
+    path = sidecar_path(shard)
+    remedy = index_again(shard)
+    if not path.exists():
+        raise DataError(f"{shard} has no index ({path.name}); {remedy}")
+    try:
+        text, size = path.read_text(), shard.stat().st_size
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{shard} or {path.name} can't be read ({error}); restore the tar, or {remedy}") from error
+    index = parse_index(text, shard, str(path), remedy)
+    if size != index.size:
+        raise DataError(
+            f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {size}; restore the tar, or {remedy}"
+        )
+    return index
+
+
+def index_again(shard: Path) -> str:
+    return f"run: python launch/make_shards.py --index '{shard}'"
 
 
 def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None = None) -> list[ShardIndex]:
@@ -173,19 +213,7 @@ def load_remote_index(url: str, cache: ShardCache) -> ShardIndex:
     except DataError:
         cache.forget_index(url)
         raise
-    return replace(index, path=cache.shard(url, index.size, None))
-
-
-def write_missing_indexes(pattern: str, field: str = "pattern") -> list[Path]:
-    """Indexes the shards that have no index, or a stale or unreadable one.
-
-    Returns:
-        The sidecars written.
-
-    Raises:
-        DataError: the pattern matches nothing, or a shard is damaged.
-    """
-    return [save_index(build_index(shard)) for shard in find_shards(pattern, field) if not is_indexed(shard)]
+    return replace(index, path=cache.shard(url, index.size, index.sha256))
 
 
 def is_indexed(shard: Path) -> bool:
@@ -195,3 +223,28 @@ def is_indexed(shard: Path) -> bool:
     except DataError:
         return False
     return True
+
+
+def damage(shard: Path) -> str:
+    """What is wrong with ``shard``, comparing all of it with the size and checksum in its index; empty if nothing is."""
+    try:
+        index = load_index(shard)
+        found = sha256_of(shard)
+    except (DataError, OSError) as error:
+        return str(error)
+    if found == index.sha256:
+        return ""
+    return (
+        f"{shard} is damaged, or its index is stale: its checksum is {found[:12]}..., the index has {index.sha256[:12]}...; "
+        f"restore the tar, or if it was changed on purpose, delete {sidecar_path(shard).name} and {index_again(shard)}"
+    )
+
+
+def largest_label(indexes: Sequence[ShardIndex]) -> tuple[int, str]:
+    """The largest label, and the first sample that has it, in words; -1 without samples."""
+    largest = max((int(index.labels.max()) for index in indexes if index.count), default=-1)
+    for index in indexes:
+        positions = np.flatnonzero(index.labels == largest)
+        if len(positions):
+            return largest, f"sample {index.key(int(positions[0]))!r} of {index.path}"
+    return largest, "no sample"

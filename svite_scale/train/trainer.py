@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from svite_scale.config import Config
 from svite_scale.data import Batch, DeviceTransform, EvalData, TrainData
+from svite_scale.data.index import largest_label, load_indexes
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
@@ -211,5 +212,7 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
     )
     num_classes = max(train_data.num_classes, eval_data.num_classes)
     if num_classes > model.num_classes:
-        raise ConfigError("model.num_classes", model.num_classes, f"is too few for labels 0 to {num_classes - 1}", "raise it")
+        largest, place = largest_label(load_indexes(config.data.train) + load_indexes(config.data.val))
+        problem = f"is too few for labels 0 to {largest}, which is that of {place}"
+        raise ConfigError("model.num_classes", model.num_classes, problem, "raise it, or correct the label")
     return train_data, eval_data

@@ -30,9 +30,9 @@ def cache_of(folder: Path, files: int = 100, attempts: int = 3, backoff_s: float
     return ShardCache(folder, files * SIZE, attempts, backoff_s)
 
 
-def content_of(cache: ShardCache, url: str, content: bytes, digest: bool = True) -> bytes:
+def content_of(cache: ShardCache, url: str, content: bytes) -> bytes:
     """What the cache gives for a URL whose file is ``content``."""
-    descriptor = cache.shard(url, len(content), sha256(content).hexdigest() if digest else None).open()
+    descriptor = cache.shard(url, len(content), sha256(content).hexdigest()).open()
     try:
         return os.pread(descriptor, 10 * len(content), 0)
     finally:

@@ -9,13 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from svite_scale.config import DataConfig
 from svite_scale.data import cache_folder
-from svite_scale.data.cache import ShardCache, check_window
+from svite_scale.data.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.cache_folder import ROOM, CacheFolder
 from svite_scale.data.reader import ShardReader
 from svite_scale.errors import ConfigError, DataError
@@ -23,6 +24,7 @@ from tests.data.flaky_server import Server, serving
 from tests.data.remote import SIZE, cache_of, content_of, files_of, in_processes, wait_until, write_blobs
 
 NUM_BLOBS = 12
+DIGEST = "0" * 64
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,10 @@ def server(served: Path) -> Iterator[Server]:
 
 def names_of(served: Path) -> list[str]:
     return sorted(path.name for path in served.glob("*.tar"))
+
+
+def piped(cache: ShardCache, served: Path, name: str) -> RemoteShard:
+    return cache.shard(f"pipe:cat {served}/{name}", SIZE, sha256((served / name).read_bytes()).hexdigest())
 
 
 def read_all(cache: ShardCache, root: str, served: Path, seed: int, rounds: int = 1) -> None:
@@ -96,7 +102,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path, served: Path) -> Non
     for seconds, name in ((30, a), (20, b), (10, c)):
         content_of(cache, urls[name], contents[name])
         age(tmp_path, name, seconds)
-    reader = ShardReader([cache.shard(urls[name], SIZE, None) for name in (b, c)])
+    reader = ShardReader([piped(cache, served, name) for name in (b, c)])
     assert content_of(cache, urls[a], contents[a]) == contents[a]  # which is use
     content_of(cache, urls[d], contents[d])
     assert files_of(tmp_path) == [a, c, d]
@@ -124,7 +130,7 @@ def test_an_evicted_shard_stays_readable_where_it_is_open(
     monkeypatch.setattr(cache_folder, "JUST_NOW_S", 0.0)
     first, second, third = names_of(served)[:3]
     cache, content = cache_of(tmp_path, 1), (served / first).read_bytes()
-    reader = ShardReader([cache.shard(f"pipe:cat {served}/{name}", SIZE, None) for name in (first, second)])
+    reader = ShardReader([piped(cache, served, name) for name in (first, second)])
     assert reader.read(0, 0, 100) == content[:100]
     content_of(cache, f"pipe:cat {served}/{third}", (served / third).read_bytes())
     assert files_of(tmp_path) == [third]
@@ -206,7 +212,7 @@ def test_a_shard_that_is_not_what_its_index_tells_has_its_index_fetched_anew(
     cache, url = cache_of(tmp_path, attempts=1), f"{server.root}/ok/{name}"
     cache.index_text(url)
     with pytest.raises(DataError, match="if the shard was replaced, replace its index too"):
-        cache.shard(url, SIZE + 1, None).open()
+        cache.shard(url, SIZE + 1, DIGEST).open()
     assert files_of(tmp_path) == []
 
 
@@ -220,7 +226,7 @@ def test_another_version_of_a_shard_is_another_file(tmp_path: Path, served: Path
 
 def test_a_shard_above_the_bound_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        ShardCache(tmp_path, 999_999, 3).shard("s3://bucket/a.tar", 1_000_000, None)
+        ShardCache(tmp_path, 999_999, 3).shard("s3://bucket/a.tar", 1_000_000, DIGEST)
     assert str(caught.value) == (
         "data.cache_gb = 0.000999999 is smaller than one shard (s3://bucket/a.tar has 0.001 GB); raise it"
     )
@@ -231,7 +237,7 @@ def test_a_shard_above_the_bound_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_can_not_be_used(tmp_path: Path, served: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir = '.*/file/x': .*; name a writable folder with enough room"):
-        cache_of(tmp_path / "file" / "x").shard(f"pipe:cat {served}/a.tar", SIZE, None).open()
+        cache_of(tmp_path / "file" / "x").shard(f"pipe:cat {served}/a.tar", SIZE, DIGEST).open()
 
 
 def test_the_default_folder_must_be_the_users(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +263,9 @@ def test_a_config_names_folder_bound_and_attempts(tmp_path: Path, served: Path, 
     content_of(cache, f"pipe:cat {served}/{name}", (served / name).read_bytes())
     assert files_of(tmp_path / "kept") == [name]
     with pytest.raises(DataError, match="smaller than one shard"):
-        cache.shard("s3://b/a.tar", 50_001, None)
+        cache.shard("s3://b/a.tar", 50_001, DIGEST)
     with pytest.raises(DataError, match=r"attempt 1 of data\.fetch_attempts = 1"):
-        cache.shard(f"pipe:false {served}/{name}", SIZE, None).open()
+        cache.shard(f"pipe:false {served}/{name}", SIZE, DIGEST).open()
 
 
 @pytest.mark.parametrize(("window", "fits"), [(1, True), (2, True), (3, False), (64, False)])

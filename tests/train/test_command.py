@@ -55,7 +55,10 @@ MISTAKES = {
         ["train.accumulation_steps=3"],
         r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
     ),
-    "labels": (["model.num_classes=4"], r"model.num_classes = 4: is too few for labels 0 to 9; raise it"),
+    "labels": (
+        ["model.num_classes=4"],
+        r"model.num_classes = 4: is too few for labels 0 to 9, which is that of sample '\S+' of \S+/train-\d+\.tar; raise it",
+    ),
     "odd pairs": (
         ["data.augment.mixup=0.8", "train.global_batch_size=9"],
         r"data.augment.mixup = 0.8: mixes samples in pairs, but a micro-batch has 9; make train.global_batch_size",
