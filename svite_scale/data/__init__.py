@@ -12,11 +12,13 @@ What it guarantees
     - The stream can begin at any optimizer step: resuming needs that number and nothing else, also on another number of ranks.
     - A sample's augmentation on the CPU depends on (seed, epoch, sample, copy) only, and leaves global random state alone.
     - Evaluation counts every sample exactly once on any world size, with equally many batches on all ranks.
-    - What can't be read raises :class:`~svite_scale.errors.DataError`; nothing is skipped.
+    - What can't be read raises :class:`~svite_scale.errors.DataError`. For an image that can't be decoded the next of its shard
+      stands in at training, and evaluation leaves it out; both are counted, and fatal above a share.
 
 How it is laid out
-    ``patterns``, ``scan``, ``index``, ``shards`` and ``builtin`` are about files; ``order`` holds the pure functions;
-    ``reader``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``loader`` and ``device`` make batches.
+    ``patterns``, ``scan``, ``index``, ``shards`` and ``builtin`` are about files; ``order`` and ``steps`` hold the pure
+    functions; ``reader``, ``decode``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``batches``, ``damage``,
+    ``loader`` and ``device`` make batches.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from PIL import Image
 
 from svite_scale.config import AugmentConfig, DataConfig
 from svite_scale.data.randomness import seeded
-from svite_scale.data.transforms import augment_ops, eval_transform, train_transform
+from svite_scale.data.transforms import augment_ops, eval_transform, to_pil, train_transform
 from svite_scale.errors import ConfigError
 
 
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def noise(width: int, height: int, mode: str = "RGB") -> torch.Tensor:
     channels = {"RGB": 3, "L": 1}[mode]
     array = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(array.squeeze(-1) if channels == 1 else array)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def config(recipe: str, channels: int = 3, **augment: object) -> DataConfig:
@@ -47,14 +47,13 @@ def test_shape_dtype_and_seeded_randomness(recipe: str, mode: str) -> None:
 
 
 def test_no_recipe_keeps_pixels_of_the_right_size() -> None:
-    image = noise(24, 24)
-    assert torch.equal(train_transform(config("none"), 24)(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert torch.equal(train_transform(config("none"), 24)(noise(24, 24)), noise(24, 24))
 
 
 def test_affine_is_light_and_fills_with_black() -> None:
     canvas = np.zeros((28, 28), dtype=np.uint8)
     canvas[10:18, 10:18] = 255
-    image = Image.fromarray(canvas)
+    image = torch.from_numpy(canvas)[None]
     transform = train_transform(config("affine", 1), 28)
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     shifts = []
@@ -71,7 +70,7 @@ def test_affine_is_light_and_fills_with_black() -> None:
 
 def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
     image = noise(300, 400)
-    expected = image.resize((256, 341), Image.Resampling.BICUBIC).crop((16, 58, 240, 282))
+    expected = to_pil(image).resize((256, 341), Image.Resampling.BICUBIC).crop((16, 58, 240, 282))
     output = eval_transform(DataConfig(eval_crop=0.875), 224)(image)
     assert output.dtype == torch.uint8
     difference = output.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()
@@ -80,8 +79,7 @@ def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
 
 def test_evaluation_without_crop_keeps_pixels_of_the_right_size() -> None:
     image = noise(28, 28, "L")
-    output = eval_transform(DataConfig(eval_crop=1.0), 28)(image)
-    assert torch.equal(output, torch.from_numpy(np.array(image))[None])
+    assert torch.equal(eval_transform(DataConfig(eval_crop=1.0), 28)(image), image)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m0", "original-mstd0.5", "v0", "augmix-m5", "rand-m9-t3aw"])
@@ -89,7 +87,7 @@ def test_posterize_keeps_a_bit_at_every_magnitude(policy: str) -> None:
     transform = train_transform(config("deit", auto_augment=policy), 24)
     posterize = [op for op in augment_ops(transform.transforms) if op.name.startswith("Posterize")]  # type: ignore[attr-defined]
     assert posterize
-    image = noise(24, 24)
+    image = to_pil(noise(24, 24))
     for op in posterize:
         op.prob, op.magnitude_std = 1.0, 0
         for op.magnitude in (0, 5, 9, 10):
@@ -106,7 +104,7 @@ def test_an_image_that_timm_alone_would_fail_on() -> None:
 
 def test_an_empty_policy_only_crops_and_flips() -> None:
     transform = train_transform(config("deit", auto_augment=""), 24)
-    image = Image.new("RGB", (40, 40), (200, 100, 50))
+    image = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 40, 40)
     for seed in range(5):
         random.seed(seed)
         assert torch.equal(transform(image)[:, 0, 0], torch.tensor([200, 100, 50], dtype=torch.uint8))
