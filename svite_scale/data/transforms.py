@@ -66,9 +66,16 @@ def deit_transform(auto_augment: str, mean: tuple[float, ...], image_size: int) 
             "data.augment.auto_augment", auto_augment, f"timm can't read it ({error})", "use for example rand-m9-mstd0.5-inc1"
         ) from error
     transform.transforms[0] = CropAndResize(transform.transforms[0])
+    return with_a_bit_at_least(transform)
+
+
+def with_a_bit_at_least(transform: Compose) -> Compose:
+    """A transform of timm's that posterizes to one bit per channel at the least, and otherwise is as it was.
+
+    timm reaches 0 bits at the highest magnitudes, and Pillow 13 refuses to keep less than 1.
+    """
     for op in augment_ops(transform.transforms):
         if op.name.startswith("Posterize"):
-            # timm reaches 0 bits at the highest magnitudes, and Pillow 13 refuses to keep less than 1.
             op.level_fn = partial(at_least_one_bit, op.level_fn)
     return transform
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 from svite_scale.config import AugmentConfig, DataConfig
 from svite_scale.data.randomness import seeded
@@ -66,6 +67,31 @@ def test_affine_is_light_and_fills_with_black() -> None:
     largest = np.abs(shifts).max(axis=0)
     assert (largest > 0.9).all()
     assert (largest < 1.5).all()  # a twenty-fifth of 28 px, which is one whole pixel, and rounding
+
+
+def smooth(width: int, height: int, mode: str) -> torch.Tensor:
+    """What a photograph has and noise has not: neighbours alike."""
+    coarse = torch.rand(1, len(mode), height // 8, width // 8, generator=torch.Generator().manual_seed(0)) * 255
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0].round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (120, 300), (900, 80)])
+def test_crops_are_those_of_timm_and_pillow(width: int, height: int, mode: str) -> None:
+    """The same boxes, resized by another kernel: half a grey level of mean difference, from rounding."""
+    image = smooth(width, height, mode)
+    ours = train_transform(config("deit", len(mode), auto_augment=""), 64)
+    theirs = create_transform(
+        64, is_training=True, color_jitter=None, auto_augment=None, interpolation="bicubic", use_prefetcher=True
+    )
+    for seed in range(12):
+        with seeded(seed):
+            found = ours(image)
+        with seeded(seed):
+            expected = theirs(to_pil(image))
+        difference = (found.int() - expected.int()).abs().double()
+        assert difference.mean() < 0.5
+        assert difference.max() <= 12
 
 
 def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
