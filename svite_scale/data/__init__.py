@@ -14,13 +14,15 @@ What it guarantees
     - A sample's augmentation on the CPU depends on (seed, epoch, sample, copy) only, and leaves global random state alone.
     - Evaluation counts every sample exactly once on any world size, with equally many batches on all ranks.
     - Shards behind URLs are fetched once per machine into a bounded folder that its processes share, whole or not at all.
-    - What can't be read raises :class:`~svite_scale.errors.DataError`; nothing is skipped.
+    - What can't be read raises :class:`~svite_scale.errors.DataError`. For an image that can't be decoded the next of its shard
+      stands in at training, and evaluation leaves it out; both are counted, and fatal above a share.
 
 How it is laid out
     ``command``, ``output``, ``shards``, ``processes`` and ``files`` write; ``source``, ``builtin``, ``folder`` and ``labels``
-    are what they write from; ``patterns``, ``info``, ``scan`` and ``index`` find it again; ``order`` holds the pure functions;
-    ``urls``, ``fetch``, ``cache`` and ``cache_folder`` bring remote shards here;
-    ``reader``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``loader`` and ``device`` make batches.
+    are what they write from; ``patterns``, ``info``, ``scan`` and ``index`` find it again; ``urls``, ``fetch``, ``cache`` and
+    ``cache_folder`` bring remote shards here; ``order`` and ``steps`` hold the pure functions; ``reader``, ``decode``,
+    ``dataset``, ``transforms`` and ``randomness`` make one sample; ``batches``, ``damage``, ``loader`` and ``device`` make
+    batches.
 """
 
 from __future__ import annotations

@@ -15,18 +15,29 @@ def evaluate(backend: Backend, data: EvalData, transform: DeviceTransform) -> di
     """Evaluates every sample once. A collective: all ranks have equally many batches.
 
     Returns:
-        Over all samples: mean cross entropy, and the share whose label is the model's first guess, or among its first five.
+        Over all samples that can be decoded: mean cross entropy, and the share whose label is the model's first guess, or
+        among its first five. ``eval_damaged`` counts the others.
+
+    Raises:
+        DataError: the samples can't be read, or too many of them not be decoded.
     """
     backend.wrapped.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for batch in data:
         images, labels = transform(batch.images, batch.labels)
         logits = backend.forward(images).float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
         columns = [F.cross_entropy(logits, labels, reduction="none"), ranked[:, 0], ranked.any(dim=1), torch.ones_like(labels)]
-        sums += torch.stack([column.cpu()[batch.valid].double().sum() for column in columns])
+        sums[:4] += torch.stack([column.cpu()[batch.valid].double().sum() for column in columns])
+        sums[4] += batch.damaged.sum()
     backend.wrapped.train()
     sums = sums.to(images.device)
     dist.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    return {"eval_loss": loss / count, "eval_accuracy": top1 / count, "eval_top5": top5 / count}
+    loss, top1, top5, count, damaged = sums.tolist()
+    data.damage.check(damaged, count + damaged)
+    return {
+        "eval_loss": loss / count,
+        "eval_accuracy": top1 / count,
+        "eval_top5": top5 / count,
+        "eval_damaged": int(damaged),
+    }

@@ -45,12 +45,13 @@ class Trainer:
         self.train_data, self.eval_data = open_data(config, world)
         self.train_transform = DeviceTransform(config.data, config.model.num_classes, device, training=True)
         self.eval_transform = DeviceTransform(config.data, config.model.num_classes, device, training=False)
-        self.total_steps = config.train.epochs * self.train_data.steps_per_epoch
+        steps_per_epoch = self.train_data.steps.per_epoch
+        self.total_steps = self.train_data.steps.total(config.train.epochs)
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.backend, self.density = self._build_backend()
         self.selectors = token_selectors(self.backend.model)
-        self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
-        self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
+        self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
+        self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
         self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
         self.resumed_step = self._load() if resume else None
 
@@ -81,6 +82,7 @@ class Trainer:
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
                 metrics |= window.close(self.config.train.global_batch_size) | self._state_metrics()
+                self.train_data.damage.check(window.damaged, window.samples)
                 if evaluates:
                     evaluation = evaluate(self.backend, self.eval_data, self.eval_transform)
                     metrics |= evaluation
@@ -111,7 +113,7 @@ class Trainer:
             logits = self.backend.forward(images).float()
             loss = F.cross_entropy(logits, targets, label_smoothing=self.train_transform.loss_label_smoothing)
             self.backend.backward(loss)
-            window.add(loss.detach(), logits.detach(), batch.labels)
+            window.add(loss.detach(), logits.detach(), batch)
         window.step(self.backend.step())
         return self.topology.step()
 
@@ -150,11 +152,11 @@ class Trainer:
         """Whether something done every so many epochs, and at the end, is due after this step."""
         if self.step == self.last_step:
             return True
-        return every_epochs is not None and self.step % (every_epochs * self.train_data.steps_per_epoch) == 0
+        return every_epochs is not None and self.train_data.steps.ends_epoch(self.step, every_epochs)
 
     def _state_metrics(self) -> dict[str, float]:
         return {
-            "epoch": self.step / self.train_data.steps_per_epoch,
+            "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
             "drop_rate": self.topology.rate,

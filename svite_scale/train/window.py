@@ -8,21 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svite_scale.data import Batch
+
 
 class MetricsWindow:
-    """Loss, accuracy and throughput since the last line, over all ranks."""
+    """Loss, accuracy and throughput since the last line, over all ranks.
+
+    Attributes:
+        samples: those of all windows closed, over all ranks: since the run was started or resumed.
+        damaged: how many of them couldn't be decoded, so that others stood in.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._grad_norm: Tensor | None = None
+        self.samples = self.damaged = 0
         self.restart()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One micro-batch: its mean loss, scalar, its logits ``[B, classes]`` and true labels ``[B]``. Doesn't wait for the
-        device.
-        """
-        correct = (logits.argmax(dim=1) == labels.to(logits.device)).sum()
-        self._sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+        """One micro-batch: its mean loss, scalar, and its logits ``[B, classes]``. Doesn't wait for the device."""
+        size, damaged = len(batch.labels), int(batch.damaged.sum())
+        correct = (logits.argmax(dim=1) == batch.labels.to(logits.device)).sum()
+        self._sums += torch.stack([loss * size, correct, torch.full_like(loss, size), torch.full_like(loss, damaged)])
 
     def step(self, grad_norm: Tensor | None) -> None:
         """One optimizer step is done; its gradient norm is a scalar, or None where gradients aren't clipped."""
@@ -32,11 +39,14 @@ class MetricsWindow:
     def close(self, global_batch_size: int) -> dict[str, float]:
         """The averages since the last restart. A collective."""
         dist.all_reduce(self._sums)
-        loss, correct, count = self._sums.tolist()
+        loss, correct, count, damaged = self._sums.tolist()
+        self.samples += int(count)
+        self.damaged += int(damaged)
         seconds = time.perf_counter() - self._started
         metrics = {
             "loss": loss / count,
             "accuracy": correct / count,
+            "damaged_samples": self.damaged,
             "samples_per_second": self._steps * global_batch_size / seconds,
         }
         return metrics if self._grad_norm is None else {**metrics, "grad_norm": float(self._grad_norm)}
