@@ -12,6 +12,7 @@ from typing import Annotated
 
 from svite_scale.config.bounds import Bounds
 from svite_scale.config.data import AugmentConfig, DataConfig
+from svite_scale.config.distillation import DistillationConfig
 from svite_scale.config.model import ModelConfig
 from svite_scale.config.parallel import ParallelConfig
 from svite_scale.config.sparsity import SparsityConfig, StructuredConfig, TokensConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Bounds",
     "Config",
     "DataConfig",
+    "DistillationConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -44,6 +46,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

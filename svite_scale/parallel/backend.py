@@ -31,7 +31,9 @@ class Backend(Protocol):
     access: ParameterAccess
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of this rank's images, float ``[batch, classes]``. A collective where parameters are sharded."""
+        """Logits of this rank's images, float ``[batch, classes]``; ``[2, batch, classes]`` of a student that answers twice. A
+        collective where parameters are sharded.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss, a scalar. A collective."""

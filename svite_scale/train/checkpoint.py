@@ -37,6 +37,7 @@ FIXED_FIELDS = (
     "seed",
     "model.",
     "sparsity.",
+    "distillation.",
     "optimizer.",
     "train.epochs",
     "train.global_batch_size",

@@ -13,6 +13,7 @@ from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError, SviteScaleError
+from svite_scale.models.teacher import check_teacher
 from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
 from svite_scale.train.plan import describe
@@ -57,6 +58,7 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     check_config(config, world_size)
     check_model(config.model)
     check_method(config.sparsity)
+    check_teacher(config.distillation, config.data)
     if world.is_main:
         print(describe(config, world_size))
     return 0
@@ -67,6 +69,7 @@ def train(config: Config, world: World, *, resume: bool) -> int:
     check_config(config, world.size)
     check_model(config.model)
     check_method(config.sparsity)
+    check_teacher(config.distillation, config.data)
     device = distributed.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume)

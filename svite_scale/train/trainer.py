@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from svite_scale.config import Config
 from svite_scale.data import Batch, DeviceTransform, EvalData, TrainData
@@ -15,6 +14,7 @@ from svite_scale.data.index import largest_label, load_indexes
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.teacher import answer_twice
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
@@ -23,6 +23,7 @@ from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.sparsity.topology_update import TopologyUpdate
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.evaluate import evaluate
+from svite_scale.train.loss import TrainingLoss
 from svite_scale.train.optimizer import build_optimizer, build_schedule
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
@@ -48,6 +49,7 @@ class Trainer:
         steps_per_epoch = self.train_data.steps.per_epoch
         self.total_steps = self.train_data.steps.total(config.train.epochs)
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
         self.backend, self.density = self._build_backend()
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
@@ -110,8 +112,7 @@ class Trainer:
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
             batch = next(batches)
             images, targets = self.train_transform(batch.images, batch.labels)
-            logits = self.backend.forward(images).float()
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.train_transform.loss_label_smoothing)
+            loss, logits = self.loss(self.backend.forward(images), targets, images)
             self.backend.backward(loss)
             window.add(loss.detach(), logits.detach(), batch)
         window.step(self.backend.step())
@@ -121,6 +122,8 @@ class Trainer:
         """The wrapped model, and the active share of its prunable weights."""
         config = self.config
         model, plan = build_sparse_vit(config.model, config.sparsity, config.seed)
+        if config.distillation.teacher is not None:
+            answer_twice(model)
         options = EngineOptions(
             device=self.device,
             units=blocks(model),
