@@ -89,7 +89,10 @@ def naive_scores(twin: nn.Module, outputs: HeadOutputs, layer: SparseLayer, grow
         return drop.detach(), growth * active_units(layer) if grow == "paper" else growth
     output, slope = outputs.slopes(int(layer.name.split(".")[1]), 6)
     taylor = (output * slope).sum(dim=(1, 3)).abs().sum(dim=0)
-    return taylor, slope.abs().sum(dim=(0, 1, 3)) if grow == "paper" else growth
+    if grow == "paper":
+        return taylor, slope.abs().sum(dim=(0, 1, 3))
+    squares = torch.stack([head.pow(2).mean() for head in output.unbind(dim=2)])
+    return taylor, growth * (squares.mean() / squares).sqrt()
 
 
 METHOD_SEED = 11
@@ -128,6 +131,25 @@ def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
         assert active_units(layer).tolist() == expected, name
         moved += int((active_units(layer) & ~before[name]).sum())
     assert moved > 5
+
+
+def test_how_large_a_heads_output_is_has_no_part_in_its_growth_score() -> None:
+    """Else what was trained, and just dropped, would come back before any fresh candidate."""
+    scores = []
+    for scale in (1.0, 8.0):
+        packed = packed_vit()
+        with torch.no_grad():
+            for block in packed.blocks:  # type: ignore[union-attr]
+                # The function stays: values of the active heads grow, their columns shrink.
+                block.attn.qkv.weight.view(3, -1, 12)[2] *= scale
+                block.attn.proj.weight /= scale
+        topology, _ = engine_of(packed)
+        loss_of(packed).backward()
+        layers = {name: layer for name, layer in topology.layers.items() if layer.unit == "heads"}
+        found = {name: layer.growth_scores(partial(topology.growth.gather, layer)) for name, layer in layers.items()}
+        scores.append({name: score / score.norm() for name, score in found.items()})
+    for name, score in scores[0].items():
+        torch.testing.assert_close(scores[1][name], score, rtol=1e-5, atol=0.0)
 
 
 def test_units_grow_at_random_where_the_method_says_so() -> None:
@@ -212,17 +234,15 @@ def test_a_grown_unit_leaves_the_function_and_learns_within_two_steps(variant: s
     with torch.no_grad():
         close(packed(images), twin(images), "the function changed with what has grown")
     packed.train()
-    learned = {
-        name: {key: torch.zeros_like(each.parameter) for key, each in layer.moving().items()}
-        for name, layer in topology.layers.items()
-    }
+    learned: dict[tuple[str, str], Tensor] = {}
     for step in range(2):
         optimizer.zero_grad()
         loss_of(packed, step).backward()
         for name, layer in topology.layers.items():
             for key, each in layer.moving().items():
                 assert each.parameter.grad is not None
-                learned[name, key] = learned.get((name, key), 0.0) + each.parameter.grad.abs()
+                gradient = each.parameter.grad.abs()
+                learned[name, key] = learned.get((name, key), torch.zeros_like(gradient)) + gradient
         optimizer.step()
     for name, layer in topology.layers.items():
         born = (after[name] & ~before[name])[after[name]]
