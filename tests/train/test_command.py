@@ -51,6 +51,10 @@ MISTAKES = {
         ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
         "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain Vision",
     ),
+    "parallel blocks": (
+        ["model.name=vit_pwee_patch16_reg1_gap_256", "model.num_heads=null", "model.patch_size=null"],
+        "model.name = 'vit_pwee_patch16_reg1_gap_256': has blocks without an attention and an MLP of their own .*; use a plain",
+    ),
     "batch": (
         ["train.accumulation_steps=3"],
         r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
