@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from svite_scale.config import Config
+from svite_scale.distributed import World
+from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.train.runs import ENGINES, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run, whole_statistics
 from tests.train.tiny import tiny_config
@@ -79,7 +82,7 @@ TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
 def test_a_run_with_a_token_selector_draws_the_same_tokens_after_a_resume(
     tmp_path: Path, digits: Path, engine: str, world_size: int
 ) -> None:
-    """Each rank and micro-batch has noise of its own, and the temperature is that of the step."""
+    """And the temperature is that of the step."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *TOKENS))
     run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *TOKENS))
@@ -92,6 +95,23 @@ def test_a_run_with_a_token_selector_draws_the_same_tokens_after_a_resume(
         assert [line["tokens"] for line in lines] == [3] * END
         # 64 samples in batches of 12 are 5 steps per epoch, 20 in all.
         assert [line["temperature"] for line in lines] == pytest.approx([10 - 9.9 * step / 20 for step in range(END)])
+
+
+def noise_seeds(config: Config) -> list[int]:
+    """Runs on every rank: the seed of the generator that a selector draws from, at each forward of the training."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
+    seeds: list[int] = []
+    trainer.selectors[0].register_forward_pre_hook(
+        lambda module, _: seeds.append(torch.initial_seed()) if module.training else None
+    )
+    trainer.run()
+    return seeds
+
+
+def test_every_rank_step_and_micro_batch_has_noise_of_its_own(tmp_path: Path, digits: Path) -> None:
+    ranks = run_on_ranks(2, noise_seeds, config_of(digits, tmp_path / "run", "ddp", 3, *TOKENS))
+    assert [len(seeds) for seeds in ranks] == [3 * 2, 3 * 2], "3 steps of 2 micro-batches"
+    assert len({seed for seeds in ranks for seed in seeds}) == 12
 
 
 def test_a_growth_window_goes_on_under_another_engine_on_another_number_of_ranks(tmp_path: Path, digits: Path) -> None:
