@@ -26,6 +26,7 @@ from tests.models.unit_twins import (
     batch,
     block_of,
     build_model,
+    dense_of,
     dense_twin,
     loss_of,
     packed_vit,
@@ -306,27 +307,3 @@ def rows_of(layer: SparseLayer, optimizer: torch.optim.Optimizer) -> dict[str, T
         }.items():
             rows[key + name] = tensor.clone().view(each.repeats, layer.num_active, -1)
     return rows
-
-
-@torch.no_grad()
-def dense_of(packed: nn.Module, build: Build) -> nn.Module:
-    """A dense model with the packed one's present weights, and zeros for absent units."""
-    dense = build().double()
-    state = dict(packed.state_dict())
-    for layer in sparse_layers(packed).values():
-        prefix, active = ".".join(layer.name.split(".")[:3]), active_units(layer)
-        units = layer.shape.numel()
-        first, last = ("fc1", "fc2") if layer.unit == "neurons" else ("qkv", "proj")
-        repeats = 1 if layer.unit == "neurons" else 3
-        for key in (f"{prefix}.{first}.weight", f"{prefix}.{first}.bias"):
-            rows = state[key].view(repeats, layer.num_active, -1)
-            whole = rows.new_zeros(repeats, units, rows.shape[2])
-            whole[:, active] = rows
-            state[key] = whole.view(dense.state_dict()[key].shape)
-        rows = state[f"{prefix}.{last}.weight"].view(layer.num_active, -1, state[f"{prefix}.{last}.weight"].shape[1])
-        whole = rows.new_zeros(units, *rows.shape[1:])
-        whole[active] = rows
-        state[f"{prefix}.{last}.weight"] = whole.flatten(0, 1).t()
-        del state[f"{prefix}.mask"]
-    dense.load_state_dict(state)
-    return dense
