@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [--seeds 0 1 2] [--rows ROW ...] [--set key=value ...]
 
-Each run is that of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run. The last
-columns say which share of all neurons and heads has ever been active.
+Each run is that of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run. Below the
+table stands which share of all heads, and of all neurons, has ever been active in each run that packs them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this is run as a script
@@ -37,8 +38,9 @@ ROWS = {
 
 
 def ever_active(results: Sequence[Result], unit: str) -> str:
-    shares = [result.metrics[f"{unit}/ever_active"] for result in results if f"{unit}/ever_active" in result.metrics]
-    return f"{100 * statistics.mean(shares):.1f}%" if shares else "-"
+    """The share of the units that were active at any time, mean and each seed, in percent."""
+    shares = [100 * result.metrics[f"{unit}/ever_active"] for result in results]
+    return f"{statistics.mean(shares):6.2f}  {' '.join(f'{share:6.2f}' for share in shares)}"
 
 
 def main() -> None:
@@ -50,9 +52,13 @@ def main() -> None:
     print(describe_machine())
     print(f"seeds {arguments.seeds} {' '.join(arguments.overrides)}\n")
     results = run_all({name: [*ROWS[name], *arguments.overrides] for name in arguments.rows}, arguments.seeds)
-    print(f"{'':30} {'mean':>6} {'std':>5}  each seed; neurons and heads ever active")
+    print(f"{'test accuracy':30} {'mean':>6} {'std':>5}  each seed")
     for name, found in results.items():
-        print(f"{name:30} {mean_and_spread(found)}; {ever_active(found, 'neurons')} {ever_active(found, 'heads')}")
+        print(f"{name:30} {mean_and_spread(found)}")
+    print(f"\n{'ever active':30} {'':7} {'mean':>6}  each seed")
+    for name, unit in product(results, ("heads", "neurons")):
+        if f"{unit}/ever_active" in results[name][0].metrics:
+            print(f"{name:30} {unit:7} {ever_active(results[name], unit)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from svite_scale.config import AugmentConfig, Config, DataConfig, OptimizerConfig, SparsityConfig, TokensConfig
+from svite_scale.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DistillationConfig,
+    OptimizerConfig,
+    SparsityConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from svite_scale.errors import ConfigError
 
 
@@ -14,7 +23,9 @@ def check_config(config: Config, world_size: int) -> None:
     check_sparsity(config.sparsity)
     check_tokens(config.sparsity.tokens)
     check_data(config.data, config.model.in_channels)
+    check_distillation(config.distillation, config.model.in_channels)
     check_optimizer(config.optimizer, config.train.epochs)
+    check_ema(config.train)
     if config.parallel.backend == "single" and world_size > 1:
         raise ConfigError(
             "parallel.backend",
@@ -118,6 +129,29 @@ def check_data(data: DataConfig, in_channels: int) -> None:
         raise ConfigError("data.std", list(data.std), "pixels are divided by it", "use numbers above 0")
 
 
+def check_distillation(distillation: DistillationConfig, in_channels: int) -> None:
+    for name, other in (("teacher", "checkpoint"), ("checkpoint", "teacher"), ("mean", "std"), ("std", "mean")):
+        given = getattr(distillation, other)
+        if getattr(distillation, name) is None and given is not None:
+            raise ConfigError(
+                f"distillation.{name}", None, f"is missing beside distillation.{other} ({given!r})", "give both or none"
+            )
+    for name, numbers in (("mean", distillation.mean), ("std", distillation.std)):
+        if numbers is not None and len(numbers) != in_channels:
+            raise ConfigError(
+                f"distillation.{name}",
+                list(numbers),
+                f"has {len(numbers)} entries for {in_channels} channels",
+                "give one number per channel",
+            )
+    if distillation.std is not None and min(distillation.std) <= 0:
+        raise ConfigError("distillation.std", list(distillation.std), "pixels are divided by it", "use numbers above 0")
+    if distillation.kind == "hard" and distillation.temperature != DistillationConfig.temperature:
+        raise ConfigError(
+            "distillation.temperature", distillation.temperature, "isn't used by distillation.kind=hard", "leave it out"
+        )
+
+
 def check_mixing(augment: AugmentConfig, micro_batch_size: int) -> None:
     for name, alpha in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
         if alpha and micro_batch_size % 2:
@@ -136,3 +170,10 @@ def check_optimizer(optimizer: OptimizerConfig, epochs: int) -> None:
         raise ConfigError(
             "optimizer.warmup_epochs", optimizer.warmup_epochs, f"is longer than train.epochs ({epochs})", "shorten it"
         )
+
+
+def check_ema(train: TrainConfig) -> None:
+    if train.ema_decay is not None and train.ema_decay >= 1:
+        raise ConfigError("train.ema_decay", train.ema_decay, "never lets the average move", "use a number below 1")
+    if train.eval_ema and train.ema_decay is None:
+        raise ConfigError("train.eval_ema", True, "evaluates an average that isn't kept", "set train.ema_decay, 0.9999 say")

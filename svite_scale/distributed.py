@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK
 
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 """Ranks on this machine as ``torchrun``, ``deepspeed`` and ``srun`` call them; the last is set only where a job asks for it."""
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""gloo's default; NCCL's is 10 minutes. A collective may also wait for one rank to build DeepSpeed's ops."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,19 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def start(world: World, device: torch.device) -> None:
+def start(world: World, device: torch.device, hang_timeout_s: float | None = None) -> dist.Store:
     """Joins the process group: NCCL for GPU tensors, gloo for CPU ones. All ranks call it.
 
     A world of one gets a group of one, so that everything after has one code path.
+
+    Args:
+        world: this rank's.
+        device: this rank's.
+        hang_timeout_s: seconds that somebody waits for a rank before they end the job; collectives then wait for longer, since
+            their own errors name no rank.
+
+    Returns:
+        The store through which the ranks have met.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,10 +95,19 @@ def start(world: World, device: torch.device) -> None:
         # Alone, a process has the threads that torch or OMP_NUM_THREADS give it.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * (hang_timeout_s or 0)))
+    store: dist.Store = dist.HashStore()
+    if world.size > 1:
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    return store
+
+
+def main_says(answer: bool) -> bool:
+    """The main rank's answer, on all ranks; what each sees of a shared file system may differ. A collective."""
+    answers = [answer]
+    dist.broadcast_object_list(answers, src=0, device=torch.device("cpu"))
+    return answers[0]
 
 
 def stop() -> None:

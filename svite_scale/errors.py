@@ -46,5 +46,9 @@ class CheckpointError(SviteScaleError):
     """A checkpoint can't be written, found, or loaded into this run."""
 
 
+class DivergedError(SviteScaleError):
+    """Training has gone wrong for good: gradients aren't finite, or the loss spikes again and again. The same on all ranks."""
+
+
 class RunError(SviteScaleError):
     """A run directory holds no run, or one of its files can't be read or written."""

@@ -125,6 +125,14 @@ MISTAKES = [
         "data.augment.cutmix = 1.0: mixes samples in pairs, but a micro-batch has 3; "
         "make train.global_batch_size / (world size x train.accumulation_steps) even",
     ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(ema_decay=1.0)),
+        "train.ema_decay = 1.0: never lets the average move; use a number below 1",
+    ),
+    (
+        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(eval_ema=True)),
+        "train.eval_ema = True: evaluates an average that isn't kept; set train.ema_decay, 0.9999 say",
+    ),
 ]
 
 

@@ -59,7 +59,7 @@ def paper_row(name: str) -> Row:
 
 
 def test_the_folder_holds_the_named_set() -> None:
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in [*DEITS, "quickstart"])
+    assert sorted(path.name for path in CONFIGS.glob("*.yaml")) == sorted(f"{name}.yaml" for name in [*DEITS, "quickstart"])
 
 
 @pytest.mark.parametrize("name", [*DEITS, "quickstart"])
@@ -120,7 +120,8 @@ def test_the_rest_of_the_recipe_is_deits(name: str) -> None:
     assert (augment.recipe, augment.auto_augment, augment.repeats) == ("deit", "rand-m9-mstd0.5-inc1", 3)
     assert (augment.random_erasing, augment.mixup, augment.cutmix, augment.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
     assert (config.model.drop_path, config.model.num_classes, config.model.image_size) == (0.1, 1000, 224)
-    assert (config.train.precision, config.train.checkpoint_every_epochs) == ("bf16", 10)
+    assert (config.train.precision, config.checkpoint.every_epochs) == ("bf16", 10)
+    assert (config.train.ema_decay, config.train.eval_ema) == (0.99996, True)
     assert config.train.clip_grad_norm is None
 
 

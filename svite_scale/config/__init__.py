@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from svite_scale.config.bounds import Bounds
+from svite_scale.config.checkpoint import CheckpointConfig
 from svite_scale.config.data import AugmentConfig, DataConfig
+from svite_scale.config.distillation import DistillationConfig
+from svite_scale.config.guard import GuardConfig
 from svite_scale.config.model import ModelConfig
 from svite_scale.config.parallel import ParallelConfig
 from svite_scale.config.sparsity import SparsityConfig, StructuredConfig, TokensConfig
@@ -21,8 +24,11 @@ from svite_scale.errors import ConfigError
 __all__ = [
     "AugmentConfig",
     "Bounds",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistillationConfig",
+    "GuardConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -44,9 +50,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def micro_batch_size(self, world_size: int) -> int:

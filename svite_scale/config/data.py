@@ -29,13 +29,26 @@ class DataConfig:
     """Tar shards with their index sidecars, as ``launch/make_shards.py`` writes them."""
 
     train: str = ""
-    """Brace pattern, glob, or folder of the training shards."""
+    """Brace pattern, glob, or folder of the training shards; or a brace pattern of URLs: ``http(s)://``, ``s3://``, ``gs://``
+    or ``pipe:COMMAND``."""
     val: str = ""
     """The same for the evaluation shards."""
+    verify_checksums: bool = False
+    """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its share."""
+    cache_dir: str | None = None
+    """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
+    cache_gb: Annotated[float, Bounds(above=0.0)] = 20.0
+    """Most that they may take there, in 10^9 bytes; the least recently used go."""
+    fetch_attempts: Annotated[int, Bounds(low=1)] = 5
+    """Tries to fetch a shard or an index."""
     workers: Annotated[int, Bounds(low=0)] = 2
     """Loader processes per rank."""
     shuffle_shards: Annotated[int, Bounds(low=1)] = 64
     """Samples are shuffled within windows of this many (shuffled) shards."""
+    last_batch: Literal["drop", "carry"] = "drop"
+    """An epoch's last samples that don't fill a global batch: left out, or first in the next epoch's first batch."""
+    max_damaged: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.001
+    """Largest share of samples that can't be decoded, of those seen, but of 10,000 at least; 0 makes the first one fatal."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

@@ -39,13 +39,15 @@ class TrainConfig:
     """bf16 computes in bfloat16; the optimizer's master values stay fp32."""
     clip_grad_norm: Annotated[float | None, Bounds(above=0.0)] = None
     """Largest L2 norm of the whole gradient; null is off, on every backend."""
+    ema_decay: Annotated[float | None, Bounds(low=0.0)] = None
+    """Decay, per optimizer step, of an exponential moving average of the weights; null keeps none."""
     log_every: Annotated[int, Bounds(low=1)] = 50
     """Optimizer steps between two lines of metrics."""
     eval_every_epochs: Annotated[int, Bounds(low=1)] = 1
     eval_batch_size: Annotated[int, Bounds(low=1)] = 64
     """Samples per rank."""
-    checkpoint_every_epochs: Annotated[int | None, Bounds(low=1)] = None
-    """Null saves at the end only."""
+    eval_ema: bool = False
+    """Evaluate the average of the weights too, as ``eval_ema_accuracy`` and the like."""
 
 
 @dataclass(frozen=True, kw_only=True)

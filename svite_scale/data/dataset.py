@@ -2,78 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from io import BytesIO
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from svite_scale.data.decode import UndecodableError, decode
 from svite_scale.data.index import ShardIndex
-from svite_scale.data.randomness import seeded
+from svite_scale.data.randomness import restored, seed_sample
 from svite_scale.data.reader import ShardReader
+from svite_scale.data.transforms import Transform
 from svite_scale.errors import DataError
 
 Row = tuple[int, int, int]
 """Epoch, global sample index, copy."""
 
 
-class ShardDataset(Dataset[tuple[Tensor, int]]):
-    """A map-style dataset over (epoch, sample, copy).
+class DamagedSampleError(DataError):
+    """The image of one sample can't be decoded; the message names shard, key, byte and reason."""
+
+
+class ShardDataset:
+    """A map over (epoch, sample, copy).
 
     Args:
         indexes: the shards; global sample indexes run through them in this order.
-        transform: PIL image to uint8 ``[C, H, W]``. What it draws from Python's, numpy's and torch's global generators
-            depends on the seed and the row alone.
+        transform: what it draws from Python's, numpy's and torch's global generators depends on the seed and the row alone.
         in_channels: 3 decodes to RGB, 1 to grey.
         seed: of the run.
     """
 
-    def __init__(
-        self, indexes: Sequence[ShardIndex], transform: Callable[[Image.Image], Tensor], in_channels: int, seed: int
-    ) -> None:
-        self._indexes = list(indexes)
+    def __init__(self, indexes: Sequence[ShardIndex], transform: Transform, in_channels: int, seed: int) -> None:
+        self.indexes = list(indexes)
         self._starts = np.cumsum([0, *self.counts])
         self._reader = ShardReader([index.path for index in indexes])
         self._transform = transform
-        self._mode = {1: "L", 3: "RGB"}[in_channels]
+        self._channels = in_channels
         self._seed = seed
 
     @property
     def counts(self) -> list[int]:
         """Samples in each shard."""
-        return [index.count for index in self._indexes]
+        return [index.count for index in self.indexes]
 
     @property
     def num_classes(self) -> int:
         """Largest label plus one."""
-        return 1 + max((int(index.labels.max()) for index in self._indexes if index.count), default=-1)
+        return 1 + max((int(index.labels.max()) for index in self.indexes if index.count), default=-1)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, row: Row) -> tuple[Tensor, int]:
-        """The transformed image, uint8 ``[C, H, W]``, and its label.
+        """The transformed image, uint8 ``[C, H, W]``, and its label. Leaves the global generators as they were.
 
         Raises:
-            DataError: the image can't be read or decoded.
+            DamagedSampleError: the image can't be decoded.
+            DataError: it can't be read.
         """
-        epoch, sample, copy = row
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        position = sample - int(self._starts[shard])
-        image = self._decode(shard, position)
-        with seeded(self._seed, epoch, sample, copy):
-            return self._transform(image), int(self._indexes[shard].labels[position])
+        with restored():
+            return self.load(row)
 
-    def _decode(self, shard: int, position: int) -> Image.Image:
-        index = self._indexes[shard]
+    def load(self, row: Row) -> tuple[Tensor, int]:
+        """The same, but leaves the global generators seeded; for use within :func:`~svite_scale.data.randomness.restored`."""
+        epoch, sample, copy = row
+        shard, position = self._place(sample)
+        index = self.indexes[shard]
         offset = int(index.offsets[position])
         data = self._reader.read(shard, offset, int(index.lengths[position]))
         try:
-            return Image.open(BytesIO(data)).convert(self._mode)
-        except Exception as error:  # the decoders of damaged files raise many kinds
-            raise DataError(
-                f"{index.path}: the image of sample {index.key(position)!r} at byte {offset} can't be decoded ({error}); "
-                "replace it in the source and write the shard again"
+            pixels = decode(data, self._channels)
+        except UndecodableError as error:
+            raise DamagedSampleError(
+                f"{index.path}: the image of sample {index.key(position)!r} at byte {offset} can't be decoded ({error})"
             ) from error
+        seed_sample(self._seed, epoch, sample, copy)
+        return self._transform(pixels), int(index.labels[position])
+
+    def label(self, sample: int) -> int:
+        """The label of a sample."""
+        shard, position = self._place(sample)
+        return int(self.indexes[shard].labels[position])
+
+    def others_of_shard(self, sample: int) -> Iterator[int]:
+        """The other samples of the same shard, from the next one on, and at its end from its beginning."""
+        shard, position = self._place(sample)
+        start, count = int(self._starts[shard]), self.indexes[shard].count
+        return (start + (position + step) % count for step in range(1, count))
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """A sample's shard, and its position there."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])

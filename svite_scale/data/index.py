@@ -3,49 +3,68 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from svite_scale.data.files import replacing
-from svite_scale.data.patterns import find_shards
-from svite_scale.data.scan import TarSample, scan_tar
+from svite_scale.config import DataConfig
+from svite_scale.data.cache import RemoteShard, ShardCache
+from svite_scale.data.files import replacing, sha256_of
+from svite_scale.data.labels import LabelRule
+from svite_scale.data.patterns import find_shards, find_urls
+from svite_scale.data.scan import scan_tar
+from svite_scale.data.urls import index_url, is_remote
 from svite_scale.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the sidecar's layout."""
+FETCHES = 16
+"""Indexes that are fetched at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """What random access to one shard needs.
 
-    Columns are numpy arrays, so that an index of millions of samples stays compact and is shared with forked workers.
+    Columns are numpy arrays, so that an index of millions of samples stays compact and is shared with forked workers: 16
+    bytes per sample, and the packed keys.
     """
 
-    path: Path
+    path: Path | RemoteShard
     """The tar file."""
     size: int
-    """Its length in bytes, by which a stale index is recognised."""
+    """Its length in bytes, by which a stale index is recognised at once."""
+    sha256: str
+    """Of its content, by which damage is recognised, in hexadecimal."""
+    plan: str
+    """What it was written from, as a checksum by which the writer knows its own; empty for shards of others."""
     offsets: npt.NDArray[np.int64]
     """``[count]``: first byte of each image."""
-    lengths: npt.NDArray[np.int64]
-    """``[count]``: bytes of each image."""
-    labels: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    """``[count]``: bytes of each image; 0 where the image is empty."""
+    labels: npt.NDArray[np.int32]
     """``[count]``"""
-    keys: npt.NDArray[np.bytes_]
-    """``[count]``: webdataset keys, in UTF-8."""
+    packed_keys: bytes
+    """The keys, which only messages need: zero-separated UTF-8, compressed."""
 
     @property
     def count(self) -> int:
         """Samples in the shard."""
         return len(self.offsets)
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys; unpacked at each call."""
+        return zlib.decompress(self.packed_keys).decode().split("\0") if self.count else []
+
     def key(self, position: int) -> str:
         """Key of the sample at ``position`` of the shard."""
-        return bytes(self.keys[position]).decode()
+        return self.keys[position]
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -53,23 +72,36 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def build_index(shard: Path) -> ShardIndex:
-    """Builds the index by reading the headers of the tar.
+def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> ShardIndex:
+    """Builds the index by reading the whole tar, once for its headers and once for the checksum.
 
     Raises:
-        DataError: the tar is damaged, or a sample has no image or no label.
+        DataError: the tar is damaged or compressed, or a sample has no image or no label.
     """
-    return index_of(shard, shard.stat().st_size, scan_tar(shard))
+    size = shard.stat().st_size
+    samples = scan_tar(shard, rule)
+    return index_of(shard, size, sha256_of(shard), plan, *zip(*samples, strict=True))
 
 
-def index_of(shard: Path, size: int, samples: list[TarSample]) -> ShardIndex:
+def index_of(
+    shard: Path,
+    size: int,
+    sha256: str,
+    plan: str,
+    keys: Sequence[str],
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    labels: Sequence[int],
+) -> ShardIndex:
     return ShardIndex(
         path=shard,
         size=size,
-        offsets=np.array([sample.offset for sample in samples], dtype=np.int64),
-        lengths=np.array([sample.length for sample in samples], dtype=np.int64),
-        labels=np.array([sample.label for sample in samples], dtype=np.int64),
-        keys=np.array([sample.key.encode() for sample in samples], dtype=np.bytes_),
+        sha256=sha256,
+        plan=plan,
+        offsets=np.array(offsets, dtype=np.int64),
+        lengths=np.array(lengths, dtype=np.int32),
+        labels=np.array(labels, dtype=np.int32),
+        packed_keys=zlib.compress("\0".join(keys).encode(), level=1),
     )
 
 
@@ -78,64 +110,110 @@ def save_index(index: ShardIndex) -> Path:
     record = {
         "format": FORMAT,
         "size": index.size,
-        "keys": [index.key(position) for position in range(index.count)],
+        "sha256": index.sha256,
+        "plan": index.plan,
+        "keys": index.keys,
         "offsets": index.offsets.tolist(),
         "lengths": index.lengths.tolist(),
         "labels": index.labels.tolist(),
     }
+    assert isinstance(index.path, Path), "indexes are written where the shards are"
     path = sidecar_path(index.path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
     return path
 
 
+def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
+    """The index that a sidecar's text describes; reads no file.
+
+    Args:
+        text: of the sidecar.
+        shard: which the index is of.
+        source: where the text is from, for the error.
+        remedy: for the error.
+
+    Raises:
+        DataError: the text is no index, or has another format.
+    """
+    try:
+        record = json.loads(text)
+        if record["format"] != FORMAT:
+            raise DataError(f"{source} has format {record['format']!r}, this version reads {FORMAT}; {remedy}")
+        columns = [record[name] for name in ("keys", "offsets", "lengths", "labels")]
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError("columns of unequal length")
+        index = index_of(shard, int(record["size"]), str(record["sha256"]), str(record["plan"]), *columns)
+        if (index.offsets + index.lengths).max(initial=0) > index.size:
+            raise ValueError("an image beyond the tar's end")
+        if min(int(column.min(initial=0)) for column in (index.offsets, index.lengths, index.labels)) < 0:
+            raise ValueError("a negative number")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(f"{source} is not a readable index ({error!r}); {remedy}") from error
+    return index
+
+
 def load_index(shard: Path) -> ShardIndex:
-    """Reads the sidecar of ``shard``.
+    """Reads the sidecar of ``shard``, and compares the size that it tells with the tar's.
 
     Raises:
         DataError: it is missing, unreadable, or was written for another version of the tar.
     """
     path = sidecar_path(shard)
-    remedy = f"run: python launch/make_shards.py --index '{shard}'"
+    remedy = index_again(shard)
     if not path.exists():
         raise DataError(f"{shard} has no index ({path.name}); {remedy}")
     try:
-        record = json.loads(path.read_text())
-        if record["format"] != FORMAT:
-            raise DataError(f"{path} has format {record['format']!r}, this version reads {FORMAT}; delete it and {remedy}")
-        columns = zip(record["keys"], record["offsets"], record["lengths"], record["labels"], strict=True)
-        index = index_of(shard, record["size"], [TarSample(*row) for row in columns])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a readable index ({error!r}); delete it and {remedy}") from error
-    size = shard.stat().st_size
+        text, size = path.read_text(), shard.stat().st_size
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{shard} or {path.name} can't be read ({error}); restore the tar, or {remedy}") from error
+    index = parse_index(text, shard, str(path), remedy)
     if size != index.size:
-        raise DataError(f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {size}; {remedy}")
+        raise DataError(
+            f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {size}; restore the tar, or {remedy}"
+        )
     return index
 
 
-def load_indexes(pattern: str, field: str = "pattern") -> list[ShardIndex]:
-    """The indexes of all shards that ``pattern`` names, sorted by path; the same list on every rank.
+def index_again(shard: Path) -> str:
+    return f"run: python launch/make_shards.py --index '{shard}'"
+
+
+def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None = None) -> list[ShardIndex]:
+    """The indexes of all shards that ``pattern`` names, sorted by path or URL; the same list on every rank.
 
     Args:
-        pattern: brace pattern, glob, or folder.
+        pattern: brace pattern, glob, or folder; or a brace pattern of URLs.
         field: what the pattern is called where the user wrote it, for example ``data.train``.
+        cache: keeps what is fetched; None is the one of the config's defaults.
 
     Raises:
         DataError: the pattern is empty or matches nothing, or an index is missing, unreadable or stale.
     """
-    return [load_index(shard) for shard in find_shards(pattern, field)]
+    if not is_remote(pattern):
+        return [load_index(shard) for shard in find_shards(pattern, field)]
+    used = cache or ShardCache.of(DataConfig())
+    pool = ThreadPoolExecutor(FETCHES)
+    try:
+        return list(pool.map(lambda url: load_remote_index(url, used), find_urls(pattern, field)))
+    finally:
+        # After an error the others aren't waited for.
+        pool.shutdown(cancel_futures=True)
 
 
-def write_missing_indexes(pattern: str, field: str = "pattern") -> list[Path]:
-    """Indexes the shards that have no index, or a stale or unreadable one.
-
-    Returns:
-        The sidecars written.
+def load_remote_index(url: str, cache: ShardCache) -> ShardIndex:
+    """The index of the shard at ``url``, whose bytes will come through ``cache``.
 
     Raises:
-        DataError: the pattern matches nothing, or a shard is damaged.
+        DataError: the index can't be fetched or read, or the cache can't hold the shard.
     """
-    return [save_index(build_index(shard)) for shard in find_shards(pattern, field) if not is_indexed(shard)]
+    remedy = "write it again where the shard is stored (python launch/make_shards.py --index)"
+    try:
+        index = parse_index(cache.index_text(url), Path(url), index_url(url), remedy)
+    except DataError:
+        cache.forget_index(url)
+        raise
+    return replace(index, path=cache.shard(url, index.size, index.sha256))
 
 
 def is_indexed(shard: Path) -> bool:
@@ -145,3 +223,43 @@ def is_indexed(shard: Path) -> bool:
     except DataError:
         return False
     return True
+
+
+def damage(shard: Path) -> str:
+    """What is wrong with ``shard``, comparing all of it with the size and checksum in its index; empty if nothing is."""
+    try:
+        index = load_index(shard)
+        found = sha256_of(shard)
+    except (DataError, OSError) as error:
+        return str(error)
+    if found == index.sha256:
+        return ""
+    return (
+        f"{shard} is damaged, or its index is stale: its checksum is {found[:12]}..., the index has {index.sha256[:12]}...; "
+        f"restore the tar, or if it was changed on purpose, delete {sidecar_path(shard).name} and {index_again(shard)}"
+    )
+
+
+def check_contents(indexes: Sequence[ShardIndex], rank: int, world_size: int) -> None:
+    """Compares this rank's share of the shards, every ``world_size``-th, with the checksums in their indexes; reads all of it.
+
+    Not a collective: a rank that finds damage raises while the others go on, and its end is left to the launcher to tell, as
+    with samples that can't be read. Remote shards are left out; they are compared when they are fetched.
+
+    Raises:
+        DataError: names the first shard that differs.
+    """
+    for index in indexes[rank::world_size]:
+        problem = damage(index.path) if isinstance(index.path, Path) else ""
+        if problem:
+            raise DataError(problem)
+
+
+def largest_label(indexes: Sequence[ShardIndex]) -> tuple[int, str]:
+    """The largest label, and the first sample that has it, in words; -1 without samples."""
+    largest = max((int(index.labels.max()) for index in indexes if index.count), default=-1)
+    for index in indexes:
+        positions = np.flatnonzero(index.labels == largest)
+        if len(positions):
+            return largest, f"sample {index.key(int(positions[0]))!r} of {index.path}"
+    return largest, "no sample"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import NamedTuple
@@ -9,12 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from svite_scale.config import DataConfig
+from svite_scale.data.batches import BatchDataset, LoadedBatch
+from svite_scale.data.cache import RemoteShard, ShardCache, check_window
+from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
-from svite_scale.data.index import load_indexes
+from svite_scale.data.index import ShardIndex, load_indexes
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
+from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
 
@@ -27,15 +32,20 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 ``[B]``"""
     valid: Tensor
-    """bool ``[B]``; False marks padding of an evaluation batch, which no metric may count."""
+    """bool ``[B]``; False marks what no metric may count: padding of an evaluation batch, and its damaged samples."""
+    damaged: Tensor
+    """bool ``[B]``; True marks samples that couldn't be decoded. At training another one of their shard stands in."""
 
 
 class TrainData:
     """This rank's share of the training samples, in the order that seed and epoch determine.
 
-    Every rank constructs one. Step s is row block ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``; the samples of a
-    step and their augmentation are the same for every world size, number of accumulation steps and number of workers.
-    The last rows of an epoch that don't fill a global batch are left out.
+    Every rank constructs one. The samples of a step, and their augmentation, are the same for every world size, number of
+    accumulation steps and number of workers.
+
+    Attributes:
+        steps: how epochs are cut into optimizer steps.
+        damage: how many damaged samples are too many.
 
     Raises:
         DataError: the shards or their indexes can't be used, or hold fewer samples than a global batch.
@@ -60,11 +70,16 @@ class TrainData:
                 f"{global_batch_size} samples do not divide into {world_size} ranks x {accumulation_steps} micro-batches"
             )
         transform = train_transform(config, image_size)
-        self._dataset = ShardDataset(load_indexes(config.train, "data.train"), transform, in_channels, seed)
+        indexes = load_indexes(config.train, "data.train", ShardCache.of(config))
+        check_window(config, [index.size for index in indexes if isinstance(index.path, RemoteShard)])
+        self._samples = ShardDataset(indexes, transform, in_channels, seed)
+        self._batches = BatchDataset(self._samples, (in_channels, image_size, image_size), substitute=True)
         self._config = config
-        self._global_batch_size, self._accumulation_steps = global_batch_size, accumulation_steps
+        self._accumulation_steps = accumulation_steps
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        if not self.steps_per_epoch:
+        self.steps = EpochSteps(len(self._samples), global_batch_size, carry=config.last_batch == "carry")
+        self.damage = DamageLimit("data.train", config.max_damaged, "another one of its shard stands in for it")
+        if self.num_samples < global_batch_size:
             raise DataError(
                 f"data.train = {config.train!r} holds {self.num_samples} samples, fewer than train.global_batch_size "
                 f"({global_batch_size}); use more data or a smaller batch"
@@ -73,17 +88,17 @@ class TrainData:
     @property
     def num_samples(self) -> int:
         """Samples in the training shards."""
-        return len(self._dataset)
+        return len(self._samples)
+
+    @property
+    def indexes(self) -> list[ShardIndex]:
+        """Of the shards, in order."""
+        return self._samples.indexes
 
     @property
     def num_classes(self) -> int:
         """Largest label plus one."""
-        return self._dataset.num_classes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return self.num_samples // self._global_batch_size
+        return self._samples.num_classes
 
     def batches(self, first_step: int = 0, last_step: int | None = None) -> Iterator[Batch]:
         """This rank's micro-batches, ``accumulation_steps`` of them for each optimizer step.
@@ -95,31 +110,35 @@ class TrainData:
             last_step: stop before this step; None goes on for ever.
 
         Raises:
-            DataError: a sample can't be read.
+            DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
-        for images, labels in loader(self._dataset, self._rows(first_step, last_step), self._config.workers):
-            yield Batch(images, labels, torch.ones(len(labels), dtype=torch.bool))
+        for images, labels, damaged, reports in load(self._batches, self._rows(first_step, last_step), self._config.workers):
+            self.damage.note(reports)
+            yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
     def _rows(self, first_step: int, last_step: int | None) -> Iterator[list[Row]]:
         """The (epoch, sample, copy) rows of each micro-batch."""
-        order_epoch = -1
+        counts, config, order_epoch = self._samples.counts, self._config, -1
         for step in count(first_step) if last_step is None else range(first_step, last_step):
-            epoch, block = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                config = self._config
-                order = epoch_order(self._dataset.counts, self._seed, epoch, config.shuffle_shards, config.augment.repeats)
-                order_epoch = epoch
-            start = block * self._global_batch_size
-            mine = rank_rows(order[start : start + self._global_batch_size], self._rank, self._world_size)
+            rows = []
+            for epoch, first, stop in self.steps.pieces(step):
+                if epoch != order_epoch:
+                    order = epoch_order(counts, self._seed, epoch, config.shuffle_shards, config.augment.repeats)
+                    order_epoch = epoch
+                rows.append(np.insert(order[first:stop], 0, epoch, axis=1))
+            mine = rank_rows(np.concatenate(rows), self._rank, self._world_size)
             for micro_batch in np.split(mine, self._accumulation_steps):
-                yield [(epoch, sample, copy) for sample, copy in micro_batch.tolist()]
+                yield [(epoch, sample, copy) for epoch, sample, copy in micro_batch.tolist()]
 
 
 class EvalData:
     """This rank's share of the evaluation samples; iterating gives its batches, any number of times.
 
-    Every rank constructs one, and each yields the same number of batches of the same size. Over all ranks every sample is
-    valid exactly once.
+    Every rank constructs one, and each yields the same number of batches of the same size. Over all ranks every sample that
+    can be decoded is valid exactly once.
+
+    Attributes:
+        damage: how many damaged samples are too many.
 
     Raises:
         DataError: the shards or their indexes can't be used, or hold no sample.
@@ -128,43 +147,52 @@ class EvalData:
     def __init__(
         self, config: DataConfig, *, image_size: int, in_channels: int, batch_size: int, rank: int, world_size: int
     ) -> None:
-        indexes = load_indexes(config.val, "data.val")
-        self._dataset = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
-        if not len(self._dataset):
+        indexes = load_indexes(config.val, "data.val", ShardCache.of(config))
+        self._samples = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
+        if not len(self._samples):
             raise DataError(f"data.val = {config.val!r} holds no samples; write shards that do")
-        self._samples, self._valid = evaluation_rows(len(self._dataset), batch_size, rank, world_size)
+        self._batches = BatchDataset(self._samples, (in_channels, image_size, image_size), substitute=False)
+        self._rows, self._valid = evaluation_rows(len(self._samples), batch_size, rank, world_size)
         self._workers = config.workers
+        self.damage = DamageLimit("data.val", config.max_damaged, "it is left out")
 
     @property
     def num_samples(self) -> int:
         """Samples in the evaluation shards, over all ranks."""
-        return len(self._dataset)
+        return len(self._samples)
+
+    @property
+    def indexes(self) -> list[ShardIndex]:
+        """Of the shards, in order."""
+        return self._samples.indexes
 
     @property
     def num_classes(self) -> int:
         """Largest label plus one."""
-        return self._dataset.num_classes
+        return self._samples.num_classes
 
     def __len__(self) -> int:
         """Batches of this rank, as of every other."""
-        return len(self._samples)
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = ([(0, sample, 0) for sample in batch] for batch in self._samples.tolist())
-        batches = loader(self._dataset, rows, self._workers)
-        for (images, labels), valid in zip(batches, self._valid, strict=True):
-            yield Batch(images, labels, torch.from_numpy(valid))
+        rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
+        batches = load(self._batches, rows, self._workers)
+        for (images, labels, damaged, reports), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
+            self.damage.note(reports)
+            yield Batch(images, labels, counted & ~damaged, counted & damaged)
 
 
-def loader(dataset: ShardDataset, rows: Iterable[list[Row]], workers: int) -> Iterator[list[Tensor]]:
-    """Images and labels of each batch of rows, through one torch DataLoader."""
+def load(dataset: BatchDataset, rows: Iterable[list[Row]], workers: int) -> Iterator[LoadedBatch]:
+    """The batch of each list of rows, through one torch DataLoader."""
     batches = DataLoader(
         dataset,
-        batch_sampler=rows,
+        batch_size=None,  # an item is a batch
+        sampler=rows,
         num_workers=workers,
-        collate_fn=default_collate,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=leave_signals_to_the_trainer,
         # The loader draws a base seed; without a generator of its own that would advance the training process's.
         generator=torch.Generator(),
     )
@@ -173,3 +201,13 @@ def loader(dataset: ShardDataset, rows: Iterable[list[Row]], workers: int) -> It
     except DataError as error:
         # A worker's error arrives as the text of its traceback, of which the last line is the message.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Has a loader process ignore the warnings of a scheduler.
+
+    Those may go to every process of a job, and the training process needs its workers to finish the step. They end when it
+    stops iterating or is gone, which torch's loader sees to by other means.
+    """
+    for warning in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(warning, signal.SIG_IGN)

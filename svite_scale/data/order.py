@@ -31,17 +31,30 @@ def epoch_order(counts: Sequence[int], seed: int, epoch: int, shuffle_shards: in
     # Sorting raw Philox words rather than Generator.permutation: numpy promises the stream of the bit generator for ever, but
     # not that of the methods above it, and a resumed run must find its order again.
     random = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    window_of_shard = np.empty(len(counts), dtype=np.int64)
-    window_of_shard[np.argsort(random.random_raw(len(counts)), kind="stable")] = np.arange(len(counts)) // shuffle_shards
-    window_of_sample = np.repeat(window_of_shard, counts)
-    shuffled = np.lexsort((random.random_raw(len(window_of_sample)), window_of_sample))
-    return repeat_copies(shuffled, repeats)
+    sizes = np.asarray(counts, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    shards = np.argsort(random.random_raw(len(sizes)), kind="stable")
+    words = random.random_raw(int(sizes.sum()))
+    samples = np.empty(len(words), dtype=np.int64)
+    filled = 0
+    # Window by window, which takes less memory and time than sorting all samples by (window, word).
+    for first in range(0, len(shards), shuffle_shards):
+        window = [
+            np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in np.sort(shards[first : first + shuffle_shards])
+        ]
+        mine = np.concatenate(window)
+        samples[filled : filled + len(mine)] = mine[np.argsort(words[mine], kind="stable")]
+        filled += len(mine)
+    return repeat_copies(samples, repeats)
 
 
 def repeat_copies(samples: Ints, repeats: int) -> Ints:
     """``[N]`` samples to ``[N, 2]`` rows (sample, copy): each ``repeats`` times in succession, cut to N rows."""
-    positions = np.arange(len(samples))
-    return np.stack([samples[positions // repeats], positions % repeats], axis=1)
+    count = len(samples)
+    rows = np.empty((count, 2), dtype=np.int64)
+    rows[:, 0] = np.repeat(samples[: -(-count // repeats)], repeats)[:count]
+    rows[:, 1] = np.arange(count) % repeats
+    return rows
 
 
 def rank_rows(global_batch_rows: Ints, rank: int, world_size: int) -> Ints:

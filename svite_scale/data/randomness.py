@@ -11,24 +11,40 @@ import torch
 
 
 @contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's CPU generators within the block, and puts their states back after it.
+def restored() -> Iterator[None]:
+    """Puts the states of Python's, numpy's and torch's CPU generators back after the block.
 
-    Transforms draw from these global generators. Seeding them per sample makes a sample's augmentation independent of the
-    worker that computes it; restoring them keeps a loader without workers from disturbing the training process.
+    It keeps a loader without workers from disturbing the training process. The states are kilobytes large, so batches are
+    wrapped in it rather than samples.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
     try:
-        random.seed(python_seed)
-        np.random.seed(numpy_seed)
-        # Not torch.manual_seed: that would also seed the GPU's generators, which are not restored here.
-        torch.default_generator.manual_seed(torch_seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seeds the generators within the block, and puts their states back after it."""
+    with restored():
+        seed_sample(*entropy)
+        yield
+
+
+def seed_sample(*entropy: int) -> None:
+    """Seeds Python's, numpy's and torch's CPU generators.
+
+    Transforms draw from these global generators. Seeding them per sample makes a sample's augmentation independent of the
+    worker that computes it.
+    """
+    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    # Not torch.manual_seed: that would also seed the GPU's generators, which are not restored.
+    torch.default_generator.manual_seed(torch_seed)
 
 
 def derived_seeds(*entropy: int) -> tuple[int, int, int]:

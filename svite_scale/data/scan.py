@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from svite_scale.data.labels import LabelRule
 from svite_scale.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
 LABEL_EXTENSION = "cls"
+LABEL_MEMBERS = frozenset({LABEL_EXTENSION, "json"})
 BLOCK = 512
 """Tar headers and members start at multiples of this many bytes."""
 METADATA = re.compile(r"__[^/]*__($|/)")
 """Members that WebDataset sets apart from samples."""
-LABEL = re.compile(rb"\s*\d{1,9}\s*")
+COMPRESSED = {
+    b"\x1f\x8b": ("gunzip", ".gz"),
+    b"BZh": ("bunzip2", ".bz2"),
+    b"\xfd7zXZ": ("unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("unzstd --rm", ".zst"),
+}
+"""What undoes a compression, and the suffix it wants, by the first bytes of a file."""
 
 
 class TarSample(NamedTuple):
@@ -27,6 +37,17 @@ class TarSample(NamedTuple):
     label: int
 
 
+class Contents(NamedTuple):
+    """What a tar holds, by the samples' keys."""
+
+    images: dict[str, tuple[int, int]]
+    """First byte and length."""
+    label_members: dict[str, dict[str, bytes]]
+    """``cls`` and ``json``."""
+    others: set[str]
+    """Extensions of all other members."""
+
+
 def split_name(name: str) -> tuple[str, str]:
     """A member's key and extension as WebDataset splits them: at the first dot of the file name; ``a/b.seg.PNG`` gives
     ``("a/b", "seg.png")``."""
@@ -35,50 +56,113 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def scan_tar(shard: Path) -> list[TarSample]:
+def scan_tar(shard: Path, rule: LabelRule | None = None) -> list[TarSample]:
     """The samples of ``shard`` in the order of their images. Members other than images and labels are left out.
 
+    An image of no bytes is a sample like any other.
+
+    Args:
+        shard: the tar.
+        rule: where labels stand; by default in ``.cls``, or else in ``.json``.
+
     Raises:
-        DataError: the tar is damaged or compressed, or a sample has no image, two images, or no integer label.
+        DataError: the tar is damaged or compressed, or holds no images, or a sample has no image, two images, or no label.
     """
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    end = 0
+    contents = read_tar(shard)
+    rule = rule or LabelRule()
+    labels: dict[str, int | None] = {}
+    for key in {**contents.images, **contents.label_members}:
+        try:
+            labels[key] = rule.label(key, contents.label_members.get(key, {}))
+        except DataError as error:
+            raise DataError(f"{shard}: sample {key!r}: {error}") from error
+    unlabelled = [key for key in contents.images if labels[key] is None]
+    if unlabelled:
+        raise DataError(
+            f"{shard}: sample {unlabelled[0]!r} has no label ({rule}); say where it stands, or write the shard again"
+        )
+    extensions = " or ".join(sorted(IMAGE_EXTENSIONS))
+    blind = sorted(key for key, label in labels.items() if label is not None and key not in contents.images)
+    if blind:
+        raise DataError(f"{shard}: sample {blind[0]!r} has no image ({extensions}); write the shard again with it")
+    if not contents.images:
+        found = ", ".join(sorted(contents.others)) or "nothing"
+        raise DataError(f"{shard} has no image ({extensions}), but {found}; convert the images, or leave the shard out")
+    return [TarSample(key, *place, label) for key, place in contents.images.items() if (label := labels[key]) is not None]
+
+
+def read_tar(shard: Path) -> Contents:
+    """Images and labels of ``shard``.
+
+    Raises:
+        DataError: the tar is damaged or compressed, two members are the same part of a sample, or one is a link.
+    """
+    contents = Contents({}, defaultdict(dict), set())
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if not member.isreg() or METADATA.match(member.name):
-                    continue
-                key, extension = split_name(member.name)
-                if extension in IMAGE_EXTENSIONS:
-                    if key in images:
-                        raise DataError(f"{shard}: sample {key!r} has two images; keep one")
-                    images[key] = (member.offset_data, member.size)
-                elif extension == LABEL_EXTENSION:
-                    labels[key] = read_label(tar, member, shard)
-            check_end(file, end, shard)
+        with open(shard, "rb") as file:
+            refuse_compressed(file, shard)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in regular_members(tar, file, shard):
+                    add_member(contents, tar, member, shard)
     except tarfile.TarError as error:
         raise DataError(f"{shard} is not a readable, uncompressed tar ({error}); write it again") from error
-    unpaired = images.keys() ^ labels.keys()
-    if unpaired:
-        key = min(unpaired)
-        lacks = f"label ({key}.{LABEL_EXTENSION})" if key in images else f"image ({' or '.join(sorted(IMAGE_EXTENSIONS))})"
-        raise DataError(f"{shard}: sample {key!r} has no {lacks}; write the shard again with both")
-    return [TarSample(key, offset, length, labels[key]) for key, (offset, length) in images.items()]
+    return contents
 
 
-def read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
-    content = tar.extractfile(member)
-    assert content is not None, "only regular members have labels"
-    text = content.read()
-    if not LABEL.fullmatch(text):
-        raise DataError(f"{shard}: {member.name} holds {text[:20]!r}; a label is a class number from 0, as text")
-    return int(text)
+def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
+    key, extension = split_name(member.name)
+    if extension in IMAGE_EXTENSIONS:
+        if key in contents.images:
+            raise DataError(f"{shard}: sample {key!r} has two images; keep one")
+        contents.images[key] = (member.offset_data, member.size)
+    elif extension in LABEL_MEMBERS:
+        if extension in contents.label_members[key]:
+            raise DataError(f"{shard}: sample {key!r} has two .{extension} members; keep one")
+        content = tar.extractfile(member)
+        assert content is not None, "only regular members are read"
+        contents.label_members[key][extension] = content.read()
+    else:
+        contents.others.add(f".{extension}")
+
+
+def regular_members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of ``tar`` that are files of a sample, up to a proper end of the archive."""
+    end = 0
+    for member in tar:
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        if member.isdir() or METADATA.match(member.name):
+            continue
+        if not member.isreg() or member.issparse():
+            raise DataError(
+                f"{shard}: {member.name!r} is a link, a sparse or a special file; write the shard again with its content"
+            )
+        yield member
+    check_end(file, end, shard)
+
+
+def refuse_compressed(file: IO[bytes], shard: Path) -> None:
+    """Samples are read at their places, which a compressed tar doesn't have."""
+    start = file.read(8)
+    file.seek(0)
+    for magic, (tool, suffix) in COMPRESSED.items():
+        if start.startswith(magic):
+            packed = f"{shard}{suffix}" if shard.suffix == ".tar" else str(shard)
+            command = f"{tool} '{packed}'" if packed == str(shard) else f"mv '{shard}' '{packed}' && {tool} '{packed}'"
+            raise DataError(f"{shard} is compressed, so that no sample can be read by itself; unpack it: {command}")
 
 
 def check_end(file: IO[bytes], end: int, shard: Path) -> None:
-    """Requires the end-of-archive zeros at ``end``: tarfile stops at a damaged header as if the archive ended there."""
+    """Requires zeros from ``end`` to the end of the file, the archive's end mark.
+
+    tarfile stops at a damaged header as if the archive ended there, and takes a zeroed one for the end mark.
+    """
     file.seek(end)
-    if file.read(BLOCK) != bytes(BLOCK):
+    block = file.read(BLOCK)
+    if block != bytes(BLOCK):
         raise DataError(f"{shard} is damaged or cut off near byte {end}: no valid header and no end mark; write it again")
+    while block:
+        if block.count(0) != len(block):
+            raise DataError(
+                f"{shard} is damaged near byte {end}: an end mark (or a zeroed header), and data after it; write it again"
+            )
+        block = file.read(1 << 20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +11,11 @@ from typing import NamedTuple
 from webdataset import TarWriter
 
 from svite_scale.data.files import replacing
-from svite_scale.data.index import build_index, is_indexed, load_index, save_index, sidecar_path
+from svite_scale.data.index import build_index, save_index, sidecar_path
 from svite_scale.data.scan import IMAGE_EXTENSIONS, LABEL_EXTENSION, METADATA
 from svite_scale.errors import DataError
 
+STORED_EXTENSION = {"jpeg": "jpg"}
 MAX_KEY_BYTES = 90
 """A portable tar header holds names of 100 bytes, extension included."""
 
@@ -27,7 +28,7 @@ class Sample(NamedTuple):
     image: bytes
     """Encoded file content."""
     extension: str
-    """``jpg``, ``jpeg`` or ``png``."""
+    """``jpg``, ``jpeg`` or ``png``; JPEG is stored as ``.jpg``, the name that other readers look for."""
     label: int
     """Class number, from 0."""
 
@@ -56,14 +57,20 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, prefix: str, 
     for number, chunk in enumerate(chunks(samples, samples_per_shard)):
         shard = folder / shard_name(prefix, number)
         write_shard(chunk, shard)
-        save_index(build_index(shard))
         shards.append(shard)
     if not shards:
         raise DataError(f"there are no samples to write to {folder}")
-    leftover = sorted(set(existing_shards(folder, prefix)) - set(shards))
-    if leftover:
-        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete it and its like after {shards[-1].name}")
+    refuse_longer(folder, prefix, len(shards))
     return shards
+
+
+def refuse_longer(directory: Path, prefix: str, num_shards: int) -> None:
+    """Requires that no shards of ``prefix`` are there beyond the first ``num_shards``: patterns would take them in."""
+    shards = {directory / shard_name(prefix, number) for number in range(num_shards)}
+    leftover = [shard for shard in existing_shards(directory, prefix) if shard not in shards]
+    if leftover:
+        last = shard_name(prefix, num_shards - 1)
+        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete it and its like after {last}")
 
 
 def shard_name(prefix: str, number: int) -> str:
@@ -83,8 +90,17 @@ def chunks(samples: Iterable[Sample], size: int) -> Iterator[Iterator[Sample]]:
         yield chain([first], islice(iterator, size - 1))
 
 
-def write_shard(samples: Iterable[Sample], shard: Path) -> None:
-    """Writes one tar; fixed times and owners make its bytes a function of the samples."""
+def write_shard(samples: Iterable[Sample], shard: Path, plan: str = "") -> None:
+    """Writes one tar, and its index once it is complete; fixed times and owners make the bytes a function of the samples.
+
+    Args:
+        samples: at least one.
+        shard: the tar.
+        plan: checksum of what the samples are made of, for the index.
+
+    Raises:
+        DataError: a sample can't be stored.
+    """
     # An index of an earlier tar of this name must not outlive it: the sizes can agree by chance.
     sidecar_path(shard).unlink(missing_ok=True)
     with replacing(shard) as temporary, open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
@@ -93,10 +109,11 @@ def write_shard(samples: Iterable[Sample], shard: Path) -> None:
             tar.write(
                 {
                     "__key__": sample.key,
-                    sample.extension: sample.image,
+                    STORED_EXTENSION.get(sample.extension, sample.extension): sample.image,
                     LABEL_EXTENSION: str(sample.label).encode(),
                 }
             )
+    save_index(build_index(shard, plan=plan))
 
 
 def check_sample(sample: Sample) -> None:
@@ -109,14 +126,3 @@ def check_sample(sample: Sample) -> None:
         raise DataError(f"sample {sample.key!r} has extension {sample.extension!r}; use one of {sorted(IMAGE_EXTENSIONS)}")
     if sample.label < 0:
         raise DataError(f"sample {sample.key!r} has label {sample.label}; number classes from 0")
-
-
-def finished_shards(directory: str | Path, prefix: str, keys: Sequence[str], samples_per_shard: int) -> list[Path]:
-    """The shards of an earlier, complete :func:`write_shards` of samples with these keys; empty if there is none."""
-    shards = existing_shards(Path(directory), prefix)
-    if not shards or not all(is_indexed(shard) for shard in shards):
-        return []
-    indexes = [load_index(shard) for shard in shards]
-    written = [[index.key(position) for position in range(index.count)] for index in indexes]
-    expected = [list(keys[start : start + samples_per_shard]) for start in range(0, len(keys), samples_per_shard)]
-    return shards if written == expected else []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svite_scale.config import Config
 from svite_scale.data import DeviceTransform, load_indexes
+from svite_scale.data.cache import ShardCache
 from svite_scale.data.dataset import ShardDataset
 from svite_scale.data.transforms import eval_transform
 from svite_scale.errors import DataError
@@ -38,7 +39,7 @@ def evaluation_images(config: Config, count: int) -> EvaluationImages:
         DataError: the shards can't be read, or hold no sample.
     """
     data, model = config.data, config.model
-    indexes = load_indexes(data.val, "data.val")
+    indexes = load_indexes(data.val, "data.val", ShardCache.of(data))
     dataset = ShardDataset(indexes, eval_transform(data, model.image_size), model.in_channels, seed=0)
     if not len(dataset):
         raise DataError(f"data.val = {data.val!r} holds no samples; write shards that do")

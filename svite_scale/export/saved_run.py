@@ -18,7 +18,9 @@ from svite_scale.config import Config
 from svite_scale.config_reader import read_config
 from svite_scale.errors import CheckpointError, RunError
 from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.train.checkpoint import LATEST, RUN_STATE, check_same_tensors, latest
+from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.manifest import problem_of
+from svite_scale.train.checkpoint.same_run import check_same_tensors
 from svite_scale.train.tracking import METRICS, TOPOLOGY
 
 Line = dict[str, Any]
@@ -63,25 +65,30 @@ def read_run(run_dir: Path, checkpoint: str | None = None) -> SavedRun:
         raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
     config = read_config(config_path)
     path = find_checkpoint(run_dir / "checkpoints", checkpoint)
-    step = _saved_step(path)
+    step = int(json.loads((path / RUN_STATE).read_text())["topology"]["steps"])
     metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
     return SavedRun(run_dir, config, path, step, metrics, topology)
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:
-    """The directory of a checkpoint, by default of the newest.
+    """The directory of a checkpoint, by default of the newest valid one.
 
     Raises:
-        CheckpointError: there is none, or none of that name; the message lists those that there are.
+        CheckpointError: there is none, or none of that name, which lists those that there are; or it is torn.
     """
-    saved = sorted(path.parent.name for path in directory.glob(f"step-*[0-9]/{RUN_STATE}"))
-    if not saved:
-        raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
-    if name is None and (directory / LATEST).exists():
-        return latest(directory)
-    if name not in saved:
-        problem = "names no newest checkpoint" if name is None else f"holds no checkpoint {name!r}"
-        raise CheckpointError(f"{directory} {problem}; give --checkpoint one of {', '.join(saved)}")
+    checkpoints = CheckpointDirectory(directory)
+    if name is None:
+        newest = newest_valid(checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{directory} holds no complete checkpoint; train the run until it saves one")
+        return newest
+    names = sorted(path.name for path in checkpoints.named())
+    if name not in names:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint {name!r}; give --checkpoint one of {', '.join(names) or 'none'}"
+        )
+    if problem := problem_of(directory / name):
+        raise CheckpointError(f"{directory / name} is torn: {problem}; restore it, or give another --checkpoint")
     return directory / name
 
 
@@ -133,11 +140,3 @@ def load_model(run: SavedRun) -> VisionTransformer:
         for name, parameter in parameters.items():
             parameter.copy_(state[f"model/{name}"].view_as(parameter))
     return model.eval()
-
-
-def _saved_step(checkpoint: Path) -> int:
-    path = checkpoint / RUN_STATE
-    try:
-        return int(json.loads(path.read_text())["topology"]["steps"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or give another --checkpoint") from error

@@ -22,7 +22,9 @@ class PackedAttention(UnitLayer):
 
     ``qkv`` holds the query, key and value rows of the k active heads, ``[3 * k * d, in]``, ``proj`` their columns, stored as
     rows, ``[k * d, out]``. A head is dropped for a small Taylor score |sum(A * dL/dA)|, A being the head's output for one
-    image, averaged over images, and grown for the L1 norm of its candidate's columns' gradient.
+    image, averaged over images, and grown for the L1 norm of its candidate's columns' gradient, relative to the root mean
+    square of A. A trained head puts out many times what a fresh candidate does, and so does its gradient: without the
+    division just what was dropped would come back.
 
     With ``grow: paper`` all is as in the paper's code: ``proj`` keeps the columns of absent heads, so that dL/dA of an absent
     head isn't 0; its L1 norm, averaged over images, is the growth score, and a grown head's rows begin at 0.
@@ -85,10 +87,10 @@ class PackedAttention(UnitLayer):
 
     @property
     def growth_numel(self) -> int:
-        return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 1)
+        return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 2)
 
     def hear(self, x: Tensor, gradient: Tensor) -> None:
-        """By head, what it is grown for, ``[N, d * out]`` of candidates' columns or ``[N, 1]``, and its Taylor score."""
+        """By head, what it is grown for, :meth:`_growth_terms` or the paper's score, ``[N, 1]``, and its Taylor score."""
         assert self.gradient_sink is not None
         active = self.active_units()
         bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
@@ -102,17 +104,19 @@ class PackedAttention(UnitLayer):
         if self.keeps_columns:
             growth = slopes.abs().sum(dim=(0, 2, 3)).unsqueeze(1)
         else:
-            growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features)
-            growth[active] = self._column_gradients(context, gradient)
-            growth[~active] = self._column_gradients(self._candidate_context(x, ~active).to(gradient.dtype), gradient)
+            growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features + 1)
+            growth[active] = self._growth_terms(context, gradient)
+            growth[~active] = self._growth_terms(self._candidate_context(x, ~active).to(gradient.dtype), gradient)
         self.gradient_sink(torch.cat([growth, taylor], dim=1))
 
     def _candidate_context(self, x: Tensor, heads: Tensor) -> Tensor:
         rows = self.candidates(heads).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1)
         return self._context(F.linear(x, rows.flatten(0, 2).to(x.dtype)))
 
-    def _column_gradients(self, context: Tensor, gradient: Tensor) -> Tensor:
-        return torch.einsum("bhnd,bno->hdo", context, gradient).flatten(1)
+    def _growth_terms(self, context: Tensor, gradient: Tensor) -> Tensor:
+        """By head, the gradient of its columns, and the mean square of its output: ``[heads, d * out + 1]``."""
+        columns = torch.einsum("bhnd,bno->hdo", context, gradient).flatten(1)
+        return torch.cat([columns, context.square().mean(dim=(0, 2, 3)).unsqueeze(1)], dim=1)
 
     def moving(self) -> dict[str, MovingTensor]:
         moving = {"qkv.weight": MovingTensor(self.qkv.weight, QKV, self.candidate_numel // QKV)}
@@ -126,7 +130,12 @@ class PackedAttention(UnitLayer):
         return gather().view(self.shape.numel(), -1)[:, -1].clone()
 
     def growth_scores(self, gather: Gather) -> Tensor:
-        return gather().view(self.shape.numel(), -1)[:, :-1].sum(dim=1)
+        terms = gather().view(self.shape.numel(), -1)[:, :-1]
+        if self.keeps_columns:
+            return terms[:, 0].clone()
+        norms, squares = terms[:, :-1].sum(dim=1), terms[:, -1]
+        # Relative to the layer's mean, so that the number of micro-batches over which squares are summed has no part in it.
+        return norms / (squares / squares.mean()).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
 
     def births(self, remap: Remap) -> Mapping[str, Tensor]:
         if self.keeps_columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from timm.layers import Attention, Mlp
@@ -15,6 +16,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.sparsity.layer_plan import LayerPlan
+from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.sparsify import random_mask, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
@@ -54,24 +56,24 @@ def count_active(field: str, density: float, num_units: int) -> int:
     return active
 
 
-def check_packable(field: str, density: float, module: nn.Module, name: str) -> int:
+def check_packable(field: str, density: float, module: Any, name: str) -> int:
     """How many units there are.
 
     Raises:
-        ConfigError: the module isn't one that can be packed.
+        ConfigError: the module isn't one that can be packed, or holds packed weights.
     """
     problem = None
-    if field == "heads":
+    if any(isinstance(child, PackedLayer) for child in module.children()):
+        problem = "holds layers packed by weights, and a weight is packed in one way only"
+    elif field == "heads":
         if type(module) is not Attention or module.gate is not None or type(module.norm) is not nn.Identity:
             problem = "is no plain attention: it has a gate, a norm before its projection, or a class of its own"
-        num_units = getattr(module, "num_heads", 0)
     else:
         if type(module) is not Mlp or type(module.fc1) is not nn.Linear or type(module.norm) is not nn.Identity:
             problem = "is no plain MLP: it has gated or convolutional layers, a norm, or a class of its own"
-        num_units = getattr(getattr(module, "fc1", None), "out_features", 0)
     if problem is not None:
         raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
-    return num_units
+    return module.num_heads if field == "heads" else module.fc1.out_features
 
 
 def refuse_packed_twice(sparsity: SparsityConfig, in_units: Set[str]) -> None:

@@ -57,6 +57,13 @@ def check_model(config: ModelConfig) -> None:
         raise ConfigError(
             "model.name", config.name, "has a convolutional stem or attention pooling", "use a plain VisionTransformer"
         )
+    if not (hasattr(base.blocks[0], "attn") and hasattr(base.blocks[0], "mlp")):
+        raise ConfigError(
+            "model.name",
+            config.name,
+            f"has blocks without an attention and an MLP of their own ({type(base.blocks[0]).__name__})",
+            "use a plain VisionTransformer",
+        )
     patch_size = config.patch_size or base.patch_embed.patch_size[0]
     if config.image_size % patch_size:
         raise ConfigError(

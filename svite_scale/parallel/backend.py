@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from svite_scale.sparsity.access import ParameterAccess
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 """Builds the optimizer of a model; called before or after wrapping, as the engine needs."""
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step came to."""
+
+    grad_norm: Tensor | None
+    """The gradient's global L2 norm before clipping, scalar; None where nobody asked for it."""
+    applied: bool
+    """Whether it changed the weights; the same on all ranks."""
 
 
 class Backend(Protocol):
@@ -31,16 +40,17 @@ class Backend(Protocol):
     access: ParameterAccess
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of this rank's images, float ``[batch, classes]``. A collective where parameters are sharded."""
+        """Logits of this rank's images, float ``[batch, classes]``; ``[2, batch, classes]`` of a student that answers twice. A
+        collective where parameters are sharded.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss, a scalar. A collective."""
 
-    def step(self) -> Tensor | None:
+    def step(self) -> StepResult:
         """Averages over ranks and micro-batches, clips, steps the optimizer, and clears the gradients. A collective.
 
-        Returns:
-            The gradient's global L2 norm before clipping, scalar; None where gradients aren't clipped.
+        A step that isn't applied leaves weights and optimizer state as they were.
         """
 
 
@@ -55,6 +65,7 @@ class EngineOptions:
         accumulation_steps: micro-batches in one optimizer step.
         bf16: compute in bfloat16, with fp32 master values.
         clip_grad_norm: largest global L2 norm of the gradient, or None.
+        skip_nonfinite: don't apply a step whose gradient isn't finite on some rank. DeepSpeed never does.
     """
 
     device: torch.device
@@ -63,3 +74,4 @@ class EngineOptions:
     accumulation_steps: int = 1
     bf16: bool = False
     clip_grad_norm: float | None = None
+    skip_nonfinite: bool = False

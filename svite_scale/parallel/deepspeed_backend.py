@@ -12,7 +12,7 @@ from deepspeed.utils import logger, set_z3_leaf_module
 from torch import Tensor, nn
 
 from svite_scale.parallel.attach import access_for
-from svite_scale.parallel.backend import EngineOptions, OptimizerFactory
+from svite_scale.parallel.backend import EngineOptions, OptimizerFactory, StepResult
 from svite_scale.sparsity.access import ParameterAccess
 
 SMALLEST_BUCKET = 2**18
@@ -43,7 +43,6 @@ class DeepSpeedBackend:
         # DeepSpeed rounds the parameters to bf16 before it copies them to the fp32 master values.
         for parameter, value in initial:
             self.access.write(parameter, value.to(options.device))
-        self.clips = options.clip_grad_norm is not None
         self.dtype = torch.bfloat16 if options.bf16 else torch.float32
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,9 +54,10 @@ class DeepSpeedBackend:
             # The engine counts micro-batches by its steps; before the last one a step changes nothing.
             self.wrapped.step()
 
-    def step(self) -> Tensor | None:
+    def step(self) -> StepResult:
+        # DeepSpeed always computes the norm, and skips the step where it isn't finite.
         self.wrapped.step()
-        return torch.as_tensor(self.wrapped.get_global_grad_norm()) if self.clips else None
+        return StepResult(torch.as_tensor(self.wrapped.get_global_grad_norm()), self.wrapped.was_step_applied())
 
 
 def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class ModelSize:
     statistics_bytes: int
 
 
-def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
+def bytes_per_rank(
+    parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize, *, ema: bool = False
+) -> dict[str, int]:
     """Persistent bytes by kind on one rank, without padding, buckets and activations.
 
     Args:
@@ -34,11 +36,20 @@ def bytes_per_rank(parallel: ParallelConfig, precision: str, world_size: int, si
         precision: ``fp32`` or ``bf16``; in the latter ZeRO keeps bf16 weights beside the fp32 master values.
         world_size: ranks that share the state.
         size: of the model.
+        ema: whether an average of the weights is kept.
 
     Returns:
         ``values`` (what forward computes with), ``master values`` (what the optimizer steps, where that is another copy),
-        ``mask``, ``gradients`` (when all are there, just before the optimizer's step), ``moments``, ``statistics``.
+        ``mask``, ``gradients`` (when all are there, just before the optimizer's step), ``moments``, ``statistics``;
+        and ``ema``, if there is one.
     """
+    sharded = parallel.backend not in ("single", "ddp")
+    # The average is kept of the values that the rank's optimizer steps.
+    average = {"ema": -(-size.trainable // (world_size if sharded else 1)) * FP32} if ema else {}
+    return _engine_bytes(parallel, precision, world_size, size) | average
+
+
+def _engine_bytes(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
 
     def shard(count: int) -> int:
         return -(-count // world_size)

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from svite_scale.parallel.backend import EngineOptions, OptimizerFactory
+from svite_scale.parallel.backend import EngineOptions, OptimizerFactory, StepResult
 from svite_scale.parallel.torch_access import TorchAccess
 from svite_scale.sparsity.access import ParameterAccess
 
@@ -60,9 +60,21 @@ class TorchBackend:
         # Every micro-batch is reduced at once: under FSDP2 a whole unreduced gradient would undo the sharding.
         (loss / self.options.accumulation_steps).backward()
 
-    def step(self) -> Tensor | None:
-        limit = self.options.clip_grad_norm
-        norm = None if limit is None else nn.utils.clip_grad_norm_(self._trainable, limit)
-        self.optimizer.step()
+    def step(self) -> StepResult:
+        norm = self._clip()
+        # The norm is the same on every rank, so all decide alike.
+        applied = norm is None or not self.options.skip_nonfinite or bool(norm.isfinite())
+        if applied:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, applied)
+
+    def _clip(self) -> Tensor | None:
+        """The gradient's norm, where somebody asks for it, and the gradient clipped."""
+        if self.options.clip_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self._trainable, self.options.clip_grad_norm)
+        elif self.options.skip_nonfinite:
+            norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        else:
+            return None
         return norm.full_tensor() if isinstance(norm, DTensor) else norm

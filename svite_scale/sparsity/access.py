@@ -44,3 +44,17 @@ class ParameterAccess(Protocol):
         Returns:
             A view, fp32 ``[any]``, and its offset in the flat parameter; what lies past the parameter's end is padding.
         """
+
+
+class FollowsTopology(Protocol):
+    """A tensor per parameter, kept beside the engine's, whose entries belong to single weights: an average of them, say.
+
+    One that is in :attr:`~svite_scale.sparsity.topology.TopologyEngine.followers` is carried at each topology update as the
+    values are: what stays keeps its entry, a grown weight's entry begins as the weight does.
+    """
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The full tensor of one parameter, shaped like it, on every rank. A collective."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replaces what :meth:`read` returned. A collective."""

@@ -66,15 +66,15 @@ class GrowthScores:
         self.sums.clear()
         self._this_step.clear()
 
-    def end_step(self) -> None:
-        """An optimizer step is done: the micro-batches heard since the last one were its."""
-        if not self.listening:
-            return
-        self.num_steps += 1
-        if self.by_magnitude:
+    def end_step(self, *, applied: bool = True) -> None:
+        """An optimizer step is done: the micro-batches heard since the last one were its. Forgets them if it wasn't applied."""
+        if self.listening and applied:
+            self.num_steps += 1
             for name, gradient in self._this_step.items():
-                self._accumulate(self.sums, name, gradient.abs_())
-            self._this_step.clear()
+                self._accumulate(self.sums, name, gradient.abs_() if self.by_magnitude else gradient)
+        elif self.num_steps == 0:
+            self.sums.clear()
+        self._this_step.clear()
 
     def all_finite(self) -> bool:
         """Whether every gradient heard was finite, on every rank. A collective."""
@@ -126,7 +126,8 @@ class GrowthScores:
 
     def _add(self, layer: SparseLayer, gradient: Tensor) -> None:
         """Adds one micro-batch's dense gradient. A collective, called inside backward in the same order on every rank."""
-        held = self._this_step if self.by_magnitude else self.sums
+        # The first step of a window needs no second buffer, for if it isn't applied, all is forgotten.
+        held = self._this_step if self.by_magnitude or self.num_steps else self.sums
         self._accumulate(held, layer.name, self._reduce_scatter(gradient.flatten().float()))
 
     def _accumulate(self, held: dict[str, Tensor], name: str, chunk: Tensor) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.methods import Candidates, Method, Score
 from svite_scale.sparsity.options import TopologyOptions
@@ -84,12 +85,18 @@ def decide(
     return LayerDecision(count, old_mask, bits.pack(active), drop_threshold, grow_threshold)
 
 
-def write_topology(layer: SparseLayer, remap: Remap, access: ParameterAccess, grown_moments: str) -> None:
-    """Carries a layer's parameters and their optimizer state to the new mask, one tensor at a time. A collective."""
+def write_topology(
+    layer: SparseLayer, remap: Remap, access: ParameterAccess, grown_moments: str, followers: Sequence[FollowsTopology] = ()
+) -> None:
+    """Carries a layer's parameters, their optimizer state and what follows them to the new mask, one tensor at a time.
+
+    A collective.
+    """
     births = layer.births(remap)
     for key, moving in layer.moving().items():
         parameter = moving.parameter
-        access.write(parameter, _carry(remap, moving, access.read(parameter), births.get(key, 0.0)))
+        for carried in (access, *followers):
+            carried.write(parameter, _carry(remap, moving, carried.read(parameter), births.get(key, 0.0)))
         for name in access.moment_names(parameter):
             moment = access.read_moment(parameter, name)
             moment = _carry(remap, moving, moment, grown_moment(name, moment, grown_moments))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.history import History
 from svite_scale.sparsity.layer_decision import decide, write_topology
@@ -42,6 +42,7 @@ class TopologyEngine:
         postponed: updates that were put off because a gradient wasn't finite.
         history: which weights have ever been active, and which all the time.
         newcomers: which active weights came at the last update.
+        followers: what else is carried along at an update; empty unless something is put there.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TopologyEngine:
         check_fits(self.options, schedule)
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
+        self.followers: list[FollowsTopology] = []
         self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
         self.history = History(group)
         self.newcomers = Newcomers(self.layers.values(), group)
@@ -101,12 +103,15 @@ class TopologyEngine:
         retry = self._retry_step if self.steps < self._retry_step <= self.schedule.stop_step else None
         return min((step for step in (scheduled, retry) if step is not None), default=None)
 
-    def step(self) -> TopologyUpdate | None:
+    def step(self, *, applied: bool = True) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
-        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, the update is
-        postponed by another window and :attr:`postponed` counts it; past the last step that the schedule allows, it is left
-        out.
+        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, or the step on
+        which an update is due wasn't applied, the update is postponed by another window and :attr:`postponed` counts it; past
+        the last step that the schedule allows, it is left out.
+
+        Args:
+            applied: False for a step that left the weights as they were; its gradients don't count. The same on all ranks.
 
         Returns:
             What changed, or None where nothing did.
@@ -116,8 +121,8 @@ class TopologyEngine:
         """
         due = self.next_update == self.steps + 1
         self.steps += 1
-        self.growth.end_step()
-        update = self._try_update() if due else None
+        self.growth.end_step(applied=applied)
+        update = self._try_update(applied) if due else None
         self._prepare_step()
         return update
 
@@ -186,11 +191,12 @@ class TopologyEngine:
         if self.warmup:
             self.warmup.prepare(self.steps - self.last_update)
 
-    def _try_update(self) -> TopologyUpdate | None:
-        self.growth.check_complete()
+    def _try_update(self, applied: bool) -> TopologyUpdate | None:
         method = self.options.scores
         update = None
-        if self.growth.all_finite():
+        if applied:
+            self.growth.check_complete()
+        if applied and self.growth.all_finite():
             assert method is not None, "only methods that move weights have updates"
             update = self._update(method)
         else:
@@ -211,7 +217,7 @@ class TopologyEngine:
         """One layer's update; the layer's dense tensors live only in here."""
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
-        write_topology(layer, remap, self.access, self.options.grown_moments)
+        write_topology(layer, remap, self.access, self.options.grown_moments, self.followers)
         self.history.follow(layer, decision.old_mask, decision.new_mask)
         grown_survival = self.newcomers.follow(layer, remap)
         if self.warmup:

@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from svite_scale import distributed
 from svite_scale.config import Config
 from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
 from svite_scale.distributed import World
-from svite_scale.errors import ConfigError, SviteScaleError
+from svite_scale.errors import ConfigError, DivergedError, SviteScaleError
+from svite_scale.models.teacher import check_teacher
 from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
+from svite_scale.train.activity import Activity
+from svite_scale.train.checkpoint.directory import CheckpointDirectory
 from svite_scale.train.plan import describe
+from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
+from svite_scale.train.signals import StopSignals
 from svite_scale.train.topology import check_method
 from svite_scale.train.tracking import METRICS
+from svite_scale.train.watchdog import Watchdog
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
 
@@ -26,11 +36,12 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
-        arguments: ``config``, ``overrides``, ``resume``, ``dry_run``, ``ranks``.
+        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
 
     Returns:
-        The exit status: 0, 2 after a mistake in the config, 1 after another error. A mistake in the config is the same on every
-        rank, so the main one prints it; other errors are printed where they happen.
+        The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after another
+        error. A mistake in the config is the same on every rank, so the main one prints it; other errors are printed where they
+        happen.
     """
     world = World()
     try:
@@ -40,11 +51,16 @@ def main(arguments: argparse.Namespace) -> int:
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
-        return train(config, world, resume=arguments.resume)
+        with StopSignals() as signals:
+            return train(config, world, signals, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except ConfigError as error:
         if world.is_main:
             print(f"config error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except DivergedError as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except SviteScaleError as error:
         print(f"error on rank {world.rank}: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -57,28 +73,64 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     check_config(config, world_size)
     check_model(config.model)
     check_method(config.sparsity)
+    check_teacher(config.distillation, config.data)
     if world.is_main:
         print(describe(config, world_size))
     return 0
 
 
-def train(config: Config, world: World, *, resume: bool) -> int:
-    """Checks all that can be checked, then joins the process group and trains."""
+def train(config: Config, world: World, signals: StopSignals, *, resume: bool, auto_resume: bool) -> int:
+    """Checks all that can be checked, then joins the process group and trains.
+
+    Args:
+        config: of the run.
+        world: this rank.
+        signals: that ask the run to stop.
+        resume: go on from the newest checkpoint, which must be there.
+        auto_resume: go on if there is a checkpoint, torn or not, else start anew, over what a run left that never saved.
+    """
     check_config(config, world.size)
     check_model(config.model)
     check_method(config.sparsity)
+    check_teacher(config.distillation, config.data)
     device = distributed.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
-    check_run_dir(config, resume)
-    distributed.start(world, device)
+    check_run_dir(config, resume or auto_resume)
+    store = distributed.start(world, device, config.guard.hang_timeout_s)
+    try:
+        if auto_resume:
+            resume = distributed.main_says(holds_checkpoint(Path(config.run_dir)))
+        return supervise(config, world, device, store, signals, resume=resume)
+    finally:
+        distributed.stop()
+
+
+def supervise(
+    config: Config, world: World, device: torch.device, store: dist.Store, signals: StopSignals, *, resume: bool
+) -> int:
+    """Trains under the watchdog, until the end or until a signal."""
     # Imported once the config is known to be good: an answer about a typing error shouldn't wait for it.
     from svite_scale.train.trainer import Trainer
 
-    try:
-        Trainer(config, world, device, resume=resume).run()
-    finally:
-        distributed.stop()
-    return 0
+    activity, timeout = Activity(), config.guard.hang_timeout_s
+    with nullcontext() if timeout is None else Watchdog(store, world, activity, timeout):
+        asked_to_stop = StopAgreement(signals, store, device)
+        status = 0
+        try:
+            Trainer(config, world, device, resume=resume, activity=activity, asked_to_stop=asked_to_stop).run()
+        except Preempted as stop:
+            signals.saved_status = status = EXIT_PREEMPTED
+            if world.is_main:
+                print(stop, file=sys.stderr)
+        activity.enter("leaving")
+        # Together, for when one rank has left, some launchers end the others, and so does the store.
+        dist.barrier()
+        return status
+
+
+def holds_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has ever saved. What a save left that was cut off has another name."""
+    return bool(CheckpointDirectory(run_dir / "checkpoints").named())
 
 
 def check_run_dir(config: Config, resume: bool) -> None:

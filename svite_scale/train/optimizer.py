@@ -57,7 +57,7 @@ def peak_lr(config: OptimizerConfig, global_batch_size: int) -> float:
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int, total_steps: int
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: float, total_steps: int
 ) -> CosineLRScheduler:
     """timm's warm-up and cosine, by optimizer step: call ``step_update(step)`` before each."""
     recipe = config.optimizer

@@ -80,7 +80,10 @@ def _tokens(model: VisionTransformer) -> list[str]:
 def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:
     backend = config.parallel.backend
     engine = f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend
-    packed, twin = (bytes_per_rank(config.parallel, config.train.precision, world_size, size) for size in (sparse, dense))
+    ema = config.train.ema_decay is not None
+    packed, twin = (
+        bytes_per_rank(config.parallel, config.train.precision, world_size, size, ema=ema) for size in (sparse, dense)
+    )
     lines = [f"training state per rank, {engine}, {config.train.precision}, {world_size} rank(s): bytes, dense twin, ratio"]
     for kind in packed:
         ratio = f"{packed[kind] / twin[kind]:6.3f}" if twin[kind] else "     -"

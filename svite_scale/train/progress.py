@@ -35,6 +35,11 @@ class Progress:
         """One optimizer step is done."""
         self.bar.update()
 
+    def rewind(self, step: int) -> None:
+        """Goes back to an earlier step."""
+        self.bar.n = step
+        self.bar.refresh()
+
     def show(self, metrics: Mapping[str, float]) -> None:
         """Updates the metrics beside the bar."""
         self.shown.update({label: f"{metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics})
@@ -47,3 +52,9 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

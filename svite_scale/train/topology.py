@@ -21,7 +21,7 @@ def check_method(sparsity: SparsityConfig) -> None:
         raise ConfigError("sparsity.method", sparsity.method, "is no method", f"use one of {', '.join(METHODS)}")
 
 
-def build_topology(config: Config, backend: Backend, steps_per_epoch: int, total_steps: int) -> TopologyEngine:
+def build_topology(config: Config, backend: Backend, steps_per_epoch: float, total_steps: int) -> TopologyEngine:
     """The engine over a wrapped model. A collective.
 
     Raises:
@@ -51,11 +51,11 @@ def topology_options(config: Config) -> TopologyOptions:
     )
 
 
-def update_schedule(config: Config, steps_per_epoch: int, total_steps: int) -> UpdateSchedule:
+def update_schedule(config: Config, steps_per_epoch: float, total_steps: int) -> UpdateSchedule:
     """When a run of ``total_steps`` optimizer steps updates its topology."""
     sparsity = config.sparsity
     if sparsity.update_unit == "epochs":
-        scale = float(steps_per_epoch)
+        scale = steps_per_epoch
     elif sparsity.update_batch_size is not None:
         scale = sparsity.update_batch_size / config.train.global_batch_size
     else:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Literal
 
 from svite_scale.config import Config
 from svite_scale.config_reader import leaf_hints, to_dict, write_config
+from svite_scale.train.preemption import Preempted
 
 METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
@@ -30,7 +31,7 @@ class Tracker:
         Args:
             config: the resolved config, which is written beside the metrics.
             run_dir: where they go.
-            resumed_step: lines after this step are cut from the files there; None for a new run.
+            resumed_step: lines after this step are cut from the files there; None for a new run, whose files replace them.
             enabled: whether this is the main rank.
         """
         self.run_dir = run_dir
@@ -40,12 +41,14 @@ class Tracker:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, run_dir / "config.yaml")
-        for path in (run_dir / METRICS, run_dir / TOPOLOGY):
-            if resumed_step is not None and path.exists():
-                _cut(path, resumed_step)
+        if resumed_step is None:
+            for path in (run_dir / METRICS, run_dir / TOPOLOGY):
+                path.unlink(missing_ok=True)
+        else:
+            cut_lines(run_dir, resumed_step)
         self._lines = (run_dir / METRICS).open("a")
         if config.tracking.mlflow:
-            self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
+            self._mlflow = MlflowRun(config, run_dir)
 
     @property
     def ui_command(self) -> str | None:
@@ -59,6 +62,13 @@ class Tracker:
             self._lines.flush()
         if self._mlflow:
             self._mlflow.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after a step to which the run has gone back. MLflow keeps it beside what is logged anew."""
+        if self._lines:
+            self._lines.close()
+            cut_lines(self.run_dir, step)
+            self._lines = (self.run_dir / METRICS).open("a")
 
     def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
         """One line of which heads and neurons are active after an optimizer step; none where the model has no such layers.
@@ -84,13 +94,14 @@ class Tracker:
         if self._lines:
             self._lines.close()
         if self._mlflow:
-            self._mlflow.end(failed=kind is not None)
+            self._mlflow.end("FINISHED" if kind is None else "KILLED" if kind is Preempted else "FAILED")
 
 
 class MlflowRun:
     """The run in MLflow; by default in a SQLite file beside the run directories, which needs no server."""
 
-    def __init__(self, config: Config, run_dir: Path, resumed: bool) -> None:
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        """Goes on with the run that the run directory names, or makes one."""
         # A training job should speak to nobody it wasn't told to.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow  # takes seconds to import
@@ -99,7 +110,7 @@ class MlflowRun:
         self.uri = config.tracking.uri or f"sqlite:///{parent / 'mlflow.db'}"
         self.client = mlflow.MlflowClient(self.uri)
         id_file = run_dir / "mlflow_run_id"
-        if resumed and id_file.exists():
+        if id_file.exists():
             self.run_id = id_file.read_text().strip()
             self.client.update_run(self.run_id, status="RUNNING")
         else:
@@ -125,8 +136,8 @@ class MlflowRun:
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
 
-    def end(self, *, failed: bool) -> None:
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+    def end(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+        self.client.set_terminated(self.run_id, status)
 
 
 def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -141,7 +152,10 @@ def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, 
     return flat
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Drops the lines after a step: the resumed run writes them anew."""
-    kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= last_step]
-    path.write_text("".join(line + "\n" for line in kept))
+def cut_lines(run_dir: Path, last_step: int) -> None:
+    """Drops the lines after a step from a run's files: the run writes them anew."""
+    for path in (run_dir / METRICS, run_dir / TOPOLOGY):
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
+            path.write_text("".join(line + "\n" for line in kept))

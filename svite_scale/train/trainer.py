@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from svite_scale.config import Config
-from svite_scale.data import Batch, DeviceTransform, EvalData, TrainData
+from svite_scale.data import Batch, DeviceTransform
 from svite_scale.distributed import World
-from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.teacher import answer_twice
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
 from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.sparsity.topology_update import TopologyUpdate
+from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint import Checkpoint
-from svite_scale.train.evaluate import evaluate
+from svite_scale.train.ema import Ema
+from svite_scale.train.evaluate import evaluate, evaluate_ema
+from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.loss import TrainingLoss
 from svite_scale.train.optimizer import build_optimizer, build_schedule
+from svite_scale.train.preemption import Preempted, never
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
+from svite_scale.train.samples import open_data
 from svite_scale.train.topology import build_topology
 from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
@@ -33,24 +39,55 @@ from svite_scale.train.window import MetricsWindow
 class Trainer:
     """One run of a config. Every rank makes one and calls :meth:`run`; both are collectives."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, *, resume: bool) -> None:
-        """Builds everything, and loads the newest checkpoint where ``resume`` says so.
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        *,
+        resume: bool,
+        activity: Activity | None = None,
+        asked_to_stop: Callable[[], bool] = never,
+    ) -> None:
+        """Builds everything.
+
+        Args:
+            config: of the run.
+            world: this rank's.
+            device: this rank's.
+            resume: load the newest checkpoint.
+            activity: is told what this rank is doing.
+            asked_to_stop: called before the first step and after each; whether to save and stop there, the same on all ranks.
 
         Raises:
             ConfigError, DataError, CheckpointError: what the config names can't be used.
         """
         self.config, self.world, self.device = config, world, device
+        self.activity = activity or Activity()
+        self.asked_to_stop = asked_to_stop
         self.run_dir = Path(config.run_dir)
         self.train_data, self.eval_data = open_data(config, world)
         self.train_transform = DeviceTransform(config.data, config.model.num_classes, device, training=True)
         self.eval_transform = DeviceTransform(config.data, config.model.num_classes, device, training=False)
-        self.total_steps = config.train.epochs * self.train_data.steps_per_epoch
+        steps_per_epoch = self.train_data.steps.per_epoch
+        self.total_steps = self.train_data.steps.total(config.train.epochs)
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
         self.backend, self.density = self._build_backend()
         self.selectors = token_selectors(self.backend.model)
-        self.schedule = build_schedule(self.backend.optimizer, config, self.train_data.steps_per_epoch, self.total_steps)
-        self.topology = build_topology(config, self.backend, self.train_data.steps_per_epoch, self.total_steps)
-        self.checkpoint = Checkpoint(self.run_dir / "checkpoints", config, self.backend, self.topology)
+        self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
+        self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
+        self.guard = Guard(config.guard)
+        self.ema = self._build_ema()
+        self.checkpoint = Checkpoint(
+            self.run_dir / "checkpoints",
+            config,
+            self.backend,
+            self.topology,
+            guard=self.guard,
+            ema=self.ema,
+            keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
+        )
         self.resumed_step = self._load() if resume else None
 
     @property
@@ -59,37 +96,57 @@ class Trainer:
         return self.topology.steps
 
     def run(self) -> None:
-        """Trains to the last step, evaluating and saving on the way and at the end."""
+        """Trains to the last step, evaluating and saving on the way and at the end.
+
+        Raises:
+            Preempted: it was asked to stop, and has saved.
+            DivergedError: gradients aren't finite, or the loss spikes, as often as the config allows.
+        """
         started = time.perf_counter()
-        with Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker:
+        with (
+            Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker,
+            Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
+            closing(self.checkpoint),
+        ):
             if self.resumed_step is None:
                 tracker.log_topology(self.step, self.topology.unit_masks())
-            progress = Progress(self.last_step, self.step, enabled=self.world.is_main)
             window = MetricsWindow(self.device)
             if tracker.ui_command:
                 progress.write(f"watch the run with: {tracker.ui_command}")
-            batches = self.train_data.batches(self.step, self.last_step)
+            batches = self._batches()
             evaluation: dict[str, float] = {}
+            stops = self.asked_to_stop()
             while self.step < self.last_step:
+                if stops:
+                    raise Preempted(self.step)
                 update = self._train_step(batches, window)
                 metrics = update.metrics() if update else {}
                 if update:
                     tracker.log_topology(update.step, update.unit_masks)
                 progress.advance()
-                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), self._is_due(self._save_every)
+                stops = self.asked_to_stop()
+                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), stops or self._saves()
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
                 metrics |= window.close(self.config.train.global_batch_size) | self._state_metrics()
-                if evaluates:
-                    evaluation = evaluate(self.backend, self.eval_data, self.eval_transform)
-                    metrics |= evaluation
+                if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
+                    batches = self._roll_back(tracker, progress, metrics["loss"])
+                    window.restart()
+                    continue
+                self.train_data.damage.check(window.damaged, window.samples)
                 if saves:
-                    self.checkpoint.save()
+                    self.activity.enter("checkpoint")
+                    self.checkpoint.save(wait=stops or self.step == self.last_step)
+                if evaluates:
+                    evaluation = self._evaluate()
+                    metrics |= evaluation
+                self.activity.enter("metrics")
+                metrics |= self.checkpoint.metrics()
                 window.restart()
                 tracker.log(self.step, metrics)
                 progress.show(metrics)
             # Where a finished run was resumed, no step evaluated it.
-            evaluation = evaluation or evaluate(self.backend, self.eval_data, self.eval_transform)
+            evaluation = evaluation or self._evaluate()
             progress.close()
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
@@ -105,19 +162,59 @@ class Trainer:
             selector.anneal(self.step / self.total_steps)
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
+            self.activity.enter("waiting for data")
             batch = next(batches)
+            self.activity.enter("forward")
             images, targets = self.train_transform(batch.images, batch.labels)
-            logits = self.backend.forward(images).float()
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.train_transform.loss_label_smoothing)
-            self.backend.backward(loss)
-            window.add(loss.detach(), logits.detach(), batch.labels)
-        window.step(self.backend.step())
-        return self.topology.step()
+            loss, logits = self.loss(self.backend.forward(images), targets, images)
+            self.activity.enter("backward")
+            self.backend.backward(spread_nonfinite(loss) if self._skips_nonfinite else loss)
+            window.add(loss.detach(), logits.detach(), batch)
+        self.activity.enter("optimizer step")
+        result = self.backend.step()
+        window.step(result)
+        if self.ema and result.applied:
+            self.ema.update()
+        self.activity.enter("topology update" if self.topology.next_update == self.step + 1 else "next step")
+        update = self.topology.step(applied=result.applied)
+        self.activity.end_step(self.step)
+        self.guard.end_step(self.step, result.applied, self.checkpoint.newest_valid)
+        return update
+
+    def _batches(self) -> Iterator[Batch]:
+        """What the remaining steps train on."""
+        offset = self.guard.data_offset
+        return self.train_data.batches(self.step + offset, self.last_step + offset)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the weights, and of their average where the config asks for them. A collective."""
+        metrics = evaluate(self.backend, self.eval_data, self.eval_transform, self.activity)
+        if self.ema and self.config.train.eval_ema:
+            metrics |= evaluate_ema(self.ema, self.backend, self.eval_data, self.eval_transform, self.activity)
+        return metrics
+
+    def _roll_back(self, tracker: Tracker, progress: Progress, loss: float) -> Iterator[Batch]:
+        """Goes back to the newest checkpoint because of a loss; returns what to train on from there."""
+        spiked_at, counted = self.step, self.guard.state()
+        self.activity.enter("rollback")
+        self.checkpoint.load_newest()
+        self.guard.resume(counted)
+        self.guard.roll_back(spiked_at, self.step)
+        tracker.rewind(self.step)
+        progress.rewind(self.step)
+        progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
+        return self._batches()
+
+    @property
+    def _skips_nonfinite(self) -> bool:
+        return self.config.guard.max_nonfinite_steps is not None
 
     def _build_backend(self) -> tuple[Backend, float]:
         """The wrapped model, and the active share of its prunable weights."""
         config = self.config
         model, plan = build_sparse_vit(config.model, config.sparsity, config.seed)
+        if config.distillation.teacher is not None:
+            answer_twice(model)
         options = EngineOptions(
             device=self.device,
             units=blocks(model),
@@ -125,9 +222,18 @@ class Trainer:
             accumulation_steps=config.train.accumulation_steps,
             bf16=config.train.precision == "bf16",
             clip_grad_norm=config.train.clip_grad_norm,
+            skip_nonfinite=self._skips_nonfinite,
         )
         backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
         return backend, plan_density(plan)
+
+    def _build_ema(self) -> Ema | None:
+        """The average of the weights, which then follows the topology; None where the config asks for none."""
+        if self.config.train.ema_decay is None:
+            return None
+        ema = Ema(self.backend.model, self.backend.access, self.config.train.ema_decay)
+        self.topology.followers.append(ema)
+        return ema
 
     def _load(self) -> int:
         """Loads the newest checkpoint; returns its step."""
@@ -139,25 +245,29 @@ class Trainer:
         for _ in range(self.config.train.accumulation_steps):
             self.backend.backward(self.backend.forward(images).float().sum() * 0.0)
         self.backend.step()
-        return self.checkpoint.load()
+        return self.checkpoint.load_newest()
 
-    @property
-    def _save_every(self) -> int | None:
-        return self.config.train.checkpoint_every_epochs
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        every_steps = self.config.checkpoint.every_steps
+        return self._is_due(self.config.checkpoint.every_epochs) or (every_steps is not None and self.step % every_steps == 0)
 
     def _is_due(self, every_epochs: int | None) -> bool:
         """Whether something done every so many epochs, and at the end, is due after this step."""
-        if self.step == self.last_step:
-            return True
-        return every_epochs is not None and self.step % (every_epochs * self.train_data.steps_per_epoch) == 0
+        return self.step == self.last_step or self._ends_epoch(self.step, every_epochs)
+
+    def _ends_epoch(self, step: int, every: int | None) -> bool:
+        """Whether one of every so many epochs ends with a step; None is never."""
+        return every is not None and self.train_data.steps.ends_epoch(step, every)
 
     def _state_metrics(self) -> dict[str, float]:
         return {
-            "epoch": self.step / self.train_data.steps_per_epoch,
+            "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
             "drop_rate": self.topology.rate,
             "postponed_updates": self.topology.postponed,
+            **self.guard.metrics(),
             **self._token_metrics(),
         }
 
@@ -181,35 +291,3 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "precision": self.config.train.precision,
         }
-
-
-def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
-    """This rank's share of the training and the evaluation samples.
-
-    Raises:
-        ConfigError: labels don't fit the model.
-        DataError: the shards can't be read.
-    """
-    model, train = config.model, config.train
-    train_data = TrainData(
-        config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
-        global_batch_size=train.global_batch_size,
-        accumulation_steps=train.accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-    )
-    eval_data = EvalData(
-        config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
-        batch_size=train.eval_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    num_classes = max(train_data.num_classes, eval_data.num_classes)
-    if num_classes > model.num_classes:
-        raise ConfigError("model.num_classes", model.num_classes, f"is too few for labels 0 to {num_classes - 1}", "raise it")
-    return train_data, eval_data

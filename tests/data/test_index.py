@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import tarfile
-from io import BytesIO
+import hashlib
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from svite_scale.data import load_indexes, write_shards
-from svite_scale.data.index import build_index, load_index, save_index, sidecar_path, write_missing_indexes
+from svite_scale.data.index import (
+    build_index,
+    check_contents,
+    damage,
+    is_indexed,
+    largest_label,
+    load_index,
+    parse_index,
+    save_index,
+    sidecar_path,
+)
 from svite_scale.errors import DataError
-from tests.data.numbered import numbered, picture
-
-
-def make_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
-    """A tar as another tool would write it."""
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, BytesIO(content))
-    return path
+from tests.data.numbered import numbered
+from tests.data.tars import make_tar, overwrite
 
 
 def test_offsets_lead_to_the_images(tmp_path: Path) -> None:
@@ -37,74 +40,24 @@ def test_offsets_lead_to_the_images(tmp_path: Path) -> None:
         assert content[start : start + length] == sample.image
         assert index.labels[position] == sample.label
         assert index.key(position) == sample.key
+    assert index.keys == [sample.key for sample in samples]
+    assert index.sha256 == hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_of_other_tools(tmp_path: Path, format: int) -> None:
-    long = "klass/" + "n" * (150 if format != tarfile.USTAR_FORMAT else 80)
-    first, second = picture(1, "jpg"), picture(2)
-    members = [
-        ("__index__", b"not a sample"),
-        (f"{long}.JPEG", first),
-        (f"{long}.json", b"{}"),
-        (f"{long}.cls", b" 12\n"),
-        ("zwei-ü.cls", b"3"),
-        ("zwei-ü.png", second),
-    ]
-    shard = make_tar(tmp_path / "other.tar", members, format)
-    index = build_index(shard)
-    content = shard.read_bytes()
-    assert [index.key(i) for i in range(index.count)] == [long, "zwei-ü"]
-    assert index.labels.tolist() == [12, 3]
-    assert [content[o : o + n] for o, n in zip(index.offsets, index.lengths, strict=True)] == [first, second]
-    save_index(index)
+def test_a_sidecar_gives_back_what_was_saved(tmp_path: Path) -> None:
+    contents = {"zwei-ü": b"xy", "a/b": b"xy", "empty": b""}
+    names = list(contents)
+    shard = make_tar(
+        tmp_path / "a.tar", [part for name in names for part in ((f"{name}.png", contents[name]), (f"{name}.cls", b"3"))]
+    )
+    built = build_index(shard, plan="of mine")
+    save_index(built)
     loaded = load_index(shard)
-    for column in ("offsets", "lengths", "labels", "keys"):
-        built = getattr(index, column)
-        assert built.dtype == getattr(loaded, column).dtype
-        np.testing.assert_array_equal(built, getattr(loaded, column))
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ([("a.png", b"x")], "'a' has no label"),
-        ([("a.cls", b"1")], "'a' has no image"),
-        ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "'a' has two images"),
-        ([("a.png", b"x"), ("a.cls", b"cat")], "a.cls holds b'cat'"),
-        ([("a.png", b"x"), ("a.cls", b"-1")], "class number from 0"),
-        ([("a.png", b"x"), ("a.cls", b"1" * 30)], "class number from 0"),
-    ],
-)
-def test_incomplete_samples(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        build_index(make_tar(tmp_path / "bad.tar", members))
-
-
-@pytest.mark.parametrize("keep", [2.5, 4.2, 6])
-def test_a_cut_off_tar_is_refused(tmp_path: Path, keep: float) -> None:
-    members = [(f"{i}.{kind}", b"1" + b" " * 599) for i in range(2) for kind in ("png", "cls")]
-    shard = make_tar(tmp_path / "cut.tar", members)
-    shard.write_bytes(shard.read_bytes()[: int(keep * 512)])
-    with pytest.raises(DataError, match=r"cut\.tar"):
-        build_index(shard)
-
-
-def test_a_damaged_header_is_refused_not_taken_for_the_end(tmp_path: Path) -> None:
-    (shard,) = write_shards(numbered(5), tmp_path, "train", 10)
-    content = bytearray(shard.read_bytes())
-    content[4 * 512 + 100] ^= 0xFF  # in the third member's header
-    shard.write_bytes(content)
-    with tarfile.open(shard) as tar:
-        assert len(tar.getnames()) == 2  # what goes unnoticed without the check
-    with pytest.raises(DataError, match="damaged or cut off near byte 2048"):
-        build_index(shard)
-
-
-def test_not_a_tar(tmp_path: Path) -> None:
-    (tmp_path / "text.tar").write_text("no tar\n" * 200)
-    with pytest.raises(DataError, match="not a readable, uncompressed tar"):
-        build_index(tmp_path / "text.tar")
+    assert (loaded.size, loaded.sha256, loaded.plan, loaded.keys) == (built.size, built.sha256, "of mine", names)
+    assert loaded.lengths.tolist() == [2, 2, 0]
+    for column in ("offsets", "lengths", "labels"):
+        assert getattr(built, column).dtype == getattr(loaded, column).dtype
+        np.testing.assert_array_equal(getattr(built, column), getattr(loaded, column))
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -143,24 +96,93 @@ def test_an_empty_folder_has_no_shards(tmp_path: Path) -> None:
         load_indexes(str(tmp_path))
 
 
-def test_missing_stale_and_broken_indexes_name_the_remedy_and_are_rewritten(tmp_path: Path) -> None:
-    missing, stale, broken, other, fine = write_shards(numbered(10), tmp_path, "train", 2)
+def test_what_is_wrong_with_an_index_names_the_remedy(tmp_path: Path) -> None:
+    missing, stale, gone, binary = write_shards(numbered(8), tmp_path, "train", 2)
     sidecar_path(missing).unlink()
     with stale.open("ab") as file:
         file.write(bytes(512))
-    sidecar_path(broken).write_text('{"format": 1, "size":')
-    sidecar_path(other).write_text('{"format": 2}')
+    gone.unlink()
+    sidecar_path(binary).write_bytes(b"\xff\xfe")
     for shard, message in [
         (missing, "has no index"),
-        (stale, "is stale"),
-        (broken, "not a readable index"),
-        (other, "format 2"),
+        (stale, f"is stale: it describes a tar of {stale.stat().st_size - 512} bytes, train-000001.tar has"),
+        (gone, "can't be read"),
+        (binary, "can't be read"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
             load_index(shard)
         assert f"python launch/make_shards.py --index '{shard}'" in str(caught.value)
-    before = sidecar_path(fine).stat().st_mtime_ns
-    assert write_missing_indexes(str(tmp_path)) == [sidecar_path(shard) for shard in (missing, stale, broken, other)]
-    assert [index.count for index in load_indexes(str(tmp_path))] == [2] * 5
-    assert sidecar_path(fine).stat().st_mtime_ns == before
-    assert write_missing_indexes(str(tmp_path)) == []
+        assert not is_indexed(shard)
+
+
+def changed(tmp_path: Path, **fields: Any) -> str:
+    """The sidecar of two samples with some fields replaced; None removes one."""
+    (shard,) = write_shards(numbered(2), tmp_path, "train", 2)
+    record = {**json.loads(sidecar_path(shard).read_text()), **fields}
+    return json.dumps({name: value for name, value in record.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": 1}, "has format 1, this version reads 2; again"),
+        ({"format": 3}, "has format 3"),
+        ({"format": None}, "KeyError"),
+        ({"sha256": None}, "KeyError"),
+        ({"keys": ["a"]}, "unequal length"),
+        ({"offsets": [512, 10**9]}, "beyond the tar's end"),
+        ({"lengths": [5, -1]}, "negative"),
+        ({"labels": [-1, 0]}, "negative"),
+        ({"labels": ["a", "b"]}, "ValueError"),
+        ({"lengths": [5, 2**40]}, "OverflowError"),
+        ({"size": "many"}, "ValueError"),
+    ],
+)
+def test_texts_that_are_no_index(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    text = changed(tmp_path, **fields)
+    with pytest.raises(DataError, match=rf"^the index .*{message}"):
+        parse_index(text, tmp_path / "a.tar", "the index", "again")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"format": 2, "size":'])
+def test_texts_that_are_no_record(text: str) -> None:
+    with pytest.raises(DataError, match=r"the index is not a readable index .*; again"):
+        parse_index(text, Path("a.tar"), "the index", "again")
+
+
+def test_damage_that_keeps_the_size_shows_in_the_checksum(tmp_path: Path) -> None:
+    fine, flipped, cut = write_shards(numbered(6), tmp_path, "train", 2)
+    overwrite(flipped, 700, bytes([flipped.read_bytes()[700] ^ 1]))
+    os.truncate(cut, 600)
+    assert load_index(flipped).count == 2  # at start only sizes are compared
+    assert damage(fine) == ""
+    assert "train-000001.tar is damaged, or its index is stale: its checksum is" in damage(flipped)
+    assert "stale: it describes a tar of" in damage(cut)
+    cut.unlink()
+    assert "can't be read" in damage(cut)
+
+
+def test_ranks_verify_checksums_of_a_share_each(tmp_path: Path) -> None:
+    shards = write_shards(numbered(10), tmp_path, "train", 2)
+    indexes = load_indexes(str(tmp_path))
+    for rank in range(3):
+        check_contents(indexes, rank, 3)
+    overwrite(shards[4], 700, bytes([shards[4].read_bytes()[700] ^ 1]))
+    for rank in (0, 2):
+        check_contents(indexes, rank, 3)
+    with pytest.raises(DataError, match=r"train-000004\.tar is damaged"):
+        check_contents(indexes, 1, 3)
+
+
+def test_the_largest_label_is_named(tmp_path: Path) -> None:
+    write_shards(numbered(10), tmp_path, "train", 4)
+    assert largest_label(load_indexes(str(tmp_path))) == (6, f"sample 'sample-006' of {tmp_path / 'train-000001.tar'}")
+    assert largest_label([]) == (-1, "no sample")
+
+
+def test_indexes_are_compact_in_memory(tmp_path: Path) -> None:
+    """A million samples must fit each rank's memory many times over."""
+    (shard,) = write_shards(numbered(200), tmp_path, "train", 200)
+    index = load_index(shard)
+    assert index.offsets.nbytes + index.lengths.nbytes + index.labels.nbytes == 16 * 200
+    assert len(index.packed_keys) < 5 * 200  # of 10 each

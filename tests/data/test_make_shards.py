@@ -13,9 +13,10 @@ import pytest
 import webdataset
 
 from svite_scale.config import AugmentConfig, DataConfig
-from svite_scale.data import EvalData, TrainData, load_indexes
+from svite_scale.data import EvalData, TrainData, load_indexes, write_shards
 from svite_scale.data.index import sidecar_path
-from tests.data.numbered import picture
+from tests.data.numbered import numbered, picture
+from tests.data.tars import make_tar, overwrite
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "make_shards.py"
@@ -60,23 +61,26 @@ def test_an_unfinished_output_is_finished(command: ModuleType, tmp_path: Path, c
         "--source",
         "photographs",
         "--count",
-        "4",
+        "5",
         "--samples-per-shard",
         "2",
-        "--out",
-        str(tmp_path),
         "--prefix",
         "val",
+        "--out",
+        str(tmp_path),
     ]
     assert command.main(arguments) == 0
     complete = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(complete) == {f"val-00000{n}.tar{suffix}" for n in range(2) for suffix in ("", ".index.json")}
+    assert set(complete) == {"_info.json"} | {f"val-00000{n}.tar{suffix}" for n in range(3) for suffix in ("", ".index.json")}
     (tmp_path / "val-000001.tar").unlink()
+    kept = (tmp_path / "val-000002.tar").stat()
+    capsys.readouterr()
     assert command.main(arguments) == 0
     output = capsys.readouterr().out
-    assert "already" not in output
+    assert output.startswith("wrote 1 of 3 shards: 5 images in ")
     assert f"data.val={tmp_path}/val-*.tar" in output
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == complete
+    assert (tmp_path / "val-000002.tar").stat() == kept
 
 
 def test_a_folder_of_images(command: ModuleType, tmp_path: Path) -> None:
@@ -91,22 +95,103 @@ def test_a_folder_of_images(command: ModuleType, tmp_path: Path) -> None:
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_flat_folder_with_labels(command: ModuleType, tmp_path: Path) -> None:
+    for folder in ("train/wolf", "train/ant", "val"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number, file in enumerate(["train/wolf/a.png", "train/ant/b.png", "val/x y.png", "val/z.PNG", "val/other.png"]):
+        (tmp_path / file).write_bytes(picture(number))
+    (tmp_path / "classes.txt").write_text("wolf\nant\n")
+    (tmp_path / "val.txt").write_text("x y.png ant\nz.PNG\twolf\n")
+    shared = ["--classes", f"{tmp_path}/classes.txt", "--out", f"{tmp_path}/out"]
+    assert command.main(["--source", f"{tmp_path}/train", *shared]) == 0
+    assert command.main(["--source", f"{tmp_path}/val", "--labels", f"{tmp_path}/val.txt", "--prefix", "val", *shared]) == 0
+    found = {}
+    for split in ("train", "val"):
+        for sample in webdataset.WebDataset(f"{tmp_path}/out/{split}-000000.tar", shardshuffle=False):
+            found[sample["__key__"].partition("-")[2]] = (sample["png"], int(sample["cls"]))
+    assert found == {"a": (picture(0), 0), "b": (picture(1), 1), "x-y": (picture(2), 1), "z": (picture(3), 0)}
+
+
+def test_splits_whose_labels_would_disagree(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("train/ant/a.png", "train/bee/a.png", "val/bee/a.png"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_bytes(picture(1))
+    out = ["--out", f"{tmp_path}/out", "--prefix"]
+    assert command.main(["--source", f"{tmp_path}/train", *out, "train"]) == 0
+    assert command.main(["--source", f"{tmp_path}/val", *out, "val"]) == 2
+    assert "holds train with 2 classes, and val has 1" in capsys.readouterr().err
+    assert command.main(["--source", f"{tmp_path}/train", *out, "val"]) == 0
+
+
 def test_indexing(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--source", "photographs", "--count", "2", "--out", str(tmp_path)]) == 0
-    (index,) = load_indexes(str(tmp_path))
-    sidecar_path(index.path).unlink()
-    capsys.readouterr()
-    assert command.main(["--index", f"{tmp_path}/*.tar"]) == 0
-    assert capsys.readouterr().out == f"wrote {sidecar_path(index.path)}\n"
+    missing, stale, other, fine = write_shards(numbered(8), tmp_path, "train", 2)
+    expected = {shard: sidecar_path(shard).read_bytes() for shard in (missing, other, fine)}
+    sidecar_path(missing).unlink()
+    stale.write_bytes(stale.read_bytes() + bytes(512))
+    sidecar_path(other).write_text('{"format": 1}')
+    before = sidecar_path(fine).stat().st_mtime_ns
+    assert command.main(["--index", f"{tmp_path}/*.tar", "--workers", "2"]) == 0
+    assert capsys.readouterr().out == "3 indexes are written\n"
+    assert [index.count for index in load_indexes(str(tmp_path))] == [2] * 4
+    assert {shard: sidecar_path(shard).read_bytes() for shard in expected} == expected
+    assert sidecar_path(fine).stat().st_mtime_ns == before
     assert command.main(["--index", f"{tmp_path}/*.tar"]) == 0
     assert capsys.readouterr().out == "every shard has its index already\n"
+
+
+def test_indexing_others_shards_in_place(command: ModuleType, tmp_path: Path) -> None:
+    shard = make_tar(
+        tmp_path / "a.tar",
+        [(f"n0{i}/{i}.JPEG", picture(i, "jpg")) for i in (1, 2)] + [("n01/1.json", b'{"c": 8}'), ("n02/2.json", b'{"c": 9}')],
+    )
+    content = shard.read_bytes()
+    (tmp_path / "classes.txt").write_text("n02\nn01\n")
+    for options, expected in ((["--classes", f"{tmp_path}/classes.txt"], [1, 0]), (["--label-key", "c"], [8, 9])):
+        assert command.main(["--index", str(shard), *options]) == 0
+        (index,) = load_indexes(str(shard))
+        assert index.labels.tolist() == expected
+        assert [content[o : o + n] for o, n in zip(index.offsets, index.lengths, strict=True)] == [
+            picture(i, "jpg") for i in (1, 2)
+        ]
+    assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_every_bad_shard_is_named(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    shards = write_shards(numbered(10), tmp_path, "train", 2)
+    assert command.main(["--verify", str(tmp_path), "--workers", workers]) == 0
+    assert capsys.readouterr().out == "5 shards are as they were when they were indexed\n"
+    overwrite(shards[1], 3 * 512 + 20, b"!")  # in the first image
+    os.truncate(shards[3], 1000)
+    sidecar_path(shards[4]).unlink()
+    assert command.main(["--verify", str(tmp_path), "--workers", workers]) == 2
+    output = capsys.readouterr()
+    assert f"delete train-000001.tar.index.json and run: python launch/make_shards.py --index '{shards[1]}'" in output.out
+    for text, is_there in {"000000": 0, "000001.tar is damaged": 1, "000002": 0, "000003.tar has 1000": 1}.items():
+        assert (f"train-{text}" in output.out) == is_there
+    assert "train-000004.tar has no index" in output.out
+    assert "error: 3 of 5 shards can't be used as they are; see above" in output.err.splitlines()
+    assert command.main(["--index", str(tmp_path), "--workers", workers]) == 2
+    output = capsys.readouterr()
+    assert "000003.tar is not a readable" in output.out or "000003.tar is damaged or cut off" in output.out
+    assert "error: 1 of 2 shards can't be indexed; see above" in output.err.splitlines()
+    assert load_indexes(str(shards[4]))[0].count == 2
+    sidecar_path(shards[1]).unlink()
+    assert command.main(["--index", str(shards[1])]) == 0
+    assert command.main(["--verify", str(shards[1])]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--index", "nowhere"], "--index = 'nowhere': no shard matches"),
+        (["--verify", "nowhere"], "--verify = 'nowhere': no shard matches"),
+        (["--index", "nowhere", "--workers", "0"], "--workers is 0"),
         (["--source", "nowhere", "--out", "{}"], "nowhere is not a folder"),
+        (["--source", "{}", "--out", "{}", "--classes", "{}/none.txt"], "none.txt can't be read"),
+        (["--source", "{}", "--out", "{}", "--labels", "{}/none.txt"], "none.txt can't be read"),
         (["--source", "photographs", "--count", "0", "--out", "{}"], "no samples"),
         (["--source", "photographs", "--samples-per-shard", "0", "--out", "{}"], "samples_per_shard is 0"),
         (["--source", "photographs", "--count", "1", "--out", "/dev/null/x"], "/dev/null/x"),
@@ -131,6 +216,10 @@ def test_mistakes_in_one_line(
         ["--source", "mnist5k", "--out", "x", "--prefix", "train"],
         ["--source", "mnist5k", "--out", "x", "--count", "5"],
         ["--index", "x", "--prefix", "train"],
+        ["--index", "x", "--verify", "x"],
+        ["--source", "photographs", "--out", "x", "--classes", "y"],
+        ["--index", "x", "--labels", "y"],
+        ["--verify", "x", "--label-key", "y"],
     ],
 )
 def test_usage(command: ModuleType, arguments: list[str]) -> None:

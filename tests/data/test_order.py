@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
 
@@ -95,6 +96,24 @@ def test_copies_of_a_sample_go_to_different_ranks(world_size: int, repeats: int)
         for rank in range(world_size):
             samples = rank_rows(order[start : start + 24], rank, world_size)[:, 0].tolist()
             assert len(set(samples)) == len(samples)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_copies_lie_where_timm_puts_them(world_size: int, repeats: int) -> None:
+    """DeiT's sampler over the same permutation gives each rank the same samples in the same order."""
+    order = epoch_order(COUNTS, 1, 2, 3, repeats)
+    shuffled = epoch_order(COUNTS, 1, 2, 3, 1)[:, 0]
+    batch, stop = 8 * world_size if world_size < 4 else 24, TOTAL // 24 * 24
+    for rank in range(world_size):
+        sampler = RepeatAugSampler(
+            shuffled, num_replicas=world_size, rank=rank, shuffle=False, num_repeats=repeats, selected_round=0
+        )
+        theirs = shuffled[list(sampler)][: stop // world_size].tolist()
+        batches = [order[start : start + batch] for start in range(0, stop, batch)]
+        ours = [int(sample) for rows in batches for sample in rank_rows(rows, rank, world_size)[:, 0]]
+        assert ours[: len(theirs)] == theirs
+        assert len(theirs) == stop // world_size
 
 
 def test_a_global_batch_must_divide() -> None:

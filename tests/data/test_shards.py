@@ -12,7 +12,6 @@ import webdataset
 from PIL import Image
 
 from svite_scale.data import Sample, write_shards
-from svite_scale.data.shards import finished_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered, picture
 
@@ -52,7 +51,7 @@ def test_an_interrupted_write_leaves_only_complete_shards(tmp_path: Path) -> Non
 def test_a_rewritten_shard_never_keeps_its_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(numbered(3), tmp_path, "train", 3)
 
-    def killed(shard: Path) -> None:
+    def killed(shard: Path, plan: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("svite_scale.data.shards.build_index", killed)
@@ -96,15 +95,3 @@ def test_shards_of_an_earlier_longer_output_are_reported(tmp_path: Path) -> None
     write_shards(numbered(3), tmp_path, "train-extra", 3)
     with pytest.raises(DataError, match=r"train-000002\.tar remains"):
         write_shards(numbered(6), tmp_path, "train", 3)
-
-
-def test_finished_shards_are_exactly_those_of_the_same_output(tmp_path: Path) -> None:
-    keys = [sample.key for sample in numbered(7)]
-    assert finished_shards(tmp_path, "train", keys, 3) == []
-    shards = write_shards(numbered(7), tmp_path, "train", 3)
-    assert finished_shards(tmp_path, "train", keys, 3) == shards
-    assert finished_shards(tmp_path, "train", keys, 4) == []
-    assert finished_shards(tmp_path, "train", keys[:6], 3) == []
-    assert finished_shards(tmp_path, "train", [*keys[:6], "other"], 3) == []
-    shards[1].unlink()
-    assert finished_shards(tmp_path, "train", keys, 3) == []

@@ -14,7 +14,7 @@ from tests.train.tiny import tiny_config, write_digits
 torch.set_num_threads(1)
 
 RUNS = {
-    "single": (1, (*ENGINES["single"], *UNITS, "train.checkpoint_every_epochs=2")),
+    "single": (1, (*ENGINES["single"], *UNITS, "checkpoint.every_epochs=2")),
     "fsdp2": (2, (*ENGINES["fsdp2"], *UNITS)),
     "weights": (1, ENGINES["single"]),
     "tokens": (2, (*ENGINES["fsdp2"], *UNITS, "sparsity.tokens.keep=0.6", "sparsity.tokens.blocks=[0, 1]")),

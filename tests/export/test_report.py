@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from svite_scale.export.saved_run import read_run
 from tests.train.command_line import ROOT, Answer
 
 Saved = Callable[[str], Path]
@@ -160,29 +161,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: shutil.rmtree(run / "checkpoints"),
         "{run}/checkpoints holds no complete checkpoint; train the run until it saves one",
     ),
-    "no pointer": (
-        lambda run: (run / "checkpoints" / "latest").unlink(),
-        "{run}/checkpoints names no newest checkpoint; give --checkpoint one of step-00000010, step-00000020",
-    ),
-    "no metadata": (
-        lambda run: (run / NEWEST / ".metadata").unlink(),
-        "{run}/checkpoints/step-00000020 can't be read (FileNotFoundError",
-    ),
-    "torn metadata": (
-        lambda run: truncate(run / NEWEST / ".metadata"),
-        "{run}/checkpoints/step-00000020 can't be read (UnpicklingError",
-    ),
-    "torn tensors": (
-        lambda run: truncate(next((run / NEWEST).glob("*.distcp"))),
-        "{run}/checkpoints/step-00000020 can't be read (",
-    ),
     "another model": (
         lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("depth: 2", "depth: 1")),
         "{run}/checkpoints/step-00000020: model/blocks.1.attn.mask is only in the checkpoint; use the config",
-    ),
-    "torn state": (
-        lambda run: truncate(run / NEWEST / "run.json"),
-        "{run}/checkpoints/step-00000020/run.json is damaged (JSONDecodeError",
     ),
     "torn line": (
         lambda run: (run / "topology.jsonl").open("a").write('{"step": 17, "ma'),
@@ -213,6 +194,20 @@ def test_what_cant_be_read_is_one_line_and_status_2(
     assert answer.err.startswith("report error: " + message.format(run=run_dir)), answer.err
     assert len(answer.err.splitlines()) == 1, answer.err
     assert not (run_dir / "report").is_dir()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json", "manifest.json"])
+def test_a_torn_checkpoint_is_passed_over_unless_it_is_named(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run_dir = shutil.copytree(saved("single"), tmp_path / "run")
+    truncate(run_dir / NEWEST / name)
+    assert read_run(run_dir).checkpoint.name == "step-00000010"
+    answer = command(capsys, "--run", run_dir, "--checkpoint", "step-00000020")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith(f"report error: {run_dir}/{NEWEST} is torn: ")
+    assert name in answer.err
+    assert answer.err.endswith("; restore it, or give another --checkpoint\n")
 
 
 def test_arguments_that_mean_nothing(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:

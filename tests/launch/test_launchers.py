@@ -57,7 +57,7 @@ def launched(launcher: str, digits: Path) -> tuple[Answer, Path]:
     run_dir.parent.mkdir(exist_ok=True)
     path = write_config_file(digits, digits / "overridden", run_dir.with_suffix(".yaml"))
     engine = ENGINES[launcher]
-    overrides = [f"run_dir={run_dir}", f"parallel.backend={engine.backend}", "train.checkpoint_every_epochs=2"]
+    overrides = [f"run_dir={run_dir}", f"parallel.backend={engine.backend}", "checkpoint.every_epochs=2"]
     return launch(launcher, "--config", str(path), *overrides, f"tracking.mlflow={launcher == 'python'}"), run_dir
 
 
@@ -67,7 +67,7 @@ def expected_config(launcher: str, digits: Path, run_dir: Path) -> Config:
         config,
         run_dir=str(run_dir),
         parallel=ENGINES[launcher],
-        train=replace(config.train, checkpoint_every_epochs=2),
+        checkpoint=replace(config.checkpoint, every_epochs=2),
         tracking=TrackingConfig(mlflow=launcher == "python"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.config_reader import read_config
 from svite_scale.models.flops import count, model_cost
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.sparse_vit import build_sparse_vit, plan_sparse_vit
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear, packed_layers
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # By hand: 196 patches of 768 pixels into D; 12 blocks of 12 D^2 weights over 197 tokens and two products of 197^2 D; a head of
 # 1000 D.
@@ -174,3 +178,23 @@ def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str,
     # In the paper's variant the projection holds columns that no product reads.
     assert cost.params_active == trainable
     assert 0.05 < cost.saving < 0.6
+
+
+@pytest.mark.usefixtures("unfused_attention")
+@pytest.mark.parametrize("name", ["deit_tiny_structured_s30", "deit_small_structured_s40", "deit_base_structured_s40"])
+@pytest.mark.parametrize("keep", [None, 0.9, 0.7, 0.5])
+def test_each_layer_of_the_shipped_configs_costs_what_torch_counts(name: str, keep: float | None) -> None:
+    """Heads, neurons and tokens together, at full size, on the meta device; and before a later block too."""
+    config = read_config(CONFIGS / f"{name}.yaml")
+    sparsity = replace(config.sparsity, tokens=TokensConfig(keep=keep, blocks=(0, 6)))
+    model, plan = plan_sparse_vit(config.model, sparsity)
+    cost = model_cost(config.model, model, plan)
+    counter = FlopCounterMode(display=False, depth=None)
+    with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    counted = {key.partition(".")[2]: sum(flops.values()) for key, flops in counter.get_flop_counts().items()}
+    for layer in cost.layers:
+        children = ("qkv", "proj") if layer.name.endswith(".attn") else ()
+        products = counted[layer.name] - sum(counted[f"{layer.name}.{child}"] for child in children)
+        assert 2 * layer.sparse_macs == pytest.approx(products, rel=1e-3), layer.name
+    assert 2 * cost.sparse_macs == pytest.approx(counter.get_total_flops(), rel=1e-3)

@@ -7,7 +7,10 @@ import pytest
 from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.structure import pack_units
+from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.sparse_layer import sparse_layers
+from svite_scale.sparsity.sparsify import sparsify
 from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
 
 
@@ -48,6 +51,22 @@ def test_a_gated_mlp_is_refused() -> None:
         ConfigError, match=r"^sparsity.structured.neurons = 0.5: can't pack blocks.0.mlp, which .*; leave it at 1.0$"
     ):
         build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
+
+
+@pytest.mark.parametrize(("structured", "part"), [({"heads": 0.5}, "attn"), ({"neurons": 0.5}, "mlp")])
+def test_weights_packed_one_by_one_are_not_packed_by_units_too(structured: dict[str, float], part: str) -> None:
+    model = build_vit(MODEL)
+    sparsify(model, 0.5)
+    with pytest.raises(
+        ConfigError, match=rf"= 0.5: can't pack blocks.0.{part}, which holds layers packed by weights, .*; leave"
+    ):
+        pack_units(model, StructuredConfig(**structured), 0)
+
+
+def test_sparsify_leaves_units_as_they_are() -> None:
+    model = packed_vit()
+    plan = sparsify(model, 0.5)
+    assert [entry.name for entry in plan] == ["patch_embed.proj", "head"]
 
 
 def test_neurons_by_unit_and_attention_by_weight_go_together() -> None:

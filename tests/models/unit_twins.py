@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config import ModelConfig, StructuredConfig
+from svite_scale.models.structure import pack_units
 from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
 from tests import reference
@@ -17,10 +19,21 @@ TINY = {"image_size": 12, "patch_size": 4, "in_channels": 1, "embed_dim": 12, "d
 MODEL = ModelConfig(name="vit_tiny_patch16_224", **TINY)
 SEED = 3
 
+Build = Callable[[], VisionTransformer]
+"""Makes a dense model."""
 
-def packed_vit(model: ModelConfig = MODEL, *, heads: float = 0.5, neurons: float = 0.6, grow: str = "candidate") -> nn.Module:
-    structured = StructuredConfig(heads=heads, neurons=neurons, grow=grow)  # type: ignore[arg-type]
-    return build_sparse_vit(model, SparsityConfig(structured=structured), SEED)[0].double()
+
+def build_model() -> VisionTransformer:
+    return build_vit(MODEL)
+
+
+def packed_vit(
+    build: Build = build_model, *, heads: float = 0.5, neurons: float = 0.6, grow: str = "candidate"
+) -> VisionTransformer:
+    torch.manual_seed(SEED)
+    model = build()
+    pack_units(model, StructuredConfig(heads=heads, neurons=neurons, grow=grow), SEED)  # type: ignore[arg-type]
+    return model.double()
 
 
 def active_units(layer: SparseLayer) -> Tensor:
@@ -59,10 +72,10 @@ def set_heads(attn: nn.Module, chosen: Tensor, rows: Tensor | float) -> None:
     attn.proj.weight.view(-1, heads, width)[:, chosen] = 0.0
 
 
-def dense_twin(packed: nn.Module, model: ModelConfig = MODEL, *, step: int = 1) -> VisionTransformer:
+def dense_twin(packed: nn.Module, build: Build = build_model, *, step: int = 1) -> VisionTransformer:
     """The dense float64 model of the same function, with candidates for the update after ``step`` as absent units."""
     torch.manual_seed(SEED)
-    twin = build_vit(model)
+    twin = build()
     stds = {
         name: float(
             (block_of(twin, layer).mlp.fc1 if layer.unit == "neurons" else block_of(twin, layer).attn.qkv).weight.detach().std()
@@ -77,6 +90,30 @@ def dense_twin(packed: nn.Module, model: ModelConfig = MODEL, *, step: int = 1) 
         else:
             set_heads(block.attn, ~active_units(layer), rows)
     return twin
+
+
+@torch.no_grad()
+def dense_of(packed: nn.Module, build: Build) -> nn.Module:
+    """A dense model with the packed one's present weights, and zeros for absent units."""
+    dense = build().double()
+    state = dict(packed.state_dict())
+    for layer in sparse_layers(packed).values():
+        prefix, active = ".".join(layer.name.split(".")[:3]), active_units(layer)
+        units = layer.shape.numel()
+        first, last = ("fc1", "fc2") if layer.unit == "neurons" else ("qkv", "proj")
+        repeats = 1 if layer.unit == "neurons" else 3
+        for key in (f"{prefix}.{first}.weight", f"{prefix}.{first}.bias"):
+            rows = state[key].view(repeats, layer.num_active, -1)
+            whole = rows.new_zeros(repeats, units, rows.shape[2])
+            whole[:, active] = rows
+            state[key] = whole.view(dense.state_dict()[key].shape)
+        rows = state[f"{prefix}.{last}.weight"].view(layer.num_active, -1, state[f"{prefix}.{last}.weight"].shape[1])
+        whole = rows.new_zeros(units, *rows.shape[1:])
+        whole[active] = rows
+        state[f"{prefix}.{last}.weight"] = whole.flatten(0, 1).t()
+        del state[f"{prefix}.mask"]
+    dense.load_state_dict(state)
+    return dense
 
 
 def batch(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:

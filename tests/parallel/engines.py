@@ -62,6 +62,7 @@ def build_backend(
     accumulation_steps: int = 1,
     bf16: bool = False,
     clip: float | None = 1.0,
+    skip_nonfinite: bool = False,
 ) -> Backend:
     """An engine by its short name: ``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``. A collective."""
     options = EngineOptions(
@@ -71,6 +72,7 @@ def build_backend(
         accumulation_steps=accumulation_steps,
         bf16=bf16,
         clip_grad_norm=clip,
+        skip_nonfinite=skip_nonfinite,
     )
     if kind.startswith("zero"):
         from svite_scale.parallel.deepspeed_backend import DeepSpeedBackend

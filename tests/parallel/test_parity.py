@@ -92,7 +92,7 @@ def train(run: Run) -> Result:
             loss = nn.functional.cross_entropy(backend.forward(micro_images).float(), micro_labels)
             mean_loss += loss.detach() / run.accumulation / world_size
             backend.backward(loss)
-        norm = backend.step()
+        norm = backend.step().grad_norm
         result.norms.append(float("nan") if norm is None else float(norm))
         update = topology.step()
         if update is not None:

@@ -27,16 +27,18 @@ class Answer:
     err: str
 
 
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str, launcher: Mapping[str, str] | None = None) -> Answer:
-    """Runs the script in this process, as plain ``python`` would, or with a launcher's variables."""
+def run_here(
+    capsys: pytest.CaptureFixture[str], *arguments: str, launcher: Mapping[str, str] | None = None, script: Path = SCRIPT
+) -> Answer:
+    """Runs a script in this process, as plain ``python`` would, or with a launcher's variables."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     capsys.readouterr()
     with (
-        patch.object(sys, "argv", [str(SCRIPT), *arguments]),
+        patch.object(sys, "argv", [str(script), *arguments]),
         patch.dict(os.environ, {**plain, **(launcher or {})}, clear=True),
         pytest.raises(SystemExit) as end,
     ):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     captured = capsys.readouterr()
     assert isinstance(end.value.code, int)
     return Answer(end.value.code, captured.out, captured.err)

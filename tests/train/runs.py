@@ -14,6 +14,7 @@ from torch import Tensor
 from svite_scale.config import Config
 from svite_scale.distributed import World
 from svite_scale.parallel.moments import scalars
+from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.trainer import Trainer
 
 ENGINES = {
@@ -33,7 +34,7 @@ class State:
 
     Attributes:
         step: optimizer steps done.
-        tensors: parameters by name, moments by ``name:moment``.
+        tensors: parameters by name, moments by ``name:moment``, averages by ``name:ema``.
         statistics: of the topology, by name.
         scalars: the optimizer's, such as its own count of steps.
     """
@@ -58,6 +59,8 @@ def state_of(trainer: Trainer) -> State:
             if parameter.requires_grad:
                 moments = access.moment_names(parameter)
                 tensors |= {f"{name}:{moment}": array(access.read_moment(parameter, moment)) for moment in moments}
+                if trainer.ema:
+                    tensors[f"{name}:ema"] = array(trainer.ema.read(parameter))
     chunks = {name: array(chunk) for name, (chunk, _) in trainer.topology.state().items()}
     return State(trainer.step, tensors, chunks, scalars(trainer.backend.optimizer))
 
@@ -77,7 +80,9 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
     """The state right after loading the newest checkpoint, which may be saved again into another ``checkpoints/``."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
     if save_to is not None:
-        type(trainer.checkpoint)(save_to, config, trainer.backend, trainer.topology).save()
+        guard, ema = trainer.guard, trainer.ema
+        copy = Checkpoint(save_to, config, trainer.backend, trainer.topology, guard=guard, ema=ema)
+        copy.save(wait=True)
     return state_of(trainer)
 
 

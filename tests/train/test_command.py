@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,11 +52,18 @@ MISTAKES = {
         ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
         "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain Vision",
     ),
+    "parallel blocks": (
+        ["model.name=vit_pwee_patch16_reg1_gap_256", "model.num_heads=null", "model.patch_size=null"],
+        "model.name = 'vit_pwee_patch16_reg1_gap_256': has blocks without an attention and an MLP of their own .*; use a plain",
+    ),
     "batch": (
         ["train.accumulation_steps=3"],
         r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
     ),
-    "labels": (["model.num_classes=4"], r"model.num_classes = 4: is too few for labels 0 to 9; raise it"),
+    "labels": (
+        ["model.num_classes=4"],
+        r"model.num_classes = 4: is too few for labels 0 to 9, which is that of sample '\S+' of \S+/train-\d+\.tar; raise it",
+    ),
     "odd pairs": (
         ["data.augment.mixup=0.8", "train.global_batch_size=9"],
         r"data.augment.mixup = 0.8: mixes samples in pairs, but a micro-batch has 9; make train.global_batch_size",
@@ -153,7 +161,24 @@ def test_missing_shards_are_an_error_of_the_run(config_path: Path, capsys: pytes
     assert not (config_path.parent / "run").exists()
 
 
-def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_content_of_the_same_size_is_found_where_checksums_are_verified(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = Path(shutil.copytree(digits, tmp_path / "shards"))
+    start = ["--config", str(write_config_file(shards, tmp_path / "run", tmp_path / "tiny.yaml")), "train.max_steps=1"]
+    assert run_here(capsys, *start, "data.verify_checksums=true").status == 0
+    shutil.rmtree(tmp_path / "run")
+    damaged = shards / "val-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    answer = run_here(capsys, *start, "data.verify_checksums=true")
+    assert answer.status == 1
+    assert answer.err.startswith(f"error on rank 0: {damaged} is damaged, or its index is stale: its checksum is ")
+    assert run_here(capsys, *start).status == 0
+
+
+def test_a_run_its_refusals_and_its_resumption(
+    config_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = config_path.parent / "run"
     start = ["--config", str(config_path)]
     again = [*start, "--resume"]
@@ -202,10 +227,12 @@ def test_a_run_its_refusals_and_its_resumption(config_path: Path, capsys: pytest
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["eval_loss"]) == (7, pytest.approx(finished[-1]["eval_loss"], rel=1e-5))
 
-    (run_dir / "checkpoints" / "latest").write_text("step-00000009\n")
-    answer = run_here(capsys, *again)
-    assert answer.status == 1
-    assert answer.err == (
-        f"error on rank 0: {run_dir}/checkpoints/latest names step-00000009, which is not a complete checkpoint; "
-        "write another's name into it\n"
-    )
+    tensors = run_dir / "checkpoints" / "step-00000007" / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    answer = run_here(capsys, *again, "train.max_steps=8")
+    assert answer.status == 0
+    skipped = [line for line in caplog.messages if "is skipped" in line]
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"checkpoint {tensors.parent} is skipped: {tensors.name} has ")
+    assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7, 8], "gone on after step 5"
+    assert {path.name for path in tensors.parents[1].glob("step-*")} == {f"step-0000000{step}" for step in (5, 7, 8)}

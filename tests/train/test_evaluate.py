@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
-from svite_scale.config import Config
+from svite_scale.config import Config, DataConfig
+from svite_scale.data import EvalData, Sample, load_indexes, write_shards
 from svite_scale.distributed import World
 from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.train.evaluate import evaluate
@@ -23,12 +25,13 @@ from tests.train.runs import ENGINES
 from tests.train.tiny import NUM_VAL, tiny_config
 
 
-def evaluated(config: Config) -> tuple[dict[str, float], dict[str, float], bool, dict[str, Tensor]]:
-    """The metrics twice, whether the model trains after them, and on one process the dense weights."""
+def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float]], bool, dict[str, Tensor]]:
+    """The metrics twice and on damaged shards, whether the model trains after them, and on one process the dense weights."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
-    found = [evaluate(trainer.backend, trainer.eval_data, trainer.eval_transform) for _ in range(2)]
-    weights = dense_weights(trainer) if trainer.world.size == 1 else {}
-    return found[0], found[1], trainer.backend.wrapped.training, weights
+    world = trainer.world
+    other = EvalData(damaged, image_size=8, in_channels=1, batch_size=10, rank=world.rank, world_size=world.size)
+    found = [evaluate(trainer.backend, data, trainer.eval_transform) for data in (trainer.eval_data, trainer.eval_data, other)]
+    return found, trainer.backend.wrapped.training, dense_weights(trainer) if world.size == 1 else {}
 
 
 def dense_weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -65,21 +68,39 @@ def naive(shards: Path, weights: dict[str, Tensor]) -> dict[str, float]:
     return {"eval_loss": loss / count, "eval_accuracy": first / count, "eval_top5": five / count}
 
 
+def write_damaged(shards: Path, directory: Path) -> str:
+    """The same evaluation samples with broken ones among them, the last one included, which padding repeats."""
+    samples = []
+    for number, index in enumerate(load_indexes(f"{shards}/val-*.tar")):
+        content = index.path.read_bytes()
+        for position in range(index.count):
+            start = int(index.offsets[position])
+            image = content[start : start + int(index.lengths[position])]
+            samples.append(Sample(index.key(position), image, "png", int(index.labels[position])))
+        samples.append(Sample(f"broken-{number}", b"junk", "png", 3))
+    write_shards(samples, directory, "val", 16)
+    return f"{directory}/val-*.tar"
+
+
 def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
-    """37 samples in batches of 10 per rank: the last batches are part or all padding. Dropping paths is for training only."""
-    runs = {1: "single", 2: "fsdp2", 3: "zero3"}
-    results = {
-        size: run_on_ranks(
-            size,
-            evaluated,
-            tiny_config(digits, tmp_path / str(size), *ENGINES[engine], "model.drop_path=0.5", "train.global_batch_size=12"),
-        )
+    """37 samples in batches of 10 per rank: the last batches are part or all padding. Dropping paths is for training only.
+
+    40 samples of which 3 can't be decoded give the same averages, and are counted.
+    """
+    runs = {1: "single", 2: "fsdp2", 3: "zero3", 4: "ddp"}
+    configs = {
+        size: tiny_config(digits, tmp_path / str(size), *ENGINES[engine], "model.drop_path=0.5", "train.global_batch_size=12")
         for size, engine in runs.items()
     }
-    expected = naive(digits, results[1][0][3])
+    damaged = replace(configs[1].data, val=write_damaged(digits, tmp_path / "damaged"))
+    results = {size: run_on_ranks(size, evaluated, config, damaged) for size, config in configs.items()}
+    (alone, _, _), _, weights = results[1][0]
+    expected = naive(digits, weights)
     assert 0 < expected["eval_accuracy"] < expected["eval_top5"] < 1
+    assert alone == pytest.approx({**expected, "eval_damaged": 0}, rel=1e-5)
     for size, ranks in results.items():
-        for first, second, training, _ in ranks:
-            assert first == pytest.approx(expected, rel=1e-5), size
+        for (first, second, third), training, _ in ranks:
+            assert first == pytest.approx(alone, abs=1e-6), size
             assert second == first
+            assert third == pytest.approx({**alone, "eval_damaged": 3}, abs=1e-6), size
             assert training

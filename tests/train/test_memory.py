@@ -16,6 +16,7 @@ from svite_scale.parallel.build import build_backend
 from svite_scale.parallel.memory import ModelSize, bytes_per_rank
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.train.ema import Ema
 from tests.ranks import run_on_ranks
 
 SIZE = ModelSize(trainable=1000, mask_bytes=400, statistics_bytes=500)
@@ -61,6 +62,14 @@ def test_the_plan_of_an_engine(name: str) -> None:
     assert bytes_per_rank(parallel, precision, world_size, SIZE) == expected
 
 
+def test_an_average_of_the_weights_is_kept_as_the_optimizer_keeps_them() -> None:
+    for name, (parallel, precision, world_size, expected) in PLANS.items():
+        planned = bytes_per_rank(parallel, precision, world_size, SIZE, ema=True)
+        replicated = parallel.backend in ("single", "ddp")
+        kept = expected["values" if replicated or parallel.backend == "fsdp2" else "master values"]
+        assert planned == {**expected, "ema": kept}, name
+
+
 MODEL = ModelConfig(
     name="vit_tiny_patch16_224", num_classes=10, image_size=8, in_channels=1, patch_size=4, embed_dim=24, depth=2, num_heads=2
 )
@@ -87,6 +96,7 @@ def held(engine: str) -> dict[str, int]:
         "gradients": sum(local_bytes(parameter.grad) for parameter in trainable if parameter.grad is not None),
         "moments": sum(map(local_bytes, state)),
         "statistics": sum(local_bytes(chunk) for chunk, _ in topology.state().values()),
+        "ema": sum(map(local_bytes, Ema(model, backend.access, 0.9).parts.values())),
     }
 
 
@@ -109,7 +119,7 @@ def test_engines_hold_what_the_plan_says(engine: str, world_size: int) -> None:
         mask_bytes=mask_bytes,
         statistics_bytes=mask_bytes + sum(-(-layer.num_active // 8) for layer in plan if layer.is_packed),
     )
-    plan = bytes_per_rank(ParallelConfig(backend=engine), "fp32", world_size, size)  # type: ignore[arg-type]
+    plan = bytes_per_rank(ParallelConfig(backend=engine), "fp32", world_size, size, ema=True)  # type: ignore[arg-type]
     ranks = run_on_ranks(world_size, held, engine)
     for kind, planned in plan.items():
         found = [rank[kind] for rank in ranks]

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from svite_scale.config import Config, SparsityConfig, TrackingConfig
 from svite_scale.config_reader import read_config
+from svite_scale.data import Batch
+from svite_scale.parallel.backend import StepResult
 from svite_scale.train.randomness import seed_step
 from svite_scale.train.tracking import Tracker, flatten_config
 from svite_scale.train.window import MetricsWindow
@@ -98,8 +100,10 @@ def windows(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str
     for first in (0, 2):
         for step in micro_batches[dist.get_rank()][first : first + 2]:
             loss, labels = step
-            window.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), torch.tensor(labels))
-            window.step(torch.tensor(loss * 10) if first else None)
+            # Samples of class 2 count as damaged.
+            batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
+            window.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
+            window.step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
         found.append(window.close(global_batch_size=8))
         window.restart()
     return found
@@ -111,9 +115,29 @@ def test_a_window_averages_over_samples_and_ranks() -> None:
     for first, second in run_on_ranks(2, windows, [ours, theirs]):
         assert (first["loss"], first["accuracy"]) == ((1 + 2 + 3 + 6) / 4, 5 / 16)
         assert (second["loss"], second["accuracy"]) == ((3 + 4 + 1 + 0) / 4, 9 / 16)
+        assert (first["damaged_samples"], second["damaged_samples"]) == (1, 6)  # since the start, not since the last line
         assert "grad_norm" not in first
         assert first["samples_per_second"] > 0
     assert second["grad_norm"] == 0.0
+
+
+def test_a_window_leaves_skipped_steps_out() -> None:
+    for skipped, nothing in run_on_ranks(2, windows_with_skipped_steps):
+        assert (skipped["loss"], skipped["accuracy"], skipped["grad_norm"]) == (2.0, 1.0, 7.0)
+        assert nothing.keys() == {"samples_per_second"}
+
+
+def windows_with_skipped_steps() -> list[dict[str, float]]:
+    """One of an applied step between two skipped ones, and one of a skipped step."""
+    window = MetricsWindow(torch.device("cpu"))
+    found = []
+    for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
+        for loss in losses:
+            window.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), torch.tensor([1]))
+            window.step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
+        found.append(window.close(global_batch_size=2))
+        window.restart()
+    return found
 
 
 def test_what_a_step_draws_depends_on_where_it_is_alone() -> None:

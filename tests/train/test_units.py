@@ -73,7 +73,8 @@ def test_bf16_trains_and_moves_units(folder: Path, engine: str) -> None:
     losses = ended(folder, "single", 1)[1]
     found = ended(folder, engine, 2, "train.precision=bf16")[1]
     assert found[:4] == pytest.approx(losses[:4], abs=2e-2), "before the first update"
-    assert found[-1] < 0.9 * found[0]
+    # A batch holds 12 samples: five steps together tell whether the loss falls.
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 3)])

@@ -1,0 +1,141 @@
+"""The command that makes shards: from arguments to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from svite_scale.data.builtin import mnist5k, photographs
+from svite_scale.data.folder import image_folder, labelled_files
+from svite_scale.data.index import build_index, damage, is_indexed, save_index
+from svite_scale.data.info import check_classes, write_info
+from svite_scale.data.labels import LabelRule, read_classes, read_labels
+from svite_scale.data.output import Output
+from svite_scale.data.patterns import find_shards
+from svite_scale.data.processes import in_processes
+from svite_scale.data.source import Source
+from svite_scale.errors import DataError, SviteScaleError
+
+EXIT_FAILED, EXIT_STOPPED = 2, 130
+Result = TypeVar("Result")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs ``launch/make_shards.py``, in one process that forks its workers.
+
+    Args:
+        arguments: one of ``source``, ``index`` and ``verify``, and what each takes.
+
+    Returns:
+        The exit status: 0, 2 after an error, which is one line on stderr, or 130 when it was interrupted.
+    """
+    try:
+        if arguments.workers < 1:
+            raise DataError(f"--workers is {arguments.workers}; use at least 1")
+        if arguments.verify is not None:
+            verify(arguments.verify, arguments.workers)
+        elif arguments.index is not None:
+            index(arguments)
+        else:
+            for prefix, source in sources(arguments).items():
+                write(source, arguments, prefix)
+    except (SviteScaleError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+def sources(arguments: argparse.Namespace) -> dict[str, Source]:
+    """What to write, by prefix."""
+    if arguments.source == "mnist5k":
+        return {"train": mnist5k("train"), "val": mnist5k("val")}
+    prefix = arguments.prefix or "train"
+    if arguments.source == "photographs":
+        return {prefix: photographs(1000 if arguments.count is None else arguments.count, prefix)}
+    classes = None if arguments.classes is None else read_classes(arguments.classes)
+    if arguments.labels is None:
+        return {prefix: image_folder(arguments.source, classes)}
+    names = None if classes is None else list(classes)
+    return {prefix: labelled_files(arguments.source, read_labels(arguments.labels, classes), names)}
+
+
+def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
+    """Writes the shards of one prefix that aren't finished."""
+    out = Path(arguments.out)
+    check_classes(out, prefix, source.classes)
+    output = Output(source, out, prefix, arguments.samples_per_shard)
+    missing = output.missing(arguments.workers)
+    total = len(source.keys)
+    left = sum(output.counts[number] for number in missing)
+    if missing:
+        with tqdm(total=total, initial=total - left, desc=prefix, unit="image") as progress:
+            for count in output.write(missing, arguments.workers):
+                progress.update(count)
+    write_info(output.shards, output.counts, prefix, source.classes)
+    done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
+    split = "val" if prefix == "val" else "train"
+    print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}")
+    print(f"for a config: data.{split}={out}/{prefix}-*.tar")
+
+
+def index(arguments: argparse.Namespace) -> None:
+    """Indexes the shards that have no index, or a stale or unreadable one; all of them, where a rule for labels is given."""
+    classes = None if arguments.classes is None else read_classes(arguments.classes)
+    rule = LabelRule(arguments.label_key, classes)
+    shards = find_shards(arguments.index, "--index")
+    if rule == LabelRule():
+        indexed = dict(zip(shards, map(is_indexed, shards), strict=True))
+        shards = [shard for shard in shards if not indexed[shard]]
+    if not shards:
+        print("every shard has its index already")
+        return
+    found = with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index")
+    report(found, f"{len(shards)} indexes are written", "can't be indexed")
+
+
+def index_shard(shard: Path, rule: LabelRule) -> str:
+    """Indexes one shard; what is wrong with it, or nothing."""
+    try:
+        save_index(build_index(shard, rule))
+    except (DataError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def verify(pattern: str, workers: int) -> None:
+    """Compares shards with the sizes and checksums in their indexes."""
+    shards = find_shards(pattern, "--verify")
+    found = with_bar(damage, shards, workers, "verify")
+    report(found, f"{len(shards)} shards are as they were when they were indexed", "can't be used as they are")
+
+
+def report(found: Sequence[str], success: str, failure: str) -> None:
+    """Prints what is wrong with each shard.
+
+    Args:
+        found: of each shard, what is wrong; empty if nothing is.
+        success: what to say if nothing is wrong with any.
+        failure: what else to say, after their number.
+
+    Raises:
+        DataError: something is wrong.
+    """
+    problems = sorted(text for text in found if text)
+    for text in problems:
+        print(text)
+    if problems:
+        raise DataError(f"{len(problems)} of {len(found)} shards {failure}; see above")
+    print(success)
+
+
+def with_bar(work: Callable[[Path], Result], shards: Sequence[Path], workers: int, name: str) -> list[Result]:
+    return list(tqdm(in_processes(work, shards, workers), total=len(shards), desc=name, unit="shard"))

@@ -1,0 +1,125 @@
+"""Shards from image files: a folder in ImageNet's layout, or a flat one with a list of labels."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from svite_scale.data.scan import IMAGE_EXTENSIONS
+from svite_scale.data.shards import Sample
+from svite_scale.data.source import Origin, Source, permutation
+from svite_scale.errors import DataError
+
+
+class ImageFiles(Source):
+    """Image files with labels, in a fixed permutation, so that a shard holds samples of many classes.
+
+    Args:
+        root: folder that the files are in.
+        files: paths within it and labels; their order matters.
+        classes: names of the labels, if there are any.
+    """
+
+    def __init__(self, root: Path, files: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> None:
+        self._root = root
+        self._files = [files[position] for position in permutation(len(files))]
+        self.keys = [f"{number:08d}-{key_part(file)}" for number, (file, _) in enumerate(self._files)]
+        self.classes = classes
+
+    def sample(self, number: int) -> Sample:
+        file, label = self._files[number]
+        path = self._root / file
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} can't be read ({error}); restore it, or take it out") from error
+        if not image:
+            raise DataError(f"{path} is empty; restore it, or take it out")
+        return Sample(self.keys[number], image, extension(file), label)
+
+    def origin(self, number: int) -> Origin:
+        file, label = self._files[number]
+        path = self._root / file
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} can't be read ({error}); restore it, or take it out") from error
+        return Origin(f"{self.keys[number]} {file!a} {label} {stat.st_size}", stat.st_mtime_ns)
+
+
+def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> ImageFiles:
+    """The JPEG and PNG files under a folder in ImageNet's layout, one folder per class.
+
+    Args:
+        root: the folder.
+        classes: class folders and their labels; by default all folders, whose sorted names are numbered from 0.
+
+    Raises:
+        DataError: there is no such folder, it has no class folders or not these, or one of them has no image.
+    """
+    folder = existing_folder(root)
+    if classes is None:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not names:
+            layout = f"ImageNet's layout is {folder.name}/CLASS/IMAGE.jpg, and --labels is for a flat folder"
+            raise DataError(f"{folder} has no class folders; {layout}")
+        classes = {name: label for label, name in enumerate(names)}
+    for name, label in classes.items():
+        if not (folder / name).is_dir():
+            raise DataError(f"{folder} has no folder {name!r}, which line {label + 1} of --classes names; correct one of them")
+    files = [(file, label) for name, label in classes.items() for file in image_files(folder, name)]
+    return ImageFiles(folder, files, list(classes))
+
+
+def labelled_files(root: str | Path, labels: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> ImageFiles:
+    """The files under a folder that a list names; others there are left out.
+
+    Args:
+        root: the folder.
+        labels: paths within it, and labels.
+        classes: names of the labels, if there are any.
+
+    Raises:
+        DataError: there is no such folder, or a file is missing or no JPEG or PNG.
+    """
+    folder = existing_folder(root)
+    for file, _ in labels:
+        if extension(file) not in IMAGE_EXTENSIONS or not (folder / file).is_file():
+            raise DataError(f"{folder / file}, which --labels names, is no image ({wanted()}) there; correct the list")
+    return ImageFiles(folder, labels, classes)
+
+
+def existing_folder(root: str | Path) -> Path:
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give one that holds a folder of images per class")
+    return folder
+
+
+def image_files(root: Path, name: str) -> list[str]:
+    """Sorted paths, within ``root``, of the images in and under its folder ``name``."""
+    files = sorted(file for file in walk(root, name) if extension(file) in IMAGE_EXTENSIONS)
+    if not files:
+        raise DataError(f"{root / name} has no image ({wanted()}); every folder counts as a class, unless --classes names them")
+    return files
+
+
+def walk(root: Path, name: str) -> Iterator[str]:
+    for folder, _, files in os.walk(root / name):
+        inside = os.path.relpath(folder, root)
+        yield from (os.path.join(inside, file) for file in files)
+
+
+def extension(file: str) -> str:
+    return file.rpartition(".")[2].lower()
+
+
+def wanted() -> str:
+    return ", ".join(sorted(IMAGE_EXTENSIONS))
+
+
+def key_part(file: str) -> str:
+    """What a key shows of a file's name: letters and digits that any tar reader takes."""
+    return re.sub("[^A-Za-z0-9_-]", "-", Path(file).stem)[:60]

@@ -1,0 +1,83 @@
+"""``_info.json`` beside shards: which of them make up each split, and its classes.
+
+timm's reader of WebDataset shards finds a split by it: ``ReaderWds(DIR, split="train")``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svite_scale.data.files import replacing
+from svite_scale.errors import DataError
+
+NAME = "_info.json"
+
+
+def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classes: Sequence[str] | None) -> Path:
+    """Adds a split to the file in the folder of its shards, or replaces it.
+
+    Args:
+        shards: all of the split, in order.
+        counts: samples of each.
+        split: its name.
+        classes: names of the labels from 0, where they are known.
+
+    Raises:
+        DataError: there is a file that holds something else.
+    """
+    path = shards[0].parent / NAME
+    splits = read_splits(path.parent)
+    info: dict[str, Any] = {
+        "name": split,
+        "num_samples": sum(counts),
+        "filenames": [shard.name for shard in shards],
+        "shard_lengths": list(counts),
+    }
+    if classes is not None:
+        info["classes"] = list(classes)
+    if splits.get(split) != info:
+        splits[split] = info
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"splits": dict(sorted(splits.items()))}) + "\n")
+    return path
+
+
+def check_classes(folder: Path, split: str, classes: Sequence[str] | None) -> None:
+    """Requires that the splits written to ``folder`` so far number the same classes alike.
+
+    Raises:
+        DataError: they don't, or what tells of them can't be read.
+    """
+    for other, info in read_splits(folder).items():
+        known = info.get("classes")
+        if other != split and classes is not None and known is not None and list(classes) != known:
+            raise DataError(
+                f"{folder} holds {other} with {len(known)} classes, and {split} has {len(classes)}, not all the same in the "
+                "same order, so that labels would disagree; give both the same --classes FILE, or another --out"
+            )
+
+
+def listed_shards(folder: Path) -> list[Path]:
+    """All shards that the file in ``folder`` lists; none where there is no such file, or it is of another kind."""
+    try:
+        splits = read_splits(folder)
+    except DataError:
+        return []
+    return [folder / str(name) for info in splits.values() for name in info.get("filenames", [])]
+
+
+def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / NAME
+    if not path.exists():
+        return {}
+    try:
+        splits = dict(json.loads(path.read_text())["splits"])
+        if all(isinstance(info, dict) for info in splits.values()):
+            return splits
+        problem = "splits aren't mappings"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = repr(error)
+    raise DataError(f"{path} is not a list of splits ({problem}); move it away, and it will be written again")

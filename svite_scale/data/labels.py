@@ -1,0 +1,126 @@
+"""Class numbers from what people keep them in: lists of class folders, lists of files, members of a shard."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from svite_scale.errors import DataError
+
+LABEL = re.compile(r"\s*\d{1,9}\s*")
+DEFAULT_KEY = "label"
+
+
+def read_classes(path: str | Path) -> dict[str, int]:
+    """The class folders that a file names, one a line, and their labels: the first line's is 0.
+
+    Raises:
+        DataError: the file can't be read, holds nothing, or a line is empty, names a path, or repeats another.
+    """
+    classes: dict[str, int] = {}
+    for number, name in enumerate(lines_of(path), start=1):
+        if not name or "/" in name:
+            raise DataError(f"{path}, line {number} is {name!r}; write the name of one class folder")
+        if name in classes:
+            raise DataError(f"{path}, line {number}: {name!r} stands on line {classes[name] + 1} too; keep one")
+        classes[name] = len(classes)
+    if not classes:
+        raise DataError(f"{path} names no class; write one class folder per line")
+    return classes
+
+
+def read_labels(path: str | Path, classes: Mapping[str, int] | None) -> list[tuple[str, int]]:
+    """Files and their labels from lines ``FILE LABEL``, where LABEL is a class number, or with ``classes`` also one of these.
+
+    Raises:
+        DataError: the file can't be read, holds nothing, or a line is not of that form, or repeats a file.
+    """
+    labels: dict[str, int] = {}
+    for number, line in enumerate(lines_of(path), start=1):
+        file, _, text = line.rpartition(" ")
+        label = label_number(text, classes)
+        if not file.strip() or label is None:
+            known = "a class number from 0" + (" or a class" if classes else ", or give the classes' names with --classes")
+            raise DataError(f"{path}, line {number} is {line!r}; write a file and its label: {known}")
+        if file.strip() in labels:
+            raise DataError(f"{path}, line {number}: {file.strip()!r} stands there twice; keep one")
+        labels[file.strip()] = label
+    if not labels:
+        raise DataError(f"{path} names no file; write lines of a file and its label")
+    return list(labels.items())
+
+
+def lines_of(path: str | Path) -> list[str]:
+    try:
+        return [line.strip().replace("\t", " ") for line in Path(path).read_text().rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read ({error}); give a text file") from error
+
+
+def label_number(value: object, classes: Mapping[str, int] | None) -> int | None:
+    """The label that ``value`` stands for: a class number, as number or text, or a name among ``classes``; None if neither."""
+    if isinstance(value, str):
+        if classes and value.strip() in classes:
+            return classes[value.strip()]
+        return int(value) if LABEL.fullmatch(value) else None
+    return value if type(value) is int and 0 <= value < 10**9 else None
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """Where the label of a sample in a shard stands.
+
+    By default in its ``.cls`` member, or where it has none in the field ``label`` of its ``.json`` member.
+    """
+
+    key: str | None = None
+    """Field of ``.json`` to take instead, from every sample."""
+    classes: Mapping[str, int] | None = None
+    """Labels by class: of the folder in a sample's name (``n01440764/xyz.JPEG``); with ``key``, of what the field holds."""
+
+    def label(self, key: str, members: Mapping[str, bytes]) -> int | None:
+        """The label of the sample ``key``, whose ``.cls`` and ``.json`` are in ``members``; None if it has none.
+
+        Raises:
+            DataError: where it should stand is something else.
+        """
+        if self.key is not None:
+            return self._field(members, self.key)
+        if self.classes is not None:
+            return self._folder(key)
+        if "cls" not in members:
+            return self._field(members, DEFAULT_KEY)
+        label = label_number(members["cls"].decode(errors="replace"), None)
+        if label is None:
+            raise DataError(f".cls holds {members['cls'][:20]!r}; a label is a class number from 0, as text")
+        return label
+
+    def _field(self, members: Mapping[str, bytes], field: str) -> int | None:
+        try:
+            record = json.loads(members.get("json", b"{}"))
+        except ValueError as error:
+            raise DataError(f".json is not JSON ({error}); mend it") from error
+        if not isinstance(record, dict) or field not in record:
+            return None
+        label = label_number(record[field], self.classes)
+        if label is None:
+            remedy = (
+                "is no class of --classes" if self.classes else "is no class number from 0; name the classes with --classes"
+            )
+            raise DataError(f".json has {field} = {str(record[field])[:40]!r}, which {remedy}")
+        return label
+
+    def _folder(self, key: str) -> int | None:
+        assert self.classes is not None, "the rule has classes"
+        folder = Path(key).parent.name
+        if folder not in self.classes:
+            raise DataError(f"lies in the folder {folder!r}, which is no class of --classes; add it there")
+        return self.classes[folder]
+
+    def __str__(self) -> str:
+        if self.key is not None:
+            return f"a field {self.key!r} in .json"
+        return "a class folder" if self.classes is not None else f".cls, or a field {DEFAULT_KEY!r} in .json"

@@ -1,0 +1,115 @@
+"""A teacher: any timm model, with weights from a local file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from svite_scale.config import DataConfig, DistillationConfig, ModelConfig
+from svite_scale.errors import CheckpointError, ConfigError
+
+
+def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
+    """Checks what can be checked before anything is built.
+
+    Raises:
+        ConfigError: timm doesn't know the teacher, or it was trained on images normalised in another way than the run's, and
+            the config doesn't say in which.
+        CheckpointError: there is no such file.
+    """
+    if config.teacher is None:
+        return
+    if not timm.is_model(config.teacher):
+        raise ConfigError("distillation.teacher", config.teacher, "is no model that timm knows", "see timm.list_models()")
+    known = timm.get_pretrained_cfg(config.teacher)
+    if config.mean is None and known is not None and (tuple(known.mean), tuple(known.std)) != (data.mean, data.std):
+        raise ConfigError(
+            "distillation.mean",
+            None,
+            f"would be data.mean, {list(data.mean)}, but timm's {config.teacher} has mean {list(known.mean)} and std "
+            f"{list(known.std)}",
+            "set distillation.mean and distillation.std to those that the checkpoint was trained with",
+        )
+    if not Path(str(config.checkpoint)).is_file():
+        raise CheckpointError(f"distillation.checkpoint = {config.checkpoint!r} is no file; name the teacher's weights")
+
+
+def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
+    """The teacher in evaluation mode, on the CPU, for images as the student gets them, but for the normalisation.
+
+    Args:
+        config: names a teacher and its file.
+        model: the student's, whose classes, image size and channels are the teacher's too.
+
+    Raises:
+        ConfigError: timm can't build it so.
+        CheckpointError: the file can't be read, or isn't of this model.
+    """
+    assert config.teacher is not None, "there is no teacher"
+    assert config.checkpoint is not None, "a teacher has a file"
+    options: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": model.in_channels}
+    known = timm.get_pretrained_cfg(config.teacher)
+    if known is not None and known.fixed_input_size:
+        options["img_size"] = model.image_size
+    try:
+        teacher = timm.create_model(config.teacher, pretrained=False, **options)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"can't be built with {', '.join(f'{name}={value}' for name, value in options.items())} ({error})"
+        raise ConfigError("distillation.teacher", config.teacher, problem, "use another teacher") from error
+    load_weights(teacher, config.teacher, config.checkpoint)
+    return teacher.eval().requires_grad_(False)
+
+
+def load_weights(teacher: nn.Module, name: str, checkpoint: str) -> None:
+    """Fills ``teacher`` from a file.
+
+    Raises:
+        CheckpointError: the file can't be read, or isn't of this model; names a tensor.
+    """
+    field = f"distillation.checkpoint = {checkpoint!r}"
+    remedy = (
+        "save the state_dict() of that timm model, with the run's classes, channels and image size, to a .safetensors or .pth"
+    )
+    try:
+        found: dict[str, Tensor] = load_state_dict(checkpoint, use_ema=False, weights_only=True)
+        shapes = {key: tuple(value.shape) for key, value in found.items()}
+    except Exception as error:  # the readers of damaged files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{field} can't be read as a state dict ({reason}); {remedy}") from error
+    wanted = {key: tuple(value.shape) for key, value in teacher.state_dict().items()}
+    wrong = [key for key in (*wanted, *shapes) if wanted.get(key) != shapes.get(key)]
+    if wrong:
+        key = wrong[0]
+        raise CheckpointError(
+            f"{field} isn't of {name}: {len(set(wrong))} tensors differ, first {key}, {says(shapes, key)} in the file and "
+            f"{says(wanted, key)} in the model; {remedy}"
+        )
+    teacher.load_state_dict(found)
+
+
+def says(shapes: dict[str, tuple[int, ...]], key: str) -> str:
+    return str(list(shapes[key])) if key in shapes else "absent"
+
+
+def answer_twice(model: nn.Module) -> None:
+    """Lets a student with a distillation head (timm's ``deit_*_distilled``) answer with both heads in training mode.
+
+    Its output is then ``[2, B, classes]``, of the class head and the distillation head; in evaluation mode it stays their mean.
+    Other models stay as they are.
+    """
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
+        # One tensor, as engines and the loop expect.
+        model.register_forward_hook(lambda _, inputs, output: torch.stack(output) if isinstance(output, tuple) else output)
+
+
+def renormalisation(config: DistillationConfig, data: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and shift, each ``[1, C, 1, 1]``, from the student's normalisation of images to the teacher's."""
+    ours, theirs = (data.mean, data.std), (config.mean or data.mean, config.std or data.std)
+    mean, std, teacher_mean, teacher_std = (torch.tensor(numbers, device=device) for numbers in (*ours, *theirs))
+    return (std / teacher_std).view(1, -1, 1, 1), ((mean - teacher_mean) / teacher_std).view(1, -1, 1, 1)

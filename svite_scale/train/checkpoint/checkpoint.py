@@ -1,0 +1,197 @@
+"""Saving and loading one run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from svite_scale.config import Config
+from svite_scale.config_reader import to_dict
+from svite_scale.errors import CheckpointError
+from svite_scale.parallel.backend import Backend
+from svite_scale.parallel.moments import scalars, write_scalars
+from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.same_run import check_same_run, check_same_tensors, versions, warn_of_other_versions
+from svite_scale.train.checkpoint.state import RunTensors
+from svite_scale.train.checkpoint.writing import Snapshot, write_checkpoint
+from svite_scale.train.ema import Ema
+from svite_scale.train.guard import Guard
+
+logger = logging.getLogger("svite_scale")
+
+
+class Checkpoint:
+    """Saves and loads one run's state. Every rank makes one; all methods are collectives.
+
+    A save copies this rank's chunks to CPU memory; then a thread writes them, through a process group of its own, so that its
+    collectives can't mix with those of training.
+
+    Attributes:
+        directory: ``checkpoints/`` of the run directory, seen by all ranks.
+        failed_saves: saves that failed so far, of those that were waited for or that :meth:`metrics` has noticed.
+        last_saved: the newest checkpoint that this run has saved, or was loaded from, as far as is known; None before.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        backend: Backend,
+        topology: TopologyEngine,
+        *,
+        guard: Guard,
+        ema: Ema | None = None,
+        keeps: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Args:
+        directory: ``checkpoints/`` of the run directory, seen by all ranks; made by the first save.
+        config: of the run.
+        backend: holds the model and the optimizer.
+        topology: holds the step and the statistics.
+        guard: holds what it has counted.
+        ema: holds the average of the weights, if there is one.
+        keeps: whether the checkpoint of a step is kept for good; None keeps none for its step.
+        """
+        self.config, self.backend, self.topology, self.guard = config, backend, topology, guard
+        self.directory = CheckpointDirectory(directory, config.checkpoint.keep_last, keeps)
+        self.failed_saves = 0
+        self.last_saved: Path | None = None
+        group = dist.new_group(backend="gloo", group_desc="checkpoints")
+        assert isinstance(group, dist.ProcessGroup), "this rank is one of all ranks"
+        self._group = group
+        self._tensors = RunTensors(backend, topology, ema, group)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[tuple[Path, float]] | None = None
+        self._step: int | None = None
+        self._metrics: dict[str, float] = {}
+
+    def save(self, wait: bool = False) -> None:
+        """Saves the state after the topology's current step, unless that is saved already.
+
+        A save that still runs is waited for first.
+
+        Args:
+            wait: until it is on the disk, as if ``checkpoint.background`` were false.
+
+        Raises:
+            CheckpointError: a save failed that was waited for, and ``checkpoint.on_error`` is ``stop``. On all ranks.
+        """
+        started = time.perf_counter()
+        wait = wait or not self.config.checkpoint.background
+        if self._step != self.topology.steps:
+            self._settle()
+            snapshot = self._snapshot()
+            self._step = snapshot.step
+            may_create = self.last_saved is None
+            self._running = self._thread.submit(self._write, snapshot, may_create=may_create)
+        if wait:
+            self._settle()
+        self._metrics["checkpoint_stall_ms"] = 1000 * (time.perf_counter() - started)
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell since the last call: ``checkpoint_stall_ms``, for how long a save kept training waiting;
+        ``checkpoint_seconds``, how long one took until it was on the disk; always ``failed_saves``, all so far.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        """
+        if self._running is not None:
+            done = torch.tensor(int(self._running.done()))
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            if done.item():
+                self._settle()
+        metrics, self._metrics = self._metrics, {}
+        return {**metrics, "failed_saves": self.failed_saves}
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint that can be loaded, once a save that still runs is done; None where there is none.
+
+        Torn ones are named in one line each, and left in place.
+
+        Raises:
+            CheckpointError: as :meth:`save`; or a file can't be read.
+        """
+        self._settle()
+        return newest_valid(self.directory, self._group)
+
+    def load_newest(self) -> int:
+        """Loads :meth:`newest_valid`; the optimizer's state must exist (after one step, of learning rate 0 say).
+
+        Returns:
+            The optimizer step to go on after.
+
+        Raises:
+            CheckpointError: there is none, or it belongs to another model or recipe.
+        """
+        path = self.newest_valid()
+        if path is None:
+            raise CheckpointError(f"{self.directory.path} holds no checkpoint to resume from; start the run without --resume")
+        return self._load(path)
+
+    def close(self) -> None:
+        """Waits for a save that still runs, whatever comes of it; the last call. Local, and fit for after an error."""
+        self._thread.shutdown()
+        dist.destroy_process_group(self._group)
+
+    @torch.no_grad()
+    def _load(self, path: Path) -> int:
+        run_state = json.loads((path / RUN_STATE).read_text())
+        check_same_run(run_state["config"], self.config, path)
+        if dist.get_rank() == 0:
+            warn_of_other_versions(run_state["versions"], path)
+        # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
+        self.topology.resume(run_state["topology"])
+        state = self._tensors.to_load()
+        check_same_tensors(path, state)
+        try:
+            dcp.load(state, checkpoint_id=path, process_group=self._group)
+        except CheckpointException as error:
+            rank, (reason, _) = next(iter(error.failures.items()))
+            raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
+        self._tensors.write(state)
+        write_scalars(self.backend.optimizer, run_state["optimizer_scalars"])
+        self.guard.resume(run_state["guard"])
+        self.last_saved, self._step = path, self.topology.steps
+        return self.topology.steps
+
+    def _snapshot(self) -> Snapshot:
+        run_state: dict[str, Any] = {
+            "topology": self.topology.counters(),
+            "guard": self.guard.state(),
+            "optimizer_scalars": scalars(self.backend.optimizer),
+            "config": to_dict(self.config),
+            "versions": versions(),
+        }
+        return Snapshot(self.topology.steps, self._tensors.to_save(), run_state)
+
+    def _write(self, snapshot: Snapshot, *, may_create: bool) -> tuple[Path, float]:
+        """On the thread. Returns the checkpoint and the seconds it took."""
+        started = time.perf_counter()
+        path = write_checkpoint(snapshot, self.directory, self._group, may_create=may_create)
+        return path, time.perf_counter() - started
+
+    def _settle(self) -> None:
+        """Waits for a save that still runs, and takes note of what came of it."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            self.last_saved, self._metrics["checkpoint_seconds"] = running.result()
+        except CheckpointError as error:
+            self.failed_saves += 1
+            self._step = None
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            if dist.get_rank() == 0:
+                logger.warning("%s; the run goes on, checkpoint.on_error being continue", error)

@@ -1,0 +1,93 @@
+"""What a resumed run must share with the run that it goes on with."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from svite_scale.config import Config
+from svite_scale.config_reader import to_dict
+from svite_scale.errors import CheckpointError
+from svite_scale.train.tracking import flatten_config
+
+FIXED_FIELDS = (
+    "seed",
+    "model.",
+    "sparsity.",
+    "distillation.",
+    "optimizer.",
+    "train.epochs",
+    "train.global_batch_size",
+    "train.ema_decay",
+    "data.shuffle_shards",
+    "data.last_batch",
+    "data.augment.",
+)
+"""Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
+
+PACKAGES = ("svite_scale", "torch", "deepspeed", "timm")
+
+logger = logging.getLogger("svite_scale")
+
+
+def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """Refuses to go on with a recipe other than the checkpoint's.
+
+    Raises:
+        CheckpointError: names the field and both values.
+    """
+    now, then = flatten_config(to_dict(config)), flatten_config(saved)
+    for field in now:
+        if field.startswith(FIXED_FIELDS) and then.get(field) != now[field]:
+            raise CheckpointError(
+                f"{path} was saved with {field} = {then.get(field)!r}, not {now[field]!r}; restore it, or start a new run"
+            )
+
+
+def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuses a checkpoint whose tensors aren't this run's, by name and size.
+
+    Args:
+        path: of the checkpoint.
+        state: this run's tensors.
+        prefix: of the names to compare; the checkpoint may hold any others.
+
+    Raises:
+        CheckpointError: names a tensor.
+    """
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    remedy = "use the config that it was saved with"
+    for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
+        if name not in saved or name not in state:
+            where = "checkpoint" if name in saved else "model"
+            raise CheckpointError(f"{path}: {name} is only in the {where}; {remedy}")
+        if saved[name] != state[name].shape:
+            sizes = f"{saved[name].numel()} elements, the model's {state[name].numel()}"
+            raise CheckpointError(f"{path}: {name} has {sizes}; {remedy}")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that compute; None for one that isn't installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def warn_of_other_versions(saved: Mapping[str, str | None], path: Path) -> None:
+    """One line where a checkpoint was saved by other versions: results may then differ in the last bits."""
+    changed = [f"{name} {saved.get(name)} (now {now})" for name, now in versions().items() if saved.get(name) != now]
+    if changed:
+        logger.warning("checkpoint %s was saved by %s", path, ", ".join(changed))

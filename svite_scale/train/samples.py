@@ -1,0 +1,46 @@
+"""The samples of a run."""
+
+from __future__ import annotations
+
+from svite_scale.config import Config
+from svite_scale.data import EvalData, TrainData
+from svite_scale.data.index import check_contents, largest_label
+from svite_scale.distributed import World
+from svite_scale.errors import ConfigError
+
+
+def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
+    """This rank's share of the training and the evaluation samples.
+
+    Raises:
+        ConfigError: labels don't fit the model.
+        DataError: the shards can't be read.
+    """
+    model, train = config.model, config.train
+    train_data = TrainData(
+        config.data,
+        image_size=model.image_size,
+        in_channels=model.in_channels,
+        global_batch_size=train.global_batch_size,
+        accumulation_steps=train.accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+    )
+    eval_data = EvalData(
+        config.data,
+        image_size=model.image_size,
+        in_channels=model.in_channels,
+        batch_size=train.eval_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    indexes = train_data.indexes + eval_data.indexes
+    if config.data.verify_checksums:
+        check_contents(indexes, world.rank, world.size)
+    num_classes = max(train_data.num_classes, eval_data.num_classes)
+    if num_classes > model.num_classes:
+        largest, place = largest_label(indexes)
+        problem = f"is too few for labels 0 to {largest}, which is that of {place}"
+        raise ConfigError("model.num_classes", model.num_classes, problem, "raise it, or correct the label")
+    return train_data, eval_data

@@ -1,0 +1,201 @@
+"""A rank that dies or hangs ends the whole job, with its name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+
+import torch.distributed as dist
+
+from svite_scale.distributed import World
+from svite_scale.errors import ConfigError, SviteScaleError
+from svite_scale.train.activity import Activity
+from svite_scale.train.heartbeats import Beat, Heartbeats, name_ranks
+from svite_scale.train.preemption import Preempted
+
+EXIT_FAILED = 1
+VERDICT, NO_VERDICT = "watchdog/verdict", "-"
+"""In the store: the line that ends the job, once there is one."""
+
+GONE = "it was killed or stopped, or is cut off"
+
+LONGEST_INTERVAL_S = 1.0
+STARTING_S = 1800.0
+"""Progress may take this long, if the timeout isn't longer, until all ranks have done a step: ops and kernels are compiled."""
+
+
+class Watchdog:
+    """Watches over all ranks from entering to leaving.
+
+    One thread of each rank writes its beat (step, phase, progress) into the store and reads that of rank 0, on rank 0 those of
+    all. Another judges: a rank without beats is gone; where nobody progresses, the rank with the least progress is it. The
+    first one to say so prints one line to stderr, and every process ends with status 1, whatever its main thread waits for:
+    threads run while that is in a collective. Two threads, because a request to a store whose process is stopped never returns;
+    then it is rank 0, or its node, that is gone.
+
+    A collective that fails tells of a rank that died, but not of which. So where an error of that kind leaves the run, the
+    watchdog waits some beats to find out; any other error it tells the other ranks, which end too.
+    """
+
+    def __init__(self, store: dist.Store, world: World, activity: Activity, timeout_s: float) -> None:
+        """A collective.
+
+        Args:
+            store: shared by all ranks. Requests that hang hold up this one only, for it is cloned.
+            world: this rank's.
+            activity: what this rank is doing.
+            timeout_s: seconds from the last beat, or the last progress, to the end of all processes.
+        """
+        self.store, self.world, self.activity = store.clone(), world, activity
+        self.interval = min(LONGEST_INTERVAL_S, timeout_s / 20)
+        # The rest of the timeout is for the news to get around.
+        self.limit = 0.75 * timeout_s
+        self.starting_limit = max(self.limit, STARTING_S)
+        # Where a collective has failed; beats come late on a busy machine.
+        self.short_limit = min(self.limit, max(4 * self.interval, 2.0))
+        self.host = socket.gethostname()
+        self.heartbeats = Heartbeats()
+        self._sequence, self._heard_at = 0, time.monotonic()
+        self._someone_failed = self._ends_all = False
+        self._left = threading.Event()
+        if world.is_main:
+            self.store.set(VERDICT, NO_VERDICT)
+        self._beat()
+        dist.barrier()
+
+    def __enter__(self) -> Watchdog:
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange_beats, self._judge)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, RuntimeError) and self.world.size > 1:
+            # What torch raises when another rank is gone, among much else.
+            self._someone_failed = True
+            time.sleep(self.short_limit + 4 * self.interval)
+        self._left.set()
+        for thread in self._threads:
+            thread.join(2 * self.interval)
+        # A mistake in the config is the same on all ranks, which get to it by themselves.
+        if isinstance(error, Exception) and not isinstance(error, ConfigError | Preempted) and self.world.size > 1:
+            self._tell_others(error)
+
+    def _tell_others(self, error: Exception) -> None:
+        """Makes the other ranks end."""
+        cause = "" if isinstance(error, SviteScaleError) else f": {type(error).__name__}: {error}".splitlines()[0]
+        line = f"{self._own_beat()} failed{cause}"
+        if self._publish(line) and cause:
+            self._print(line)
+
+    def _exchange_beats(self) -> None:
+        """Writes and reads beats until this rank leaves."""
+        while not self._left.wait(self.interval):
+            try:
+                self._beat()
+                self._read()
+                self._heard_at = time.monotonic()
+            except RuntimeError:
+                # A connection that failed once fails for ever. How long for is what counts; the judge sees to that.
+                return
+        try:
+            self._beat()
+        except RuntimeError:
+            return
+
+    def _own_beat(self) -> Beat:
+        activity = self.activity
+        return Beat(
+            rank=self.world.rank,
+            host=self.host,
+            sequence=self._sequence,
+            step=activity.step,
+            phase=activity.phase,
+            progress=activity.progress,
+            timed=activity.timed,
+            finished=self._left.is_set(),
+        )
+
+    def _beat(self) -> None:
+        self._sequence += 1
+        self.store.set(_beat_key(self.world.rank), self._own_beat().encode())
+
+    def _read(self) -> None:
+        ranks = range(self.world.size) if self.world.is_main or self._someone_failed else [0]
+        verdict, *beats = self.store.multi_get([VERDICT, *map(_beat_key, ranks)])
+        if verdict.decode() != NO_VERDICT and not self._ends_all:
+            os._exit(EXIT_FAILED)
+        for beat in beats:
+            self.heartbeats.see(Beat.decode(beat), time.monotonic())
+
+    def _judge(self) -> None:
+        """Looks for a rank that is gone or stuck, until this one leaves."""
+        looked_at = time.monotonic()
+        while not self._left.wait(self.interval):
+            now = time.monotonic()
+            if now - looked_at > self.limit / 2:
+                # This process was itself stopped, or had no processor.
+                self.heartbeats.restart(now)
+                self._heard_at = now
+            looked_at = now
+            line = self._verdict(now)
+            if line is not None:
+                # Where this rank waits tells the step of one whose last beat came before its last step.
+                self._end_all(f"{line}; {self._own_beat()} ends the job")
+
+    def _verdict(self, now: float) -> str | None:
+        limit = self.short_limit if self._someone_failed else self.limit
+        if now - self._heard_at > limit:
+            # Under torchrun its agent keeps the store.
+            keeper = "the launcher" if dist.is_torchelastic_launched() else self.heartbeats.latest.get(0, "rank 0")
+            return f"{keeper}: the store that it keeps hasn't answered for {limit:.0f} s; {GONE}"
+        silent = self.heartbeats.silent(now, limit)
+        if silent:
+            return f"{name_ranks(silent)}: no sign of life for {limit:.0f} s; {GONE}"
+        if not self.world.is_main:
+            return None
+        limit = self.limit if self.heartbeats.timed else self.starting_limit
+        stuck = self.heartbeats.stuck(now, limit)
+        if stuck:
+            others = ", and the other ranks wait" if len(stuck) < self.world.size else ""
+            return f"{name_ranks(stuck)}: no progress for {limit:.0f} s{others}"
+        return None
+
+    def _end_all(self, line: str) -> None:
+        """Ends this process, after telling the others why."""
+        self._ends_all = True
+        told = self._publish(line)
+        # Without a store one cannot agree on who speaks, so the first of each machine does.
+        if told or (told is None and (self.world.rank == 1 or self.world.local_rank == 0)):
+            self._print(line)
+        if told and self.world.is_main:
+            # With this process the store may go.
+            time.sleep(max(3 * self.interval, 1.0))
+        os._exit(EXIT_FAILED)
+
+    def _publish(self, line: str) -> bool | None:
+        """Writes the verdict; returns whether it is this rank's, or None where the store doesn't answer."""
+        answers: list[bool] = []
+        mine = f"{self.world.rank}: {line}"
+
+        def write() -> None:
+            try:
+                answers.append(self.store.compare_set(VERDICT, NO_VERDICT, mine).decode() == mine)
+            except RuntimeError:
+                return
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(2 * self.interval)
+        return answers[0] if answers else None
+
+    def _print(self, line: str) -> None:
+        """One write, so that lines of several processes don't mix, and on a line of its own, beside a bar too."""
+        os.write(2, f"\nerror: {line}\n".encode())
+
+
+def _beat_key(rank: int) -> str:
+    return f"watchdog/beat/{rank}"

@@ -1,0 +1,141 @@
+"""Image files of every kind become the documented pixels, by a conversion written here; damaged ones say why."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svite_scale.data.decode import UndecodableError, decode
+
+NOISE = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+RAMP = np.linspace(0, 65535, 108).astype(np.uint16).reshape(12, 9)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    content = BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def photograph(width: int = 64, height: int = 48, mode: str = "RGB", **options: object) -> bytes:
+    """A JPEG of smooth colours."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8)
+    return encoded(Image.fromarray(pixels).convert(mode), "jpeg", **options)
+
+
+def pixels(content: bytes, channels: int = 3) -> np.ndarray:
+    """``[H, W, channels]``"""
+    found = decode(content, channels)
+    assert str(found.dtype) == "torch.uint8"
+    assert found.shape[0] == channels
+    return found.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("quality", [60, 95])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_have_the_pixels_of_pillow(quality: int, subsampling: int, progressive: bool) -> None:
+    content = photograph(61, 47, quality=quality, subsampling=subsampling, progressive=progressive)
+    np.testing.assert_array_equal(pixels(content), np.array(Image.open(BytesIO(content))))
+    grey = photograph(61, 47, "L", quality=quality, progressive=progressive)
+    np.testing.assert_array_equal(pixels(grey, 1)[..., 0], np.array(Image.open(BytesIO(grey))))
+
+
+def test_grey_and_colour_become_each_other() -> None:
+    grey = NOISE[..., 0]
+    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(grey), "png")), np.repeat(grey[..., None], 3, axis=2))
+    luma = NOISE @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(pixels(encoded(Image.fromarray(NOISE), "png"), 1)[..., 0], luma, atol=0.51)
+    grey_jpeg = photograph(mode="L")
+    np.testing.assert_array_equal(pixels(grey_jpeg), np.repeat(pixels(grey_jpeg, 1), 3, axis=2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled(channels: int) -> None:
+    """Pillow's own conversion clips at 255."""
+    found = pixels(encoded(Image.fromarray(RAMP), "png"), channels)
+    expected = np.round(RAMP / 257).astype(np.uint8)
+    np.testing.assert_array_equal(found, np.repeat(expected[..., None], channels, axis=2))
+
+
+def test_cmyk_becomes_light() -> None:
+    inks = np.zeros((16, 16, 4), dtype=np.uint8)
+    inks[...] = (30, 90, 200, 60)
+    found = pixels(encoded(Image.fromarray(inks, "CMYK"), "jpeg", quality=100))
+    expected = [(255 - ink) * (255 - 60) / 255 for ink in (30, 90, 200)]
+    np.testing.assert_allclose(found, np.broadcast_to(expected, (16, 16, 3)), atol=4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_left_out() -> None:
+    palette = Image.fromarray((np.arange(108) % 4).astype(np.uint8).reshape(12, 9), "P")
+    colours = [10, 20, 30, 200, 100, 50, 0, 255, 0, 90, 90, 90]
+    palette.putpalette(colours)
+    content = encoded(palette, "png", transparency=bytes([0, 100, 255, 255]))
+    assert isinstance(Image.open(BytesIO(content)).info["transparency"], bytes)
+    expected = np.array(colours, dtype=np.uint8).reshape(4, 3)[np.arange(108) % 4].reshape(12, 9, 3)
+    np.testing.assert_array_equal(pixels(content), expected)
+    alpha = np.concatenate([NOISE, np.full((12, 9, 1), 7, dtype=np.uint8)], axis=2)
+    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(alpha), "png")), NOISE)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "webp"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if kind == "webp" else {}
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (pixels(content) == (255, 0, 0)).all()
+
+
+def test_an_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert pixels(photograph(64, 48, exif=exif)).shape == (48, 64, 3)
+    np.testing.assert_array_equal(pixels(photograph(64, 48, exif=exif)), pixels(photograph(64, 48)))
+
+
+def test_what_pillow_puts_up_with_is_no_damage() -> None:
+    """Bytes between segments: libjpeg warns, and simplejpeg refuses."""
+    content = photograph()
+    start = content.index(b"\xff\xda")
+    odd = content[:start] + b"\x00" * 7 + content[start:]
+    np.testing.assert_array_equal(pixels(odd), pixels(content))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is very large."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no image file that Pillow knows"),
+        (b"junk", "no image file that Pillow knows"),
+        (photograph()[:-20], "image file is truncated"),
+        (photograph()[:-2], "image file is truncated"),
+        (photograph()[:300], "."),
+        (photograph(mode="L")[:-20], "image file is truncated"),
+        (encoded(Image.fromarray(NOISE), "png")[:-40], "."),
+        (encoded(Image.fromarray(NOISE), "png").replace(b"IDAT", b"IDAX"), "."),
+        (bomb(30000, 30000), "decompression bomb"),
+        (bomb(10000, 10000), "10000 x 10000 pixels are more than the 89,478,485 that Pillow allows"),
+        (encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "tiff"), "mode 'F' has 32 bits"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> None:
+    with pytest.raises(UndecodableError, match=reason) as caught:
+        decode(content, channels)
+    assert "\n" not in str(caught.value)
+    assert "0x" not in str(caught.value)

@@ -1,0 +1,66 @@
+"""Lists of classes and of labels: what is wrong is named by its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from svite_scale.data.labels import read_classes, read_labels
+from svite_scale.errors import DataError
+
+CLASSES = {"n01": 0, "n02": 1}
+
+
+def test_lists(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("n02\n n01 \ntench, Tinca\n\n\n")
+    assert read_classes(path) == {"n02": 0, "n01": 1, "tench, Tinca": 2}
+    path.write_text("b.JPEG 7\nfolder/a b.png   12\nc.jpg\t0\n")
+    assert read_labels(path, None) == [("b.JPEG", 7), ("folder/a b.png", 12), ("c.jpg", 0)]
+    path.write_text("b.JPEG n02\nc.JPEG 0\n")
+    assert read_labels(path, CLASSES) == [("b.JPEG", 1), ("c.JPEG", 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no class"),
+        ("a\n\nb\n", "line 2 is ''"),
+        ("a\nb/c\n", "line 2 is 'b/c'"),
+        ("a\nb\na\n", "line 3: 'a' stands on line 1 too"),
+    ],
+)
+def test_classes_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"classes.txt.*{message}"):
+        read_classes(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no file"),
+        ("a.jpg 1\nb.jpg\n", r"line 2 is 'b\.jpg'; .* a class number from 0, or give the classes' names with --classes"),
+        ("a.jpg 1\n\nb.jpg 2\n", "line 2 is ''"),
+        ("a.jpg 1\nb.jpg n01\n", "line 2 is 'b.jpg n01'"),
+        ("a.jpg -1\n", "line 1"),
+        ("a.jpg 1\nb.jpg 1\na.jpg 2\n", "line 3: 'a.jpg' stands there twice"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "val.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=rf"val\.txt.*{message}"):
+        read_labels(path, None)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name in ("nowhere", "binary"):
+        with pytest.raises(DataError, match=rf"{name} can't be read"):
+            read_classes(tmp_path / name)
+    (tmp_path / "labels").write_text("a.jpg n03\n")
+    with pytest.raises(DataError, match="a class number from 0 or a class"):
+        read_labels(tmp_path / "labels", CLASSES)

@@ -1,0 +1,76 @@
+"""Loader processes and signals: a scheduler's warning to a whole job doesn't take the workers from the training process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATIENCE_S = 60
+PROGRAM = """
+import os, signal, sys, time
+import torch
+from tests.data.numbered import grey_config, numbers, train_data
+
+torch.set_num_threads(1)
+warned = []
+for warning in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(warning, lambda number, frame: warned.append(number))
+stream = train_data(grey_config(train=sys.argv[1], workers=2), 12).batches()
+print(len(numbers(next(stream))), flush=True)
+while len(warned) < 2:
+    time.sleep(0.01)
+time.sleep(0.2)
+# More than the workers have made in advance.
+print(sum(len(numbers(next(stream))) for _ in range(40)), flush=True)
+stream.close()
+print(sorted(warned), flush=True)
+"""
+
+
+def test_a_warning_to_all_processes_leaves_the_workers_at_work(many: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "12\n"
+        for warning in (signal.SIGTERM, signal.SIGUSR1):
+            os.killpg(process.pid, warning)
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert output == f"480\n{sorted([int(signal.SIGTERM), int(signal.SIGUSR1)])}\n"
+    assert process.returncode == 0
+    assert not members(process.pid)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes of a group through /proc")
+def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "12\n"
+    assert len(members(process.pid)) == 3
+    process.kill()
+    process.wait(PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    while members(process.pid):
+        assert time.monotonic() < deadline, "the workers outlive the training process"
+        time.sleep(0.1)
+    process.stdout.close()
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(process_group) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found

@@ -1,0 +1,95 @@
+"""``--auto-resume`` starts or goes on, and ``--log-dir`` keeps what each rank said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import free_port
+from tests.train.command_line import run_command, run_here
+from tests.train.runs import losses_of, metrics_of
+from tests.train.tiny import write_config_file
+
+NUM_STEPS = 16
+SINGLE = ("parallel.backend=single", "train.eval_every_epochs=4")
+
+
+def test_without_a_checkpoint_it_starts_anew_and_with_one_it_goes_on(
+    capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
+) -> None:
+    config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+    arguments = ("--config", str(config), "--auto-resume", *SINGLE, "tracking.mlflow=true")
+    # What a kill before the first checkpoint leaves.
+    (tmp_path / "run" / "checkpoints" / "step-00000002.partial").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+    assert run_here(capsys, *arguments, "train.max_steps=5").status == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    mlflow_run = (tmp_path / "run" / "mlflow_run_id").read_text()
+
+    assert run_here(capsys, *arguments).status == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, NUM_STEPS + 1))
+    assert (tmp_path / "run" / "mlflow_run_id").read_text() == mlflow_run
+
+    straight = ("--config", str(config), *SINGLE, f"run_dir={tmp_path / 'straight'}")
+    assert run_here(capsys, *straight).status == 0
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
+
+
+def test_it_does_not_start_over_a_run_whose_checkpoints_are_torn(
+    capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
+) -> None:
+    config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
+    answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
+    assert answer.status == 1
+    assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint to resume from" in answer.err
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
+
+
+def test_the_two_ways_to_resume_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--config", "configs/quickstart.yaml", "--resume", "--auto-resume")
+    assert answer.status == 2
+    assert "not allowed with argument" in answer.err
+
+
+def test_each_rank_appends_to_its_log_and_leaves_its_status(digits: Path, tmp_path: Path) -> None:
+    config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+    logs = tmp_path / "logs" / "7"
+    launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    command = (*launcher, "launch/train.py", "--config", str(config), "--log-dir", str(logs), "parallel.backend=ddp")
+    answer = run_command(*command, "train.max_steps=2")
+    assert answer.status == 0, answer.err
+    assert "2 steps, test accuracy" not in answer.out + answer.err
+    assert "2 steps, test accuracy" in (logs / "rank-0.log").read_text()
+    assert "2 steps, test accuracy" not in (logs / "rank-1.log").read_text()
+    assert [(logs / f"rank-{rank}.status").read_text() for rank in range(2)] == ["0\n", "0\n"]
+
+    answer = run_command(*command)
+    assert answer.status != 0
+    log = (logs / "rank-0.log").read_text()
+    assert log.index("2 steps, test accuracy") < log.index("config error: run_dir")
+    assert [(logs / f"rank-{rank}.status").read_text() for rank in range(2)] == ["2\n", "2\n"]
+
+
+def test_a_log_dir_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer = run_here(capsys, "--config", "configs/quickstart.yaml", "--log-dir", str(tmp_path / "file" / "logs"))
+    assert answer.status == 2
+    assert answer.err.startswith(f"config error: --log-dir {tmp_path}/file/logs: ")
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_what_nobody_caught_is_in_the_log_too(tmp_path: Path) -> None:
+    program = (
+        "import argparse, sys\n"
+        "from svite_scale.train.rank_log import run_logged\n"
+        "def fail(arguments): raise KeyError('no such thing')\n"
+        f"sys.exit(run_logged(fail, argparse.Namespace(log_dir={str(tmp_path)!r})))\n"
+    )
+    answer = run_command("python", "-c", program)
+    assert (answer.status, answer.out, answer.err) == (1, "", "")
+    assert "KeyError: 'no such thing'" in (tmp_path / "rank-0.log").read_text()
+    assert (tmp_path / "rank-0.status").read_text() == "1\n"
