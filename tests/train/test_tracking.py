@@ -124,16 +124,17 @@ def test_a_window_averages_over_samples_and_ranks() -> None:
 def test_a_window_leaves_skipped_steps_out() -> None:
     for skipped, nothing in run_on_ranks(2, windows_with_skipped_steps):
         assert (skipped["loss"], skipped["accuracy"], skipped["grad_norm"]) == (2.0, 1.0, 7.0)
-        assert nothing.keys() == {"samples_per_second"}
+        assert nothing.keys() == {"damaged_samples", "samples_per_second"}
 
 
 def windows_with_skipped_steps() -> list[dict[str, float]]:
     """One of an applied step between two skipped ones, and one of a skipped step."""
     window = MetricsWindow(torch.device("cpu"))
+    batch = Batch(torch.empty(0), torch.tensor([1]), torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
     found = []
     for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
         for loss in losses:
-            window.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), torch.tensor([1]))
+            window.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), batch)
             window.step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
         found.append(window.close(global_batch_size=2))
         window.restart()
