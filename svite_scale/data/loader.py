@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import NamedTuple
@@ -22,6 +24,9 @@ from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
+
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems send before they kill."""
 
 
 class Batch(NamedTuple):
@@ -204,10 +209,18 @@ def load(dataset: BatchDataset, rows: Iterable[list[Row]], workers: int) -> Iter
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Has a loader process ignore the warnings of a scheduler.
+    """Has a loader process ignore the warnings of a scheduler, and end at a SIGTERM of the training process.
 
-    Those may go to every process of a job, and the training process needs its workers to finish the step. They end when it
-    stops iterating or is gone, which torch's loader sees to by other means.
+    Those warnings may go to every process of a job, and the training process needs its workers to finish the step. It ends
+    those that are left when it exits by SIGTERM, and then waits for them; an uncaught error, whose traceback holds the
+    iterator, leaves some.
     """
-    for warning in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(warning, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    threading.Thread(target=end_with_trainer, args=(os.getppid(),), name="signals", daemon=True).start()
+
+
+def end_with_trainer(trainer: int) -> None:
+    """Takes signals, which a handler couldn't tell the sender of, until one comes from that process."""
+    while (received := signal.sigwaitinfo(WARNINGS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
+        pass
+    os._exit(0)

@@ -63,6 +63,28 @@ def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
     process.stdout.close()
 
 
+CRASH = """
+import sys
+from tests.data.numbered import grey_config, train_data
+
+stream = train_data(grey_config(train=sys.argv[1], workers=2), 12).batches()
+next(stream)
+raise KeyError("an error of the trainer's")
+"""
+
+
+def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> None:
+    """The traceback that Python keeps holds the stream until the process has gone, and with it the workers."""
+    process = subprocess.Popen([sys.executable, "-c", CRASH, many], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        for pid in members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert (process.returncode, err.splitlines()[-1]) == (1, 'KeyError: "an error of the trainer\'s"')
+    assert not members(process.pid)
+
+
 def members(group: int) -> list[int]:
     """The living processes of a process group."""
     found = []
