@@ -65,6 +65,8 @@ class Watchdog:
             self.store.set(VERDICT, NO_VERDICT)
         self._beat()
         dist.barrier()
+        # A rank that is gone before the first interval is over is named too.
+        self._read()
 
     def __enter__(self) -> Watchdog:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange_beats, self._judge)]
