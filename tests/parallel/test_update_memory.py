@@ -18,6 +18,7 @@ from tests.ranks import run_on_ranks
 WIDTH = 1536
 DENSE_COPY = WIDTH * 2 * WIDTH * 4
 """Bytes of the largest layer's dense fp32 weight."""
+UPDATES = 8
 
 
 def transient(kind: str, density: float, method: str) -> int:
@@ -28,16 +29,16 @@ def transient(kind: str, density: float, method: str) -> int:
     )
     sparsify(model, density, distribution="uniform")
     backend = build_backend(kind, model, adamw, clip=None)
-    schedule = UpdateSchedule(total_steps=10, update_every=1)
+    schedule = UpdateSchedule(total_steps=2 * UPDATES, update_every=1)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method=method), group=dist.group.WORLD)
     peaks = []
-    for _ in range(3):
+    for _ in range(UPDATES):
         backend.backward(backend.forward(torch.randn(1, WIDTH)).square().mean())
         backend.step()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             assert topology.step() is not None
         peaks.append(peak_bytes(profiler))
-    # The least, for on a busy machine a collective's own thread may free late what it held.
+    # The least, for a collective's own thread frees late what it held, whenever it has to wait for a processor.
     return min(peaks)
 
 
