@@ -34,7 +34,6 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.ema import Ema
-from svite_scale.train.guard import Guard
 from svite_scale.train.optimizer import build_optimizer
 from tests.ranks import close_all, run_on_ranks
 
@@ -78,7 +77,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     average = Ema(model, backend.access, 0.9999) if ema else None
     topology.followers += [average] if average else []
     name = f"{backend_name}-{density}-{ema}"
-    checkpoint = Checkpoint(folder / name, config, backend, topology, guard=Guard(config.guard), ema=average)
+    checkpoint = Checkpoint(folder / name, config, backend, topology, counts={}, ema=average)
     for _ in range(UPDATES):
         train_step(backend, topology)
     stalls, seconds = [], []

@@ -36,7 +36,6 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.checkpoint import Checkpoint
-from svite_scale.train.guard import Guard
 
 RANKS, STEPS_PER_EPOCH = 2, 2
 SAVING = CheckpointConfig(keep_last=2, on_error="stop")
@@ -218,12 +217,12 @@ def small_run(
     schedule = UpdateSchedule(total_steps=10**9, update_every=10**9)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method="static"), group=dist.group.WORLD)
     config = Config(run_dir=str(directory.parent), checkpoint=saving)
-    guard, every = Guard(config.guard), saving.keep_every_epochs
+    every = saving.keep_every_epochs
 
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, backend, topology, guard=guard, keeps=keeps)
+    return backend, topology, Checkpoint(directory, config, backend, topology, counts={}, keeps=keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

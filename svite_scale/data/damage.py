@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from svite_scale.errors import DataError
 
@@ -18,6 +19,10 @@ logger.setLevel(logging.WARNING)
 class DamageLimit:
     """How many damaged samples are too many.
 
+    Attributes:
+        seen: samples that were counted by :meth:`add`, over all ranks; a resumed run goes on counting.
+        damaged: how many of them couldn't be decoded.
+
     Args:
         field: where the samples come from, ``data.train`` or ``data.val``.
         max_share: ``data.max_damaged``; 0 makes the first one fatal.
@@ -27,6 +32,7 @@ class DamageLimit:
     def __init__(self, field: str, max_share: float, consequence: str) -> None:
         self._field, self._max_share, self._consequence = field, max_share, consequence
         self._first: str | None = None
+        self.damaged = self.seen = 0
 
     def note(self, reports: Sequence[str]) -> None:
         """Takes note of damaged samples of this rank; warns of the first.
@@ -40,6 +46,24 @@ class DamageLimit:
         if self._max_share == 0:
             raise DataError(f"{self._first}; write the shard again, or allow for a share of such samples by data.max_damaged")
         logger.warning("%s; %s, and further ones are counted in the metrics", self._first, self._consequence)
+
+    def add(self, damaged: int, seen: int) -> None:
+        """Counts samples of all ranks, and judges those of the run so far.
+
+        Raises:
+            DataError: as :meth:`check`.
+        """
+        self.damaged += damaged
+        self.seen += seen
+        self.check(self.damaged, self.seen)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"damaged": self.damaged, "seen": self.seen}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state` gave."""
+        self.damaged, self.seen = state["damaged"], state["seen"]
 
     def check(self, damaged: float, seen: float) -> None:
         """Judges counts over all ranks, so that all of them fail together.

@@ -84,7 +84,7 @@ class Trainer:
             config,
             self.backend,
             self.topology,
-            guard=self.guard,
+            counts={"guard": self.guard, "damage": self.train_data.damage},
             ema=self.ema,
             keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
         )
@@ -128,12 +128,13 @@ class Trainer:
                 evaluates, saves = self._is_due(self.config.train.eval_every_epochs), stops or self._saves()
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
-                metrics |= window.close(self.config.train.global_batch_size) | self._state_metrics()
+                metrics |= window.close(self.config.train.global_batch_size)
+                self.train_data.damage.add(window.damaged, window.samples)
+                metrics |= self._state_metrics()
                 if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
                     batches = self._roll_back(tracker, progress, metrics["loss"])
                     window.restart()
                     continue
-                self.train_data.damage.check(window.damaged, window.samples)
                 if saves:
                     self.activity.enter("checkpoint")
                     self.checkpoint.save(wait=stops or self.step == self.last_step)
@@ -267,6 +268,7 @@ class Trainer:
             "density": self.density,
             "drop_rate": self.topology.rate,
             "postponed_updates": self.topology.postponed,
+            "damaged_samples": self.train_data.damage.damaged,
             **self.guard.metrics(),
             **self._token_metrics(),
         }

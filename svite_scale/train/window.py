@@ -16,7 +16,7 @@ class MetricsWindow:
     """Loss, accuracy and throughput since the last line, over all ranks.
 
     Attributes:
-        samples: those of all windows closed, over all ranks: since the run was started or resumed, in steps that were applied.
+        samples: those of the window closed last, over all ranks, in steps that were applied.
         damaged: how many of them couldn't be decoded, so that others stood in.
     """
 
@@ -44,11 +44,9 @@ class MetricsWindow:
         """The averages since the last restart, without loss and accuracy where no step was applied. A collective."""
         dist.all_reduce(self._sums)
         loss, correct, count, damaged = self._sums.tolist()
-        self.samples += int(count)
-        self.damaged += int(damaged)
+        self.samples, self.damaged = int(count), int(damaged)
         seconds = time.perf_counter() - self._started
         metrics = {"loss": loss / count, "accuracy": correct / count} if count else {}
-        metrics["damaged_samples"] = self.damaged
         metrics["samples_per_second"] = self._steps * global_batch_size / seconds
         return metrics if self._grad_norm is None else {**metrics, "grad_norm": float(self._grad_norm)}
 

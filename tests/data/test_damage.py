@@ -137,6 +137,18 @@ def test_a_broken_last_sample_is_counted_once_and_not_again_as_padding(tmp_path:
     assert sum(int(batch.valid.sum()) for batch in batches) == 4
 
 
+def test_counts_add_up_and_are_judged_together() -> None:
+    before = DamageLimit("data.train", 0.001, "it is left out")
+    before.add(3, MIN_SEEN)
+    before.add(4, MIN_SEEN)
+    resumed = DamageLimit("data.train", 0.001, "it is left out")
+    resumed.resume(before.state())
+    resumed.add(23, MIN_SEEN)
+    assert (resumed.damaged, resumed.seen) == (30, 3 * MIN_SEEN)
+    with pytest.raises(DataError, match=r"31 of 30,001 samples"):
+        resumed.add(1, 1)
+
+
 @pytest.mark.parametrize(
     ("damaged", "seen", "fatal"),
     [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,18 @@ from svite_scale.train.checkpoint.same_run import check_same_run, check_same_ten
 from svite_scale.train.checkpoint.state import RunTensors
 from svite_scale.train.checkpoint.writing import Snapshot, write_checkpoint
 from svite_scale.train.ema import Ema
-from svite_scale.train.guard import Guard
 
 logger = logging.getLogger("svite_scale")
+
+
+class Counts(Protocol):
+    """Counts something, alike on all ranks, that goes on where a run resumes."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for JSON."""
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state` gave."""
 
 
 class Checkpoint:
@@ -50,7 +59,7 @@ class Checkpoint:
         backend: Backend,
         topology: TopologyEngine,
         *,
-        guard: Guard,
+        counts: Mapping[str, Counts],
         ema: Ema | None = None,
         keeps: Callable[[int], bool] | None = None,
     ) -> None:
@@ -59,11 +68,11 @@ class Checkpoint:
         config: of the run.
         backend: holds the model and the optimizer.
         topology: holds the step and the statistics.
-        guard: holds what it has counted.
+        counts: by name, what else goes on where it was.
         ema: holds the average of the weights, if there is one.
         keeps: whether the checkpoint of a step is kept for good; None keeps none for its step.
         """
-        self.config, self.backend, self.topology, self.guard = config, backend, topology, guard
+        self.config, self.backend, self.topology, self.counts = config, backend, topology, counts
         self.directory = CheckpointDirectory(directory, config.checkpoint.keep_last, keeps)
         self.failed_saves = 0
         self.last_saved: Path | None = None
@@ -161,14 +170,15 @@ class Checkpoint:
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
         self._tensors.write(state)
         write_scalars(self.backend.optimizer, run_state["optimizer_scalars"])
-        self.guard.resume(run_state["guard"])
+        for name, counts in self.counts.items():
+            counts.resume(run_state["counts"][name])
         self.last_saved, self._step = path, self.topology.steps
         return self.topology.steps
 
     def _snapshot(self) -> Snapshot:
         run_state: dict[str, Any] = {
             "topology": self.topology.counters(),
-            "guard": self.guard.state(),
+            "counts": {name: counts.state() for name, counts in self.counts.items()},
             "optimizer_scalars": scalars(self.backend.optimizer),
             "config": to_dict(self.config),
             "versions": versions(),
