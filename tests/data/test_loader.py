@@ -97,6 +97,32 @@ def test_a_sample_looks_the_same_on_any_number_of_ranks_and_its_copies_differ(ma
     assert len(images(1)) == STEPS * BATCH
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are processors
+@pytest.mark.parametrize("workers", range(5))
+@pytest.mark.parametrize("world", range(1, 9))
+def test_steps_and_augmentation_are_those_of_one_process_at_any_world_size_and_workers(
+    many: str, world: int, workers: int
+) -> None:
+    batch = 24 if 24 % world == 0 else 35
+    affine = AugmentConfig(recipe="affine", repeats=3)
+
+    def steps(world: int, workers: int) -> list[Counter[tuple[bytes, int]]]:
+        config = grey_config(train=many, workers=workers, shuffle_shards=2, augment=affine)
+        streams = [train_data(config, batch, 1, rank, world).batches(0, 3) for rank in range(world)]
+        return [
+            Counter(
+                (image.numpy().tobytes(), label)
+                for one in step
+                for image, label in zip(one.images, one.labels.tolist(), strict=True)
+            )
+            for step in zip(*streams, strict=True)
+        ]
+
+    found = steps(world, workers)
+    assert found == steps(1, 0)
+    assert [one.total() for one in found] == [batch] * 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_training_process_random_state_alone(many: str, workers: int) -> None:
     def draw() -> tuple[float, float, float]:

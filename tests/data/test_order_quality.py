@@ -1,0 +1,63 @@
+"""How well the order shuffles and how few shards a rank reads, and the figures that benchmarks/data.py reports of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.data_order import locality, most_open, shard_counts, shuffling
+from svite_scale.data.order import epoch_order
+
+COUNTS, WINDOW = shard_counts(64_000, 320), 32
+
+
+@pytest.fixture(scope="module")
+def order() -> np.ndarray:
+    return epoch_order(COUNTS, seed=0, epoch=0, shuffle_shards=WINDOW, repeats=1)[:, 0]
+
+
+def test_shards_share_the_samples_evenly() -> None:
+    assert shard_counts(11, 4) == [3, 3, 3, 2]
+
+
+def test_figures_of_orders_made_by_hand() -> None:
+    counts = [2, 2, 2]
+    in_place = shuffling(np.arange(6), counts, batch=2)
+    # Neighbours are one apart; two of five pairs lie across a border of shards.
+    assert list(in_place.values()) == pytest.approx([0, 1 / 6, 2 / 5 / 3, 3 / 5, 1])
+    # 5 + 3 + 1 + 1 + 3 + 5 places; the last two shards' samples are the neighbours across borders.
+    backwards = shuffling(np.arange(6)[::-1].copy(), counts, batch=3)
+    assert list(backwards.values()) == pytest.approx([18 / 6 / 6, 1 / 6, 2 / 5 / 3, 3 / 5, 2])
+
+
+def test_shards_read_in_orders_made_by_hand() -> None:
+    assert most_open(np.array([0, 1, 0, 2, 1, 2])) == 2
+    assert most_open(np.array([0, 0, 1, 1])) == 1
+    # Of steps of four samples the second rank takes two, which lie in two shards in two of the ten steps.
+    assert locality(np.arange(40), [10] * 4, batch=4, rank=1, world_size=2) == (1.2, 4, 1, 4)
+
+
+def test_it_shuffles_almost_as_a_true_permutation_does(order: np.ndarray) -> None:
+    """A permutation moves a sample by a third of the epoch on average, and its neighbours are as far apart."""
+    found = shuffling(order, COUNTS)
+    for quantity in ("mean displacement", "mean distance of neighbours", "mean distance of neighbours' shards"):
+        assert found[quantity] == pytest.approx(1 / 3, rel=0.06), quantity
+    # Two samples of a window are of one of its shards as often as chance has it.
+    assert found["share of neighbours of one shard"] == pytest.approx(1 / WINDOW, rel=0.1)
+    # A batch of 1,024 out of a window of 6,400 samples misses none of its shards.
+    assert WINDOW <= found["shards in a batch of 1,024"] <= WINDOW * 1.2
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 64])
+def test_a_rank_reads_few_shards_at_a_time(order: np.ndarray, world_size: int) -> None:
+    per_step, _, most, _ = locality(order, COUNTS, 1_024, world_size - 1, world_size)
+    assert per_step <= min(WINDOW * 1.2, 1_024 / world_size)
+    # Where a window ends within a step, both are open.
+    assert most <= 2 * WINDOW
+
+
+def test_a_poor_shuffle_shows() -> None:
+    """The bounds above are no formality."""
+    found = shuffling(epoch_order(COUNTS, seed=0, epoch=0, shuffle_shards=1, repeats=1)[:, 0], COUNTS)
+    assert found["share of neighbours of one shard"] > 0.9
+    assert found["mean distance of neighbours' shards"] < 0.01
