@@ -7,6 +7,7 @@ from timm.models import VisionTransformer
 from svite_scale.config import Config
 from svite_scale.models.flops import ModelCost, model_cost
 from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.models.teacher import build_teacher
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.parallel.memory import ModelSize, bytes_per_rank
 from svite_scale.sparsity import bits
@@ -18,7 +19,8 @@ def describe(config: Config, world_size: int) -> str:
     """The plan of a run as text: layers, parameters, multiply-accumulates, and bytes of training state per rank.
 
     Raises:
-        ConfigError: the model can't be built.
+        ConfigError: the model, or its teacher, can't be built.
+        CheckpointError: the teacher's file can't be used.
     """
     model, plan = plan_sparse_vit(config.model, config.sparsity)
     cost = model_cost(config.model, model, plan)
@@ -29,7 +31,7 @@ def describe(config: Config, world_size: int) -> str:
     dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
         _layers(plan),
-        "\n".join([*_costs(config, cost), *_tokens(model)]),
+        "\n".join([*_costs(config, cost), *_tokens(model), *_teacher(config)]),
         _bytes(config, world_size, sparse, dense),
     )
     return "\n\n".join(sections)
@@ -75,6 +77,15 @@ def _tokens(model: VisionTransformer) -> list[str]:
     selectors = token_selectors(model)
     passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
     return [f"tokens              {model.patch_embed.num_patches + model.num_prefix_tokens:,}{passing}"] if selectors else []
+
+
+def _teacher(config: Config) -> list[str]:
+    """A line on the teacher, which isn't in the training state; empty where there is none."""
+    if config.distillation.teacher is None:
+        return []
+    tensors = list(build_teacher(config.distillation, config.model).state_dict().values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return [f"teacher             {config.distillation.teacher}, whole on each rank: {size:,} bytes more"]
 
 
 def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:

@@ -203,6 +203,18 @@ def test_a_teacher_that_can_not_be_used_ends_the_command(
     assert "is no file" in answer(f"distillation.teacher={TEACHER}", "distillation.checkpoint=x", *NORMALISED, "--dry-run")[1]
 
 
+def test_a_plan_tells_what_the_teacher_takes(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    path = write_config_file(digits, tmp_path / "run", tmp_path / "c.yaml")
+    given = (f"distillation.teacher={TEACHER}", f"distillation.checkpoint={checkpoint}", *NORMALISED)
+    with_one, without = (run_here(capsys, "--config", str(path), "--dry-run", *overrides).out for overrides in (given, ()))
+    (size,) = re.findall(rf"^teacher +{TEACHER}, whole on each rank: ([\d,]+) bytes more$", with_one, re.M)
+    # Beside the tensors the file has a header of their names.
+    assert 0 < checkpoint.stat().st_size - int(size.replace(",", "")) < 20_000
+    assert "teacher" not in without
+
+
 def test_files_that_are_not_of_the_teacher(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
     def error_of(path: Path, *overrides: str) -> str:
         config = with_teacher(digits, tmp_path / "run", path, *overrides)
