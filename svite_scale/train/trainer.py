@@ -124,8 +124,10 @@ class Trainer:
                 if update:
                     tracker.log_topology(update.step, update.unit_masks)
                 progress.advance()
-                stops = self.asked_to_stop()
-                evaluates, saves = self._is_due(self.config.train.eval_every_epochs), stops or self._saves()
+                stops = self.asked_to_stop() and self.step < self.last_step
+                saves = stops or self._saves()
+                # Who asks to stop gives little time.
+                evaluates = not stops and self._is_due(self.config.train.eval_every_epochs)
                 if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
                     continue
                 metrics |= window.close(self.config.train.global_batch_size)

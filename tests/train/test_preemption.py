@@ -49,6 +49,13 @@ def test_a_signal_during_the_last_steps_comes_too_late(config_path: Path) -> Non
     assert [one.status for one in ended] == [0, 0], ended
 
 
+def test_no_evaluation_delays_the_end(config_path: Path) -> None:
+    """Each fourth step ends an epoch, and is evaluated as a rule."""
+    (ended,) = Job(1, config_path, fault=Fault(0, 7, "SIGTERM")).wait()
+    assert ended.err.endswith("saved after step 8; go on with --resume\n")
+    assert [line["step"] for line in metrics_of(config_path.parent / "run") if "eval_loss" in line] == [4]
+
+
 def test_a_second_signal_ends_the_process_at_once(config_path: Path) -> None:
     job = Job(2, config_path, DDP, fault=Fault(0, 3, "sleep"))
     metrics = config_path.parent / "run" / "metrics.jsonl"
