@@ -30,6 +30,8 @@ def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse
         path = Path(arguments.log_dir) / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        # Of the start before.
+        path.with_suffix(".status").unlink(missing_ok=True)
     except (ConfigError, OSError) as error:
         print(f"config error: --log-dir {arguments.log_dir}: {error}; name a folder that can be written", file=sys.stderr)
         return 2
