@@ -87,6 +87,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     train(arguments.epochs, arguments.zero_stage)
+    # gloo's threads let go of their last tensors meanwhile; after Python's end that aborts (pytorch/pytorch#179291).
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -93,6 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start()
     train(arguments.epochs, device)
+    # gloo's threads let go of their last tensors meanwhile; after Python's end that aborts (pytorch/pytorch#179291).
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -123,7 +123,8 @@ def supervise(
             if world.is_main:
                 print(stop, file=sys.stderr)
         activity.enter("leaving")
-        # Together, for when one rank has left, some launchers end the others, and so does the store.
+        # Together, for when one rank has left, some launchers end the others, and so does the store. Meanwhile gloo's threads
+        # let go of their last tensors, which after Python's end aborts the process (pytorch/pytorch#179291).
         dist.barrier()
         return status
 
