@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from svite_scale.data.dataset import DamagedSampleError, Row, ShardDataset
 from svite_scale.data.randomness import restored
@@ -14,47 +16,63 @@ from svite_scale.errors import DataError
 
 
 class LoadedBatch(NamedTuple):
-    """A batch on its way from a loader process."""
+    """What a loader process tells of a batch, whose images it has put into a slot."""
 
-    images: Tensor
-    """uint8 ``[B, C, H, W]``"""
-    labels: Tensor
-    """int64 ``[B]``"""
-    damaged: Tensor
-    """bool ``[B]``: True where the image couldn't be decoded."""
+    slot: int
+    labels: list[int]
+    damaged: list[bool]
+    """Where the image couldn't be decoded."""
     reports: list[str]
     """One line for each damaged sample."""
 
 
+def shared_slots(count: int, batch_size: int, image_shape: tuple[int, int, int]) -> Tensor:
+    """Memory for the images of some batches, shared with the processes that are forked from this one.
+
+    It is anonymous: nothing is named, sent or opened for a batch, and the size of /dev/shm, small in containers, is no limit.
+
+    Returns:
+        uint8 ``[count, B, C, H, W]``, in memory pixel by pixel, as images come from Pillow.
+    """
+    channels, height, width = image_shape
+    shape = (count, batch_size, height, width, channels)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)
+
+
 class BatchDataset(Dataset[LoadedBatch]):
-    """A map from lists of rows to batches.
+    """A map from a slot and a list of rows to a batch.
 
     Args:
         samples: what they are read from.
-        image_shape: of a transformed image, (C, H, W).
+        slots: uint8 ``[count, B, C, H, W]``, where the images go.
         substitute: another sample stands in for a damaged one: the next of its shard that can be decoded, in cyclic order, with
             its own label and augmentation, so it is a function of the row alone. Otherwise the image is black.
     """
 
-    def __init__(self, samples: ShardDataset, image_shape: tuple[int, int, int], substitute: bool) -> None:
-        self._samples, self._image_shape, self._substitute = samples, image_shape, substitute
+    def __init__(self, samples: ShardDataset, slots: Tensor, substitute: bool) -> None:
+        self._samples, self._slots, self._substitute = samples, slots, substitute
 
-    def __getitem__(self, rows: list[Row]) -> LoadedBatch:
+    def __getitem__(self, item: tuple[int, list[Row]]) -> LoadedBatch:
         """Leaves the global generators as they were.
 
         Raises:
             DataError: a sample can't be read, or no sample of its shard be decoded.
         """
+        slot, rows = item
+        labels, reports = [], []
         with restored():
-            loaded = [self._load(row) for row in rows]
-        # In a loader process this puts the images into shared memory, copying each once.
-        images = default_collate([image for image, _, _ in loaded])
-        labels = torch.tensor([label for _, label, _ in loaded])
-        reports = [report for _, _, report in loaded]
-        damaged = torch.tensor([report is not None for report in reports])
-        return LoadedBatch(images, labels, damaged, [report for report in reports if report is not None])
+            for place, row in zip(self._slots[slot], rows, strict=True):
+                image, label, report = self._load(row)
+                if image is None:
+                    place.zero_()
+                else:
+                    place.copy_(image)
+                labels.append(label)
+                reports.append(report)
+        damaged = [report is not None for report in reports]
+        return LoadedBatch(slot, labels, damaged, [report for report in reports if report is not None])
 
-    def _load(self, row: Row) -> tuple[Tensor, int, str | None]:
+    def _load(self, row: Row) -> tuple[Tensor | None, int, str | None]:
         """Image, label, and what is wrong with the sample, if anything."""
         epoch, sample, copy = row
         try:
@@ -62,7 +80,7 @@ class BatchDataset(Dataset[LoadedBatch]):
         except DamagedSampleError as error:
             report = str(error)
         if not self._substitute:
-            return torch.zeros(self._image_shape, dtype=torch.uint8), self._samples.label(sample), report
+            return None, self._samples.label(sample), report
         for other in self._samples.others_of_shard(sample):
             try:
                 return *self._samples.load((epoch, other, copy)), report

@@ -57,7 +57,8 @@ class DeviceTransform:
             Images, float32 ``[B, C, H, W]``, and targets on the device: int64 ``[B]``, or with mixup or cutmix
             float32 ``[B, num_classes]``.
         """
-        inputs = images.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
+        inputs = images.to(self._device, non_blocking=True)
+        inputs = inputs.to(torch.float32, memory_format=torch.contiguous_format).sub_(self._mean).div_(self._std)
         targets = labels.to(self._device, non_blocking=True)
         if self._erase is not None:
             inputs = self._erase(inputs)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import chain, count, cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from svite_scale.config import DataConfig
-from svite_scale.data.batches import BatchDataset, LoadedBatch
+from svite_scale.data.batches import BatchDataset, shared_slots
 from svite_scale.data.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
@@ -25,6 +25,9 @@ from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
 
+PREFETCH = 2
+"""Batches that each loader process makes in advance."""
+
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems send before they kill."""
 
@@ -33,7 +36,7 @@ class Batch(NamedTuple):
     """What one rank computes at a time."""
 
     images: Tensor
-    """uint8 ``[B, C, H, W]``"""
+    """uint8 ``[B, C, H, W]``, in memory pixel by pixel"""
     labels: Tensor
     """int64 ``[B]``"""
     valid: Tensor
@@ -78,7 +81,7 @@ class TrainData:
         indexes = load_indexes(config.train, "data.train", ShardCache.of(config))
         check_window(config, [index.size for index in indexes if isinstance(index.path, RemoteShard)])
         self._samples = ShardDataset(indexes, transform, in_channels, seed)
-        self._batches = BatchDataset(self._samples, (in_channels, image_size, image_size), substitute=True)
+        self._image_shape = (in_channels, image_size, image_size)
         self._config = config
         self._accumulation_steps = accumulation_steps
         self._rank, self._world_size, self._seed = rank, world_size, seed
@@ -117,7 +120,8 @@ class TrainData:
         Raises:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
-        for images, labels, damaged, reports in load(self._batches, self._rows(first_step, last_step), self._config.workers):
+        rows = self._rows(first_step, last_step)
+        for images, labels, damaged, reports in load(self._samples, rows, self._image_shape, self._config.workers, True):
             self.damage.note(reports)
             yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
@@ -156,7 +160,7 @@ class EvalData:
         self._samples = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
         if not len(self._samples):
             raise DataError(f"data.val = {config.val!r} holds no samples; write shards that do")
-        self._batches = BatchDataset(self._samples, (in_channels, image_size, image_size), substitute=False)
+        self._image_shape = (in_channels, image_size, image_size)
         self._rows, self._valid = evaluation_rows(len(self._samples), batch_size, rank, world_size)
         self._workers = config.workers
         self.damage = DamageLimit("data.val", config.max_damaged, "it is left out")
@@ -182,30 +186,48 @@ class EvalData:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
-        batches = load(self._batches, rows, self._workers)
+        batches = load(self._samples, rows, self._image_shape, self._workers, False)
         for (images, labels, damaged, reports), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
             self.damage.note(reports)
             yield Batch(images, labels, counted & ~damaged, counted & damaged)
 
 
-def load(dataset: BatchDataset, rows: Iterable[list[Row]], workers: int) -> Iterator[LoadedBatch]:
-    """The batch of each list of rows, through one torch DataLoader."""
+def load(
+    samples: ShardDataset, rows: Iterable[list[Row]], image_shape: tuple[int, int, int], workers: int, substitute: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+    """The batch of each list of rows, all as long as the first, through one torch DataLoader.
+
+    Returns:
+        Images, labels and marks of damage, as in :class:`Batch`, and what is to be said of the damage.
+    """
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return
+    # One that is being taken, and those that are made or wait meanwhile.
+    slots = shared_slots(1 + PREFETCH * workers, len(first), image_shape)
     batches = DataLoader(
-        dataset,
+        BatchDataset(samples, slots, substitute),
         batch_size=None,  # an item is a batch
-        sampler=rows,
+        sampler=zip(cycle(range(len(slots))), chain([first], rows)),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=leave_signals_to_the_trainer,
         # The loader draws a base seed; without a generator of its own that would advance the training process's.
         generator=torch.Generator(),
     )
     try:
-        yield from batches
+        for slot, labels, damaged, reports in batches:
+            yield taken(slots[slot]), torch.tensor(labels), torch.tensor(damaged), reports
     except DataError as error:
         # A worker's error arrives as the text of its traceback, of which the last line is the message.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
+
+
+def taken(images: Tensor) -> Tensor:
+    """The images in memory of their own, from which a GPU can fetch them."""
+    return images.pin_memory() if torch.cuda.is_available() else images.clone()
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
