@@ -46,7 +46,7 @@ def test_it_does_not_start_over_a_run_whose_checkpoints_are_torn(
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
     answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
     assert answer.status == 1
-    assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint to resume from" in answer.err
+    assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is whole; move it away" in answer.err
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
 
 

@@ -128,7 +128,7 @@ def test_without_a_valid_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -
     flip(directory / "step-00000001" / DATA)
     for found in run_on_ranks(2, load, directory):
         assert found.step is None
-        assert found.message == f"{directory} holds no checkpoint to resume from; start the run without --resume"
+        assert found.message == f"{directory} holds no checkpoint that is whole; move it away to start the run anew"
 
 
 @pytest.mark.parametrize(

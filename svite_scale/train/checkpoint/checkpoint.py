@@ -145,7 +145,11 @@ class Checkpoint:
         """
         path = self.newest_valid()
         if path is None:
-            raise CheckpointError(f"{self.directory.path} holds no checkpoint to resume from; start the run without --resume")
+            if self.directory.named():
+                problem = "that is whole; move it away to start the run anew"
+            else:
+                problem = "to resume from; start the run without --resume"
+            raise CheckpointError(f"{self.directory.path} holds no checkpoint {problem}")
         return self._load(path)
 
     def close(self) -> None:
