@@ -120,8 +120,8 @@ class TrainData:
         Raises:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
-        rows = self._rows(first_step, last_step)
-        for images, labels, damaged, reports in load(self._samples, rows, self._image_shape, self._config.workers, True):
+        rows, workers = self._rows(first_step, last_step), self._config.workers
+        for images, labels, damaged, reports in load(self._samples, rows, self._image_shape, workers, substitute=True):
             self.damage.note(reports)
             yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
@@ -186,14 +186,14 @@ class EvalData:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
-        batches = load(self._samples, rows, self._image_shape, self._workers, False)
+        batches = load(self._samples, rows, self._image_shape, self._workers, substitute=False)
         for (images, labels, damaged, reports), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
             self.damage.note(reports)
             yield Batch(images, labels, counted & ~damaged, counted & damaged)
 
 
 def load(
-    samples: ShardDataset, rows: Iterable[list[Row]], image_shape: tuple[int, int, int], workers: int, substitute: bool
+    samples: ShardDataset, rows: Iterable[list[Row]], image_shape: tuple[int, int, int], workers: int, *, substitute: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
     """The batch of each list of rows, all as long as the first, through one torch DataLoader.
 
