@@ -54,6 +54,8 @@ def test_grey_and_colour_become_each_other() -> None:
     np.testing.assert_allclose(pixels(encoded(Image.fromarray(NOISE), "png"), 1)[..., 0], luma, atol=0.51)
     grey_jpeg = photograph(mode="L")
     np.testing.assert_array_equal(pixels(grey_jpeg), np.repeat(pixels(grey_jpeg, 1), 3, axis=2))
+    colour_jpeg = encoded(Image.fromarray(NOISE), "jpeg", quality=30)
+    np.testing.assert_array_equal(pixels(colour_jpeg, 1)[..., 0], np.array(Image.open(BytesIO(colour_jpeg)).convert("L")))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
