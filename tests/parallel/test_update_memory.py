@@ -18,7 +18,7 @@ from tests.ranks import run_on_ranks
 WIDTH = 1536
 DENSE_COPY = WIDTH * 2 * WIDTH * 4
 """Bytes of the largest layer's dense fp32 weight."""
-UPDATES = 8
+UPDATES = 6
 
 
 def transient(kind: str, density: float, method: str) -> int:

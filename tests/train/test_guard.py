@@ -184,7 +184,7 @@ def test_a_spike_takes_the_run_back_and_past_the_data(tmp_path: Path, digits: Pa
     assert [line["step"] for line in lines] == list(range(1, 33)), "each step once"
     assert [line["rollbacks"] for line in lines] == [0] * SAVED + [1] * 16
     assert max(line["loss"] for line in lines) < 4
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000032" / "run.json").read_text())["guard"]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000032" / "run.json").read_text())["counts"]["guard"]
     assert (state["rollbacks"], state["data_offset"]) == (1, SPIKE_STEP - SAVED)
 
     longer = tiny_config(digits, tmp_path / "run", *ENGINES[engine], *ROLLBACK, "train.max_steps=32")
