@@ -94,7 +94,7 @@ def test_mlflow_takes_patterns_of_layers(tmp_path: Path) -> None:
 
 
 def windows(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str, float]]:
-    """The metrics of two windows of two steps each. A micro-batch is (loss, labels); class 1 is always guessed."""
+    """The metrics and counts of two windows of two steps each. A micro-batch is (loss, labels); class 1 is always guessed."""
     window = MetricsWindow(torch.device("cpu"))
     found = []
     for first in (0, 2):
@@ -104,7 +104,7 @@ def windows(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str
             batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
             window.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
             window.step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
-        found.append(window.close(global_batch_size=8))
+        found.append({**window.close(global_batch_size=8), "samples": window.samples, "damaged": window.damaged})
         window.restart()
     return found
 
@@ -115,6 +115,8 @@ def test_a_window_averages_over_samples_and_ranks() -> None:
     for first, second in run_on_ranks(2, windows, [ours, theirs]):
         assert (first["loss"], first["accuracy"]) == ((1 + 2 + 3 + 6) / 4, 5 / 16)
         assert (second["loss"], second["accuracy"]) == ((3 + 4 + 1 + 0) / 4, 9 / 16)
+        assert (first["samples"], first["damaged"]) == (16, 1)
+        assert (second["samples"], second["damaged"]) == (16, 5)
         assert "grad_norm" not in first
         assert first["samples_per_second"] > 0
     assert second["grad_norm"] == 0.0
