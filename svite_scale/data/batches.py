@@ -26,15 +26,15 @@ class LoadedBatch(NamedTuple):
     """One line for each damaged sample."""
 
 
-def shared_slots(count: int, batch_size: int, image_shape: tuple[int, int, int]) -> Tensor:
-    """Memory for the images of some batches, shared with the processes that are forked from this one.
+def shared_slots(count: int, batch_shape: tuple[int, int, int, int]) -> Tensor:
+    """Memory for the images of so many batches ``[B, C, H, W]``, shared with the processes that are forked from this one.
 
     It is anonymous: nothing is named, sent or opened for a batch, and the size of /dev/shm, small in containers, is no limit.
 
     Returns:
         uint8 ``[count, B, C, H, W]``, in memory pixel by pixel, as images come from Pillow.
     """
-    channels, height, width = image_shape
+    batch_size, channels, height, width = batch_shape
     shape = (count, batch_size, height, width, channels)
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, cycle
+from itertools import count, cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ PREFETCH = 2
 """Batches that each loader process makes in advance."""
 
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they kill."""
+"""What batch systems send before they kill; ``STOP_SIGNALS`` of ``train``, which this layer doesn't import."""
 
 
 class Batch(NamedTuple):
@@ -81,7 +81,7 @@ class TrainData:
         indexes = load_indexes(config.train, "data.train", ShardCache.of(config))
         check_window(config, [index.size for index in indexes if isinstance(index.path, RemoteShard)])
         self._samples = ShardDataset(indexes, transform, in_channels, seed)
-        self._image_shape = (in_channels, image_size, image_size)
+        self._batch_shape = (global_batch_size // (world_size * accumulation_steps), in_channels, image_size, image_size)
         self._config = config
         self._accumulation_steps = accumulation_steps
         self._rank, self._world_size, self._seed = rank, world_size, seed
@@ -121,7 +121,7 @@ class TrainData:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
         rows, workers = self._rows(first_step, last_step), self._config.workers
-        for images, labels, damaged, reports in load(self._samples, rows, self._image_shape, workers, substitute=True):
+        for images, labels, damaged, reports in load(self._samples, rows, self._batch_shape, workers, substitute=True):
             self.damage.note(reports)
             yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
@@ -160,7 +160,7 @@ class EvalData:
         self._samples = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
         if not len(self._samples):
             raise DataError(f"data.val = {config.val!r} holds no samples; write shards that do")
-        self._image_shape = (in_channels, image_size, image_size)
+        self._batch_shape = (batch_size, in_channels, image_size, image_size)
         self._rows, self._valid = evaluation_rows(len(self._samples), batch_size, rank, world_size)
         self._workers = config.workers
         self.damage = DamageLimit("data.val", config.max_damaged, "it is left out")
@@ -186,30 +186,26 @@ class EvalData:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
-        batches = load(self._samples, rows, self._image_shape, self._workers, substitute=False)
+        batches = load(self._samples, rows, self._batch_shape, self._workers, substitute=False)
         for (images, labels, damaged, reports), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
             self.damage.note(reports)
             yield Batch(images, labels, counted & ~damaged, counted & damaged)
 
 
 def load(
-    samples: ShardDataset, rows: Iterable[list[Row]], image_shape: tuple[int, int, int], workers: int, *, substitute: bool
+    samples: ShardDataset, rows: Iterable[list[Row]], batch_shape: tuple[int, int, int, int], workers: int, *, substitute: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
-    """The batch of each list of rows, all as long as the first, through one torch DataLoader.
+    """The batch of each list of rows, of the shape ``[B, C, H, W]``, through one torch DataLoader.
 
     Returns:
         Images, labels and marks of damage, as in :class:`Batch`, and what is to be said of the damage.
     """
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        return
     # One that is being taken, and those that are made or wait meanwhile.
-    slots = shared_slots(1 + PREFETCH * workers, len(first), image_shape)
+    slots = shared_slots(1 + PREFETCH * workers, batch_shape)
     batches = DataLoader(
         BatchDataset(samples, slots, substitute),
         batch_size=None,  # an item is a batch
-        sampler=zip(cycle(range(len(slots))), chain([first], rows)),
+        sampler=zip(cycle(range(len(slots))), rows),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,

@@ -83,7 +83,7 @@ def _teacher(config: Config) -> list[str]:
     """A line on the teacher, which isn't in the training state; empty where there is none."""
     if config.distillation.teacher is None:
         return []
-    tensors = list(build_teacher(config.distillation, config.model).state_dict().values())
+    tensors = build_teacher(config.distillation, config.model).state_dict().values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return [f"teacher             {config.distillation.teacher}, whole on each rank: {size:,} bytes more"]
 

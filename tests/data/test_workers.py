@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.data.loader import WARNINGS
+from svite_scale.train.signals import STOP_SIGNALS
+
 PATIENCE_S = 60
 PROGRAM = """
 import os, signal, sys, time
@@ -71,6 +74,10 @@ stream = train_data(grey_config(train=sys.argv[1], workers=2), 12).batches()
 next(stream)
 raise KeyError("an error of the trainer's")
 """
+
+
+def test_they_ignore_what_stops_a_run() -> None:
+    assert set(WARNINGS) == set(STOP_SIGNALS)
 
 
 def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> None:
