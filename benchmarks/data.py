@@ -1,6 +1,6 @@
-"""The data loader: speed beside other loaders, what its order costs at ImageNet's size, how well it shuffles and what it reads.
+"""The data loader: speed beside others, its order at ImageNet's size, how it shuffles, what it reads, remote shards.
 
-    python benchmarks/data.py [--sections speed order shuffling locality] [--images 1280] [--rounds 8]
+    python benchmarks/data.py [--sections speed order shuffling locality remote] [--images 1280] [--rounds 8]
 
 Speed is in samples per second of one core: a loader's one worker process and the process that iterates are pinned to the same
 core. Images are 500 x 375 JPEGs made of scikit-learn's two photographs; all apply DeiT's crop, flip and rand-m9-mstd0.5-inc1 at
@@ -33,6 +33,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 
 from benchmarks.data_order import locality_section, order_section, shuffling_section
+from benchmarks.data_remote import remote_section
 from benchmarks.machine import describe_machine
 from benchmarks.timing import ratio
 from svite_scale.config import AugmentConfig, DataConfig
@@ -194,6 +195,7 @@ SECTIONS = {
     "order": order_section,
     "shuffling": shuffling_section,
     "locality": locality_section,
+    "remote": remote_section,
 }
 
 

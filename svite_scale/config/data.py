@@ -38,7 +38,8 @@ class DataConfig:
     cache_dir: str | None = None
     """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
     cache_gb: Annotated[float, Bounds(above=0.0)] = 20.0
-    """Most that they may take there, in 10^9 bytes; the least recently used go."""
+    """Most that they may take there, in 10^9 bytes; the least recently used go. With room for two windows of
+    ``shuffle_shards``, the next one is fetched while one is read."""
     fetch_attempts: Annotated[int, Bounds(low=1)] = 5
     """Tries to fetch a shard or an index."""
     workers: Annotated[int, Bounds(low=0)] = 2

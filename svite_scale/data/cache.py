@@ -182,6 +182,11 @@ def young_content(index: Path) -> bytes | None:
         return None
 
 
+def window_size(config: DataConfig, sizes: Sequence[int], windows: int = 1) -> int:
+    """Most bytes that the remote shards of so many windows take, of shards of ``sizes`` bytes."""
+    return sum(sorted(sizes)[-windows * config.shuffle_shards :])
+
+
 def check_window(config: DataConfig, sizes: Sequence[int]) -> None:
     """Requires room for the remote shards that are read at a time, which would else be fetched again and again.
 
@@ -192,7 +197,7 @@ def check_window(config: DataConfig, sizes: Sequence[int]) -> None:
     Raises:
         ConfigError: the largest ``shuffle_shards`` of them don't fit into the cache.
     """
-    needed = sum(sorted(sizes)[-config.shuffle_shards :])
+    needed = window_size(config, sizes)
     if needed > config.cache_gb * 1e9:
         problem = f"doesn't hold the data.shuffle_shards = {config.shuffle_shards} shards that are read at a time"
         raise ConfigError("data.cache_gb", config.cache_gb, problem, f"use at least {needed / 1e9:.3g}, or lower the other")

@@ -19,6 +19,7 @@ from svite_scale.data.batches import BatchDataset, shared_slots
 from svite_scale.data.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
+from svite_scale.data.fetch_ahead import FetchAhead
 from svite_scale.data.index import ShardIndex, load_indexes
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.steps import EpochSteps
@@ -120,17 +121,20 @@ class TrainData:
         Raises:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
-        rows, workers = self._rows(first_step, last_step), self._config.workers
-        for images, labels, damaged, reports in load(self._samples, rows, self._batch_shape, workers, substitute=True):
-            self.damage.note(reports)
-            yield Batch(images, labels, torch.ones_like(damaged), damaged)
+        workers = self._config.workers
+        with FetchAhead(self._config, self.indexes, self._seed, self._rank) as fetch_ahead:
+            rows = self._rows(first_step, last_step, fetch_ahead)
+            for images, labels, damaged, reports in load(self._samples, rows, self._batch_shape, workers, substitute=True):
+                self.damage.note(reports)
+                yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
-    def _rows(self, first_step: int, last_step: int | None) -> Iterator[list[Row]]:
+    def _rows(self, first_step: int, last_step: int | None, fetch_ahead: FetchAhead) -> Iterator[list[Row]]:
         """The (epoch, sample, copy) rows of each micro-batch."""
         counts, config, order_epoch = self._samples.counts, self._config, -1
         for step in count(first_step) if last_step is None else range(first_step, last_step):
             rows = []
             for epoch, first, stop in self.steps.pieces(step):
+                fetch_ahead.reach(epoch, first)
                 if epoch != order_epoch:
                     order = epoch_order(counts, self._seed, epoch, config.shuffle_shards, config.augment.repeats)
                     order_epoch = epoch

@@ -28,24 +28,30 @@ def epoch_order(counts: Sequence[int], seed: int, epoch: int, shuffle_shards: in
     Returns:
         int64 ``[N, 2]`` with rows (global sample index, copy), where N is the sum of ``counts``.
     """
-    # Sorting raw Philox words rather than Generator.permutation: numpy promises the stream of the bit generator for ever, but
-    # not that of the methods above it, and a resumed run must find its order again.
-    random = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     sizes = np.asarray(counts, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
-    shards = np.argsort(random.random_raw(len(sizes)), kind="stable")
-    words = random.random_raw(int(sizes.sum()))
+    words = epoch_words(seed, epoch, len(sizes) + int(sizes.sum()))[len(sizes) :]
     samples = np.empty(len(words), dtype=np.int64)
     filled = 0
     # Window by window, which takes less memory and time than sorting all samples by (window, word).
-    for first in range(0, len(shards), shuffle_shards):
-        window = [
-            np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in np.sort(shards[first : first + shuffle_shards])
-        ]
-        mine = np.concatenate(window)
+    for window in epoch_windows(len(sizes), seed, epoch, shuffle_shards):
+        mine = np.concatenate([np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in np.sort(window)])
         samples[filled : filled + len(mine)] = mine[np.argsort(words[mine], kind="stable")]
         filled += len(mine)
     return repeat_copies(samples, repeats)
+
+
+def epoch_windows(num_shards: int, seed: int, epoch: int, shuffle_shards: int) -> list[Ints]:
+    """The shards of each window of an epoch, as :func:`epoch_order` reads one after another."""
+    shards = np.argsort(epoch_words(seed, epoch, num_shards), kind="stable")
+    return [shards[first : first + shuffle_shards] for first in range(0, num_shards, shuffle_shards)]
+
+
+def epoch_words(seed: int, epoch: int, count: int) -> npt.NDArray[np.uint64]:
+    """The first random words of an epoch: one for each shard, then one for each sample."""
+    # Sorting raw Philox words rather than Generator.permutation: numpy promises the stream of the bit generator for ever, but
+    # not that of the methods above it, and a resumed run must find its order again.
+    return np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
 
 
 def repeat_copies(samples: Ints, repeats: int) -> Ints:

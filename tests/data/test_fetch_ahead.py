@@ -1,0 +1,113 @@
+"""While one window of remote shards is read, the next one's are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from svite_scale.config import AugmentConfig, DataConfig
+from svite_scale.data.index import sidecar_path
+from svite_scale.errors import DataError
+from tests.data.flaky_server import Server, serving
+from tests.data.numbered import grey_config, numbers, train_data, write_numbered
+from tests.data.remote import files_of, wait_until
+
+NUM_SHARDS, PER_SHARD, WINDOW, BATCH = 8, 6, 2, 4
+STEPS_PER_WINDOW = WINDOW * PER_SHARD // BATCH
+NAMES = [f"train-{number:06d}.tar" for number in range(NUM_SHARDS)]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    write_numbered(folder, NUM_SHARDS * PER_SHARD, PER_SHARD)
+    assert sorted(path.name for path in folder.glob("*.tar")) == NAMES
+    return folder
+
+
+@pytest.fixture
+def server(served: Path) -> Iterator[Server]:
+    with serving(served) as running:
+        yield running
+
+
+def config_of(root: str, cache: Path, repeats: int = 1, **fields: object) -> DataConfig:
+    augment = AugmentConfig(repeats=repeats)
+    pattern = f"{root}/train-{{000000..{NUM_SHARDS - 1:06d}}}.tar"
+    named = {"cache_dir": str(cache), "workers": 0, "shuffle_shards": WINDOW, "augment": augment, **fields}
+    return grey_config(train=pattern, val=pattern, **named)
+
+
+def shards_of_steps(served: Path, steps: int, repeats: int = 1) -> list[set[str]]:
+    """The shards of each step's samples, found by looking at the samples of the local files."""
+    batches = train_data(config_of(str(served), served, repeats), BATCH).batches(0, steps)
+    return [{NAMES[number // PER_SHARD] for number in numbers(batch)} for batch in batches]
+
+
+def cached(folder: Path) -> set[str]:
+    return {name for name in files_of(folder) if name.endswith(".tar")}
+
+
+def test_the_next_window_is_fetched_while_this_one_is_read(served: Path, server: Server, tmp_path: Path) -> None:
+    steps = NUM_SHARDS * PER_SHARD // BATCH
+    shards = shards_of_steps(served, steps)
+    batches = train_data(config_of(f"{server.root}/ok", tmp_path), BATCH).batches(0, steps)
+    for step, _ in enumerate(batches):
+        next_window = step // STEPS_PER_WINDOW + 1
+        expected = set().union(*shards[: (next_window + 1) * STEPS_PER_WINDOW])
+        if step % STEPS_PER_WINDOW == STEPS_PER_WINDOW - 1:
+            wait_until(lambda expected=expected: cached(tmp_path) == expected)
+        assert cached(tmp_path) <= expected
+    assert {name: count for name, count in server.requests().items() if name in NAMES} == dict.fromkeys(NAMES, 1)
+
+
+def test_the_first_window_of_the_next_epoch_is_fetched_too(served: Path, server: Server, tmp_path: Path) -> None:
+    """With three copies of a sample, an epoch is one window of 36 rows and the first 12 rows of another."""
+    steps_of_windows = [9, 3, 9, 3]
+    shards = shards_of_steps(served, sum(steps_of_windows), repeats=3)
+    batches = train_data(config_of(f"{server.root}/ok", tmp_path, repeats=3), BATCH).batches(0, len(shards))
+    seen = 0
+    for window, steps in enumerate(steps_of_windows):
+        for _ in range(steps):
+            next(batches)
+        seen += steps
+        coming = set().union(*shards[: sum(steps_of_windows[: window + 2])])
+        wait_until(lambda coming=coming: cached(tmp_path) >= coming)
+        assert len(cached(tmp_path)) <= WINDOW * (window + 2)
+
+
+def test_resuming_inside_a_window_fetches_the_one_after_it(served: Path, server: Server, tmp_path: Path) -> None:
+    shards = shards_of_steps(served, 4 * STEPS_PER_WINDOW)
+    first = 2 * STEPS_PER_WINDOW - 1
+    batches = train_data(config_of(f"{server.root}/ok", tmp_path), BATCH).batches(first, 4 * STEPS_PER_WINDOW)
+    next(batches)
+    expected = set().union(*shards[first : first + 1 + STEPS_PER_WINDOW])
+    wait_until(lambda: cached(tmp_path) == expected)
+
+
+def test_without_room_for_two_windows_shards_are_fetched_when_they_are_read(
+    served: Path, server: Server, tmp_path: Path
+) -> None:
+    shards = shards_of_steps(served, NUM_SHARDS * PER_SHARD // BATCH)
+    room = 4 * max(path.stat().st_size for path in served.glob("*.tar")) - 1
+    config = config_of(f"{server.root}/ok", tmp_path, cache_gb=room / 1e9)
+    for step, _ in enumerate(train_data(config, BATCH).batches(0, len(shards))):
+        assert set(server.requests()) & set(NAMES) == set().union(*shards[: step + 1])
+
+
+def test_a_shard_that_can_not_be_fetched_ends_the_run_when_it_is_read(served: Path, tmp_path: Path) -> None:
+    shards = shards_of_steps(served, 2 * STEPS_PER_WINDOW)
+    missing = min(set().union(*shards[STEPS_PER_WINDOW:]))
+    (tmp_path / "shards").mkdir()
+    for name in NAMES:
+        for path in (served / name, sidecar_path(served / name)):
+            (tmp_path / "shards" / path.name).symlink_to(path)
+    (tmp_path / "shards" / missing).unlink()
+    config = config_of(f"pipe:cat {tmp_path}/shards", tmp_path / "cache", fetch_attempts=1)
+    batches = train_data(config, BATCH).batches(0, 2 * STEPS_PER_WINDOW)
+    for _ in range(STEPS_PER_WINDOW):
+        next(batches)
+    with pytest.raises(DataError, match=rf"{missing} can't be fetched"):
+        list(batches)
