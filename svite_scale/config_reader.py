@@ -47,6 +47,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
 
 
+def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """What :func:`to_dict` gave by dotted names; a field that is itself a mapping stays whole."""
+    schema = leaf_hints(Config)
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in schema:
+            flat |= flatten_config(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
 def write_config(config: Config, path: str | PathLike[str]) -> None:
     """Writes the whole config as YAML that :func:`read_config` reads back equal.
 

@@ -18,7 +18,7 @@ from svite_scale.config import Config
 from svite_scale.config_reader import read_config
 from svite_scale.errors import CheckpointError, RunError
 from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.directory import CHECKPOINTS, RUN_STATE, CheckpointDirectory, newest_valid
 from svite_scale.train.checkpoint.manifest import problem_of
 from svite_scale.train.checkpoint.same_run import check_same_tensors
 from svite_scale.train.tracking import METRICS, TOPOLOGY
@@ -64,7 +64,7 @@ def read_run(run_dir: Path, checkpoint: str | None = None) -> SavedRun:
     if not config_path.is_file():
         raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
     config = read_config(config_path)
-    path = find_checkpoint(run_dir / "checkpoints", checkpoint)
+    path = find_checkpoint(run_dir / CHECKPOINTS, checkpoint)
     step = int(json.loads((path / RUN_STATE).read_text())["topology"]["steps"])
     metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
     return SavedRun(run_dir, config, path, step, metrics, topology)

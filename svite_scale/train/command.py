@@ -21,7 +21,7 @@ from svite_scale.models.teacher import check_teacher
 from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
 from svite_scale.train.activity import Activity
-from svite_scale.train.checkpoint.directory import CheckpointDirectory
+from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
 from svite_scale.train.plan import describe
 from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
 from svite_scale.train.signals import StopSignals
@@ -40,8 +40,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     Returns:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after another
-        error. A mistake in the config is the same on every rank, so the main one prints it; other errors are printed where they
-        happen.
+        error. A mistake in the config is the same on all ranks of a machine, so the first of them prints it; other errors are
+        printed where they happen.
     """
     world = World()
     try:
@@ -54,13 +54,9 @@ def main(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals:
             return train(config, world, signals, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except ConfigError as error:
-        if world.is_main:
+        if world.local_rank == 0:
             print(f"config error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except DivergedError as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
     except SviteScaleError as error:
         print(f"error on rank {world.rank}: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -87,7 +83,7 @@ def train(config: Config, world: World, signals: StopSignals, *, resume: bool, a
         world: this rank.
         signals: that ask the run to stop.
         resume: go on from the newest checkpoint, which must be there.
-        auto_resume: go on if there is a checkpoint, torn or not, else start anew, over what a run left that never saved.
+        auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
     """
     check_config(config, world.size)
     check_model(config.model)
@@ -99,7 +95,7 @@ def train(config: Config, world: World, signals: StopSignals, *, resume: bool, a
     store = distributed.start(world, device, config.guard.hang_timeout_s)
     try:
         if auto_resume:
-            resume = distributed.main_says(holds_checkpoint(Path(config.run_dir)))
+            resume = distributed.main_says(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, resume=resume)
     finally:
         distributed.stop()
@@ -122,6 +118,10 @@ def supervise(
             signals.saved_status = status = EXIT_PREEMPTED
             if world.is_main:
                 print(stop, file=sys.stderr)
+        except DivergedError as error:
+            status = EXIT_FAILED
+            if world.is_main:
+                print(f"error: {error}", file=sys.stderr)
         activity.enter("leaving")
         # Together, for when one rank has left, some launchers end the others, and so does the store. Meanwhile gloo's threads
         # let go of their last tensors, which after Python's end aborts the process (pytorch/pytorch#179291).
@@ -129,16 +129,26 @@ def supervise(
         return status
 
 
+def has_saved(run_dir: Path) -> bool:
+    """Whether a run has ever saved, whatever became of its checkpoints. What a save left that was cut off has another name."""
+    metrics = run_dir / METRICS
+    return holds_checkpoint(run_dir) or (metrics.exists() and '"checkpoint_seconds"' in metrics.read_text())
+
+
 def holds_checkpoint(run_dir: Path) -> bool:
-    """Whether a run has ever saved. What a save left that was cut off has another name."""
-    return bool(CheckpointDirectory(run_dir / "checkpoints").named())
+    return bool(CheckpointDirectory(run_dir / CHECKPOINTS).named())
 
 
 def check_run_dir(config: Config, resume: bool) -> None:
     """Refuses to write over another run.
 
     Raises:
-        ConfigError: the directory holds a run, and this isn't to resume it.
+        ConfigError: the directory holds a run, and this isn't to resume it; or can't be read.
     """
-    if not resume and (Path(config.run_dir) / METRICS).exists():
+    run_dir = Path(config.run_dir)
+    try:
+        holds_run = (run_dir / METRICS).exists() or holds_checkpoint(run_dir)
+    except OSError as error:
+        raise ConfigError("run_dir", config.run_dir, f"can't be read ({error})", "restore it, or name another") from error
+    if holds_run and not resume:
         raise ConfigError("run_dir", config.run_dir, "holds a run already", "add --resume to go on with it, or name another")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -36,13 +41,33 @@ def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse
         print(f"config error: --log-dir {arguments.log_dir}: {error}; name a folder that can be written", file=sys.stderr)
         return 2
     # By descriptor, because libraries in C write too.
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         stream.flush()
         os.dup2(log, stream.fileno())
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Log(stream.fileno(), "w", closefd=False)), line_buffering=True))
     os.close(log)
     status = 1  # of an exception that nobody caught
     try:
         status = command(arguments)
     finally:
-        path.with_suffix(".status").write_text(f"{status}\n")
+        leave(path.with_suffix(".status"), status)
     return status
+
+
+class Log(io.FileIO):
+    """A file that loses what a full disk doesn't take: that a log can't be written shouldn't end a run."""
+
+    def write(self, content: Buffer) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return memoryview(content).nbytes
+
+
+def leave(path: Path, status: int) -> None:
+    """Writes an exit status, or says why not."""
+    try:
+        path.write_text(f"{status}\n")
+    except OSError as error:
+        print(f"error: the exit status {status} can't be written to {path}: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 from svite_scale.config import Config
 from svite_scale.data import EvalData, TrainData
 from svite_scale.data.index import check_contents, largest_label
@@ -44,3 +46,8 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
         problem = f"is too few for labels 0 to {largest}, which is that of {place}"
         raise ConfigError("model.num_classes", model.num_classes, problem, "raise it, or correct the label")
     return train_data, eval_data
+
+
+def identity(data: TrainData) -> dict[str, object]:
+    """What a run trains on, wherever it is stored: the number of samples, and a checksum over those of the shards, in order."""
+    return {"samples": data.num_samples, "sha256": sha256("".join(index.sha256 for index in data.indexes).encode()).hexdigest()}

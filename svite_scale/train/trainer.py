@@ -22,6 +22,7 @@ from svite_scale.sparsity.layer_plan import plan_density
 from svite_scale.sparsity.topology_update import TopologyUpdate
 from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint import Checkpoint
+from svite_scale.train.checkpoint.directory import CHECKPOINTS
 from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate, evaluate_ema
 from svite_scale.train.guard import Guard, spread_nonfinite
@@ -30,7 +31,7 @@ from svite_scale.train.optimizer import build_optimizer, build_schedule
 from svite_scale.train.preemption import Preempted, never
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
-from svite_scale.train.samples import open_data
+from svite_scale.train.samples import identity, open_data
 from svite_scale.train.topology import build_topology
 from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
@@ -80,11 +81,12 @@ class Trainer:
         self.guard = Guard(config.guard)
         self.ema = self._build_ema()
         self.checkpoint = Checkpoint(
-            self.run_dir / "checkpoints",
+            self.run_dir / CHECKPOINTS,
             config,
             self.backend,
             self.topology,
             counts={"guard": self.guard, "damage": self.train_data.damage},
+            samples=identity(self.train_data),
             ema=self.ema,
             keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
         )
@@ -135,11 +137,13 @@ class Trainer:
                 metrics |= self._state_metrics()
                 if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
                     batches = self._roll_back(tracker, progress, metrics["loss"])
+                    # Or the next start would meet the same data, and count anew how often it has gone back.
+                    self.checkpoint.save(last=stops, again=True)
                     window.restart()
                     continue
                 if saves:
                     self.activity.enter("checkpoint")
-                    self.checkpoint.save(wait=stops or self.step == self.last_step)
+                    self.checkpoint.save(last=stops or self.step == self.last_step)
                 if evaluates:
                     evaluation = self._evaluate()
                     metrics |= evaluation

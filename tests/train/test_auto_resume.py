@@ -46,8 +46,22 @@ def test_it_does_not_start_over_a_run_whose_checkpoints_are_torn(
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
     answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
     assert answer.status == 1
-    assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is whole; move it away" in answer.err
+    assert (
+        f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is whole; restore one, or start a new run" in answer.err
+    )
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
+
+
+def test_it_does_not_start_over_a_run_whose_checkpoints_are_gone(
+    capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
+) -> None:
+    config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+    assert run_here(capsys, "--config", str(config), *SINGLE, "train.max_steps=5", "checkpoint.background=false").status == 0
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
+    assert answer.status == 1
+    assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint to resume from; restore one" in answer.err
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 def test_the_two_ways_to_resume_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,3 +121,21 @@ def test_what_nobody_caught_is_in_the_log_too(tmp_path: Path) -> None:
     assert (answer.status, answer.out, answer.err) == (1, "", "")
     assert "KeyError: 'no such thing'" in (tmp_path / "rank-0.log").read_text()
     assert (tmp_path / "rank-0.status").read_text() == "1\n"
+
+
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:
+    program = (
+        "import argparse, resource, sys\n"
+        "from svite_scale.train.rank_log import run_logged\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "def talk(arguments):\n"
+        "    for number in range(50):\n"
+        "        print('line', number)\n"
+        "        print('line', number, file=sys.stderr)\n"
+        "    return 85\n"
+        f"sys.exit(run_logged(talk, argparse.Namespace(log_dir={str(tmp_path)!r})))\n"
+    )
+    answer = run_command("python", "-c", program)
+    assert (answer.status, answer.out, answer.err) == (85, "", "")
+    assert (tmp_path / "rank-0.log").read_text().startswith("line 0\nline 0\nline 1\n")
+    assert (tmp_path / "rank-0.status").read_text() == "85\n"

@@ -45,7 +45,7 @@ def train_while_saving(directory: Path, kind: str) -> tuple[int, dict[str, float
 def test_the_state_saved_is_that_of_its_step(tmp_path: Path, kind: str) -> None:
     for step, metrics, names in run_on_ranks(2, train_while_saving, tmp_path / "checkpoints", kind):
         assert step == 2
-        assert names == ["latest", "step-00000001", "step-00000002"]
+        assert names == ["latest", "owner", "step-00000001", "step-00000002"]
         assert metrics["failed_saves"] == 0
         assert metrics["checkpoint_stall_ms"] > 0
         assert metrics["checkpoint_seconds"] > 0
@@ -59,7 +59,7 @@ def test_a_run_saves_by_steps_and_epochs_and_tells_what_it_cost(tmp_path: Path, 
     assert "checkpoint_seconds" in lines[-1], "the last save was waited for"
     assert all(line["failed_saves"] == 0 for line in lines)
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert saved == {"latest", "step-00000009", "step-00000010"}
+    assert saved == {"latest", "owner", "step-00000009", "step-00000010"}
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])

@@ -116,7 +116,7 @@ def test_a_torn_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, to
     assert {path.name: path.read_bytes() for path in newest.iterdir()} == left
     # Going on, the same step is saved beside it, and is the newest from then on.
     names = run_on_ranks(2, save_steps, directory, KEEP_ALL, 1)[0]
-    assert names == ["latest", "step-00000001", "step-00000002", "step-00000002-2"]
+    assert names == ["latest", "owner", "step-00000001", "step-00000002", "step-00000002-2"]
     assert (directory / "latest").read_text() == "step-00000002-2\n"
     assert [found.step for found in run_on_ranks(2, load, directory)] == [2, 2]
     assert run_on_ranks(1, load, directory)[0].step == 2, "on another number of ranks"
@@ -128,7 +128,7 @@ def test_without_a_valid_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -
     flip(directory / "step-00000001" / DATA)
     for found in run_on_ranks(2, load, directory):
         assert found.step is None
-        assert found.message == f"{directory} holds no checkpoint that is whole; move it away to start the run anew"
+        assert found.message == f"{directory} holds no checkpoint that is whole; restore one, or start a new run"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_without_a_valid_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -
 def test_which_are_kept(tmp_path: Path, saving: CheckpointConfig, kept: list[int]) -> None:
     assert STEPS_PER_EPOCH == 2
     names = run_on_ranks(1, save_steps, tmp_path / "checkpoints", saving, 7)[0]
-    assert names == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert names == ["latest", "owner", *(f"step-{step:08d}" for step in kept)]
 
 
 def test_torn_ones_are_neither_counted_nor_removed(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_torn_ones_are_neither_counted_nor_removed(tmp_path: Path) -> None:
     run_on_ranks(1, save_steps, directory, SAVING, 2)
     (directory / "step-00000002" / "manifest.json").unlink()
     names = run_on_ranks(1, save_steps, directory, SAVING, 2)[0]
-    assert names == ["latest", "step-00000002", "step-00000002-2", "step-00000003"]
+    assert names == ["latest", "owner", "step-00000002", "step-00000002-2", "step-00000003"]
 
 
 def test_what_an_interrupted_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_what_an_interrupted_save_left_is_removed_by_the_next(tmp_path: Path) ->
     (directory / "step-00000001").rename(directory / "step-00000007.partial")
     (directory / "latest.new").write_text("step-00000007")
     assert run_on_ranks(1, load, directory)[0].step is None
-    assert run_on_ranks(1, save_steps, directory, SAVING, 1)[0] == ["latest", "step-00000001"]
+    assert run_on_ranks(1, save_steps, directory, SAVING, 1)[0] == ["latest", "owner", "step-00000001"]
 
 
 def test_other_versions_are_told_in_one_line(tmp_path: Path) -> None:

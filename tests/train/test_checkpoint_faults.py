@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import time
@@ -18,6 +17,7 @@ from benchmarks.kills import check_state, small_run, write_state
 from svite_scale.config import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
+from tests.train.small_disk import fill
 
 
 @contextmanager
@@ -63,16 +63,6 @@ def on_main(do: Callable[[], object], undo: Callable[[], object]) -> Iterator[No
         dist.barrier()
         if action is do:
             yield
-
-
-def fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        for size in (2**16, 2**10, 1):
-            try:
-                while file.write(bytes(size)):
-                    pass
-            except OSError:
-                continue
 
 
 FAULTS: dict[str, tuple[Callable[[Path], AbstractContextManager[None]], str]] = {
@@ -138,40 +128,24 @@ def saves_around_a_fault(directory: Path, saving: CheckpointConfig, fault: str) 
     return outcome
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few checkpoints' size."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system to fill")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(path)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system to fill can't be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_that_fails_is_one_error_on_all_ranks_and_harms_nothing(
-    disk: Path, fault: str, on_error: str, background: bool
+    small_disk: Path, fault: str, on_error: str, background: bool
 ) -> None:
     saving = CheckpointConfig(background=background, on_error=on_error)  # type: ignore[arg-type]
-    outcomes = run_on_ranks(2, saves_around_a_fault, disk / "checkpoints", saving, fault)
+    outcomes = run_on_ranks(2, saves_around_a_fault, small_disk / "checkpoints", saving, fault)
     reason = FAULTS[fault][1]
     for outcome in outcomes:
         assert outcome.failed_saves == 1
         assert outcome.newest == ("step-00000001", "step-00000003")
-        assert outcome.names == ["latest", "step-00000001", "step-00000003"]
+        assert outcome.names == ["latest", "owner", "step-00000001", "step-00000003"]
         if on_error == "continue":
             assert outcome.message is None
         else:
             assert outcome.message is not None
-            assert outcome.message.startswith(f"can't save {disk}/checkpoints/step-00000002: ")
+            assert outcome.message.startswith(f"can't save {small_disk}/checkpoints/step-00000002: ")
             assert reason in outcome.message
             assert outcome.message.endswith("; free or mount the disk")
             assert "\n" not in outcome.message

@@ -186,7 +186,7 @@ def test_a_run_its_refusals_and_its_resumption(
     answer = run_here(capsys, *again)
     assert answer.status == 1
     assert answer.err == (
-        f"error on rank 0: {run_dir}/checkpoints holds no checkpoint to resume from; start the run without --resume\n"
+        f"error on rank 0: {run_dir}/checkpoints holds no checkpoint to resume from; restore one, or start a new run\n"
     )
 
     assert run_here(capsys, *start, "train.max_steps=5", "train.log_every=2").status == 0
@@ -206,6 +206,7 @@ def test_a_run_its_refusals_and_its_resumption(
         ("seed=6", "seed", "5", "6"),
         ("data.augment.recipe=affine", "data.augment.recipe", "'none'", "'affine'"),
         ("train.global_batch_size=8", "train.global_batch_size", "16", "8"),
+        ("data.mean=[0.5]", "data.mean", "[0.3]", "[0.5]"),
     ):
         answer = run_here(capsys, *again, override)
         assert answer.status == 1
@@ -236,3 +237,44 @@ def test_a_run_its_refusals_and_its_resumption(
     assert skipped[0].startswith(f"checkpoint {tensors.parent} is skipped: {tensors.name} has ")
     assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7, 8], "gone on after step 5"
     assert {path.name for path in tensors.parents[1].glob("step-*")} == {f"step-0000000{step}" for step in (5, 7, 8)}
+
+
+def test_a_run_goes_on_with_the_same_samples_only(
+    config_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    start = ["--config", str(config_path)]
+    assert run_here(capsys, *start, "train.max_steps=2").status == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(digits, moved)
+    again = [*start, "--resume", f"data.train={moved}/train-*.tar", f"data.val={moved}/val-*.tar"]
+    assert run_here(capsys, *again, "train.max_steps=3").status == 0, "wherever they are"
+    (moved / "train-000002.tar").unlink()
+    answer = run_here(capsys, *again, "train.max_steps=4")
+    assert answer.status == 1
+    found = f"error on rank 0: {config_path.parent}/run/checkpoints/step-00000003 was saved by a run on other training shards "
+    assert answer.err.startswith(found + "({'samples': 64, ")
+    assert "{'samples': 48, " in answer.err
+
+
+def test_a_run_is_not_started_over_checkpoints(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = config_path.parent / "run"
+    assert run_here(capsys, "--config", str(config_path), "train.max_steps=2").status == 0
+    (run_dir / "metrics.jsonl").unlink()
+    answer = run_here(capsys, "--config", str(config_path), "train.max_steps=2")
+    assert answer.status == 2
+    assert "holds a run already; add --resume" in answer.err
+    (run_dir / "checkpoints").rename(run_dir / "elsewhere")
+    (run_dir / "checkpoints").write_text("")
+    answer = run_here(capsys, "--config", str(config_path), "--auto-resume")
+    assert answer.status == 2
+    assert answer.err.startswith(f"config error: run_dir = '{run_dir}': can't be read ([Errno 20] Not a directory")
+
+
+def test_of_the_ranks_of_a_machine_the_first_one_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    """A config may be missing, or GPUs too few, on one machine alone."""
+    for local_rank in (0, 1):
+        names = {"RANK": str(8 + local_rank), "WORLD_SIZE": "16", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "node-0"}
+        answer = run_here(capsys, "--config", "nowhere.yaml", launcher=names)
+        assert answer.status == 2
+        assert answer.err.startswith("config error: config = 'nowhere.yaml': ") == (local_rank == 0)
+        assert len(answer.err.splitlines()) == 1 - local_rank

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import Tensor
 
 from svite_scale.config import Config, GuardConfig
@@ -19,10 +20,12 @@ from svite_scale.data import Batch, TrainData
 from svite_scale.distributed import World
 from svite_scale.errors import DivergedError
 from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.preemption import Preempted
 from svite_scale.train.trainer import Trainer
 from svite_scale.train.window import MetricsWindow
 from tests.ranks import run_on_ranks
 from tests.train.command_line import run_here
+from tests.train.jobs import Job
 from tests.train.runs import ENGINES, State, metrics_of, state_of
 from tests.train.tiny import tiny_config, write_config_file
 
@@ -130,6 +133,17 @@ def test_a_finite_loss_stays_as_it_is() -> None:
     assert torch.equal(weight.grad, 2 * weight.detach())
 
 
+def test_a_run_that_diverges_on_two_ranks_says_so_once(digits: Path, tmp_path: Path) -> None:
+    path = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
+    overrides = ("parallel.backend=ddp", "optimizer.lr=1e38", "guard.max_nonfinite_steps=3", "tracking.mlflow=true")
+    main, other = Job(2, path, *overrides).wait()
+    assert (main.status, other.status) == (1, 1)
+    assert "error: loss or gradient weren't finite in 3 steps in a row" in main.err
+    assert "error" not in other.err
+    run_id = (tmp_path / "run" / "mlflow_run_id").read_text().strip()
+    assert MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id).info.status == "FAILED"
+
+
 def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,12 +209,34 @@ def offset_after_a_resume(config: Config) -> int:
     return Trainer(config, World.from_environment(), torch.device("cpu"), resume=True).guard.data_offset
 
 
+def test_a_rollback_is_counted_by_the_next_start_too(tmp_path: Path, digits: Path) -> None:
+    """Where the run is asked to stop in the very step that spikes."""
+    config = tiny_config(digits, tmp_path / "run", *ROLLBACK)
+    run_on_ranks(1, spikes_and_stops, config)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{SAVED:08d}-2\n"
+    assert run_on_ranks(1, offset_after_a_resume, config) == [SPIKE_STEP - SAVED]
+
+
+def spikes_and_stops(config: Config) -> None:
+    trainer = Trainer(
+        config, World.from_environment(), torch.device("cpu"), resume=False, asked_to_stop=lambda: trainer.step == SPIKE_STEP
+    )
+    forward = trainer.backend.forward
+    with (
+        patch.object(
+            trainer.backend, "forward", lambda images: forward(images) * (100 if trainer.step == SPIKE_STEP - 1 else 1)
+        ),
+        pytest.raises(Preempted),
+    ):
+        trainer.run()
+
+
 def test_after_so_many_rollbacks_a_spike_stops_the_run(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", *ROLLBACK, "guard.max_rollbacks=2")
     (message,) = run_on_ranks(1, diverging, config)
     assert re.fullmatch(
         r"the loss spiked from [12]\.\d+ to \d+(\.\d+)? at step 20 \(guard\.spike_factor\), after 2 rollbacks "
-        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016; start anew with a "
+        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016-3; start anew with a "
         r"lower optimizer\.lr",
         message,
     )

@@ -263,3 +263,29 @@ def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> No
     run_on_ranks(1, resumed_run, config_of(digits, source, "single", END))
     assert losses_of(source) == pytest.approx(losses_of(straight), abs=1e-5)
     assert losses_of(back) == pytest.approx(losses_of(straight)[STOP:], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2", "zero1", "zero3"])
+def test_a_run_goes_on_whose_first_steps_were_all_skipped(tmp_path: Path, digits: Path, engine: str) -> None:
+    """Such a checkpoint holds no moments, for optimizers make them at the first step that they take."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    world_size = 1 if engine == "single" else 2
+    ended = run_on_ranks(world_size, run_with_skipped_steps, config_of(digits, straight, engine, END))
+    run_on_ranks(world_size, run_with_skipped_steps, config_of(digits, stopped, engine, 2))
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END))
+    assert metrics_of(stopped)[-1]["skipped_steps"] == 2
+    assert losses_of_applied(stopped) == losses_of_applied(straight)
+    assert_same_state(ended, resumed)
+
+
+def run_with_skipped_steps(config: Config) -> State:
+    """Its first two steps aren't finite."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
+    forward = trainer.backend.forward
+    with patch.object(trainer.backend, "forward", lambda images: forward(images) * (torch.nan if trainer.step < 2 else 1)):
+        trainer.run()
+    return state_of(trainer)
+
+
+def losses_of_applied(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(run_dir) if "loss" in line]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from svite_scale.config import Config, SparsityConfig, TrackingConfig
-from svite_scale.config_reader import read_config
+from svite_scale.config_reader import flatten_config, read_config
 from svite_scale.data import Batch
+from svite_scale.errors import RunError
 from svite_scale.parallel.backend import StepResult
 from svite_scale.train.randomness import seed_step
-from svite_scale.train.tracking import Tracker, flatten_config
+from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
-from tests.ranks import run_on_ranks
+from tests.ranks import free_port, run_on_ranks
 from tests.train.runs import metrics_of
 
 
@@ -73,6 +76,50 @@ def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path
     with Tracker(config, tmp_path / "runs" / "b", None, enabled=True):
         pass
     assert len(client.search_runs([run.info.experiment_id])) == 2
+
+
+def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
+    refuses = patch.object(MlflowClient, "log_batch", side_effect=MlflowException("the server is away\nmore"))
+    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True) as tracker:
+        tracker.log(1, {"loss": 3.0})
+        with refuses:
+            tracker.log(2, {"loss": 2.0})
+            tracker.log(3, {"loss": 1.0})
+        assert caplog.messages == [
+            "MLflow doesn't take metrics (the server is away); they wait until it does, and the run goes on"
+        ]
+        tracker.log(4, {"loss": 0.0})
+    client, run_id = MlflowClient(uri), (run_dir / "mlflow_run_id").read_text().strip()
+    assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [
+        (1, 3),
+        (2, 2),
+        (3, 1),
+        (4, 0),
+    ]
+    caplog.clear()
+    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4, enabled=True) as tracker, refuses:
+        tracker.log(5, {"loss": 0.0, "density": 0.3})
+        tracker.__exit__(None, None, None)
+    assert caplog.messages[1] == "MLflow lacks the last 2 metrics: the server is away"
+
+
+def test_a_server_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with (
+        patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
+        pytest.raises(RunError, match=rf"^tracking\.uri = '{uri}': MLflow can't be used \(.*\); start the server or correct"),
+    ):
+        Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None, enabled=True)
+
+
+def test_a_run_directory_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=rf"^run_dir = '{tmp_path}/file/run' can't be written \(.*Not a directory"):
+        Tracker(quiet(tmp_path / "file" / "run"), tmp_path / "file" / "run", None, enabled=True)
 
 
 def test_flattened_names_are_dotted_and_a_mapping_of_patterns_stays_whole() -> None:

@@ -22,8 +22,14 @@ from svite_scale.parallel.backend import Backend
 from svite_scale.parallel.moments import scalars, write_scalars
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory, newest_valid
-from svite_scale.train.checkpoint.same_run import check_same_run, check_same_tensors, versions, warn_of_other_versions
-from svite_scale.train.checkpoint.state import RunTensors
+from svite_scale.train.checkpoint.same_run import (
+    check_same_run,
+    check_same_samples,
+    check_same_tensors,
+    versions,
+    warn_of_other_versions,
+)
+from svite_scale.train.checkpoint.state import MOMENTS, RunTensors
 from svite_scale.train.checkpoint.writing import Snapshot, write_checkpoint
 from svite_scale.train.ema import Ema
 
@@ -60,6 +66,7 @@ class Checkpoint:
         topology: TopologyEngine,
         *,
         counts: Mapping[str, Counts],
+        samples: Mapping[str, object] | None = None,
         ema: Ema | None = None,
         keeps: Callable[[int], bool] | None = None,
     ) -> None:
@@ -69,10 +76,11 @@ class Checkpoint:
         backend: holds the model and the optimizer.
         topology: holds the step and the statistics.
         counts: by name, what else goes on where it was.
+        samples: tells what the run trains on, for JSON, which a resumed run must share; None says nothing of it.
         ema: holds the average of the weights, if there is one.
         keeps: whether the checkpoint of a step is kept for good; None keeps none for its step.
         """
-        self.config, self.backend, self.topology, self.counts = config, backend, topology, counts
+        self.config, self.backend, self.topology, self.counts, self.samples = config, backend, topology, counts, samples
         self.directory = CheckpointDirectory(directory, config.checkpoint.keep_last, keeps)
         self.failed_saves = 0
         self.last_saved: Path | None = None
@@ -85,27 +93,29 @@ class Checkpoint:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
 
-    def save(self, wait: bool = False) -> None:
+    def save(self, *, wait: bool = False, last: bool = False, again: bool = False) -> None:
         """Saves the state after the topology's current step, unless that is saved already.
 
         A save that still runs is waited for first.
 
         Args:
             wait: until it is on the disk, as if ``checkpoint.background`` were false.
+            last: the run ends after this save, so it is waited for, and must succeed.
+            again: also where this step is saved already, for its counts have changed since.
 
         Raises:
-            CheckpointError: a save failed that was waited for, and ``checkpoint.on_error`` is ``stop``. On all ranks.
+            CheckpointError: a save failed that was waited for, and ``checkpoint.on_error`` is ``stop`` or the save the last.
+                On all ranks.
         """
         started = time.perf_counter()
-        wait = wait or not self.config.checkpoint.background
-        if self._step != self.topology.steps:
+        if again or self._step != self.topology.steps:
             self._settle()
             snapshot = self._snapshot()
             self._step = snapshot.step
             may_create = self.last_saved is None
             self._running = self._thread.submit(self._write, snapshot, may_create=may_create)
-        if wait:
-            self._settle()
+        if wait or last or not self.config.checkpoint.background:
+            self._settle(last=last)
         self._metrics["checkpoint_stall_ms"] = 1000 * (time.perf_counter() - started)
 
     def metrics(self) -> dict[str, float]:
@@ -145,11 +155,8 @@ class Checkpoint:
         """
         path = self.newest_valid()
         if path is None:
-            if self.directory.named():
-                problem = "that is whole; move it away to start the run anew"
-            else:
-                problem = "to resume from; start the run without --resume"
-            raise CheckpointError(f"{self.directory.path} holds no checkpoint {problem}")
+            problem = "that is whole" if self.directory.named() else "to resume from"
+            raise CheckpointError(f"{self.directory.path} holds no checkpoint {problem}; restore one, or start a new run")
         return self._load(path)
 
     def close(self) -> None:
@@ -161,19 +168,25 @@ class Checkpoint:
     def _load(self, path: Path) -> int:
         run_state = json.loads((path / RUN_STATE).read_text())
         check_same_run(run_state["config"], self.config, path)
+        check_same_samples(run_state["samples"], self.samples, path)
         if dist.get_rank() == 0:
             warn_of_other_versions(run_state["versions"], path)
         # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
         self.topology.resume(run_state["topology"])
         state = self._tensors.to_load()
+        # Optimizers have no state before the first step that is applied.
+        is_untouched = not run_state["optimizer_scalars"]
+        moments = {name: state.pop(name).zero_() for name in list(state) if is_untouched and name.startswith(MOMENTS)}
         check_same_tensors(path, state)
         try:
             dcp.load(state, checkpoint_id=path, process_group=self._group)
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
-        self._tensors.write(state)
-        write_scalars(self.backend.optimizer, run_state["optimizer_scalars"])
+        self._tensors.write(state | moments)
+        write_scalars(
+            self.backend.optimizer, run_state["optimizer_scalars"] or dict.fromkeys(scalars(self.backend.optimizer), 0.0)
+        )
         for name, counts in self.counts.items():
             counts.resume(run_state["counts"][name])
         self.last_saved, self._step = path, self.topology.steps
@@ -184,6 +197,7 @@ class Checkpoint:
             "topology": self.topology.counters(),
             "counts": {name: counts.state() for name, counts in self.counts.items()},
             "optimizer_scalars": scalars(self.backend.optimizer),
+            "samples": self.samples,
             "config": to_dict(self.config),
             "versions": versions(),
         }
@@ -195,8 +209,8 @@ class Checkpoint:
         path = write_checkpoint(snapshot, self.directory, self._group, may_create=may_create)
         return path, time.perf_counter() - started
 
-    def _settle(self) -> None:
-        """Waits for a save that still runs, and takes note of what came of it."""
+    def _settle(self, *, last: bool = False) -> None:
+        """Waits for a save that still runs, and takes note of what came of it; see :meth:`save`."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -205,6 +219,8 @@ class Checkpoint:
         except CheckpointError as error:
             self.failed_saves += 1
             self._step = None
+            if last:
+                raise CheckpointError(f"{error}; the last checkpoint of this run is {self.last_saved or 'none'}") from error
             if self.config.checkpoint.on_error == "stop":
                 raise
             if dist.get_rank() == 0:

@@ -6,18 +6,26 @@ import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 
 from svite_scale.sparsity.sharding import rank_and_size
 from svite_scale.train.checkpoint.agreement import on_all_ranks, on_main_rank
-from svite_scale.train.checkpoint.manifest import FileDigest, problem_of, sync, write_durably, write_manifest
+from svite_scale.train.checkpoint.manifest import FileDigest, problem_of, write_manifest
+from svite_scale.train.durable import make_directory, replace_durably, sync, write_durably
+
+CHECKPOINTS = "checkpoints"
+"""What it is called in a run directory."""
 
 LATEST = "latest"
 """A file that names the checkpoint saved last, for people and scripts: a run that resumes looks for the newest valid one."""
+
+OWNER = "owner"
+"""A file that names the start of the run that saves here, the last one that began to."""
 
 RUN_STATE = "run.json"
 PARTIAL = ".partial"
@@ -26,9 +34,12 @@ NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 logger = logging.getLogger("svite_scale")
 
 
-@dataclass(frozen=True)
 class CheckpointDirectory:
     """Local file operations, for one rank at a time; all raise ``OSError``.
+
+    Several starts of a run may reach one directory, when a scheduler has started a job again while it still ends somewhere.
+    Then the last one that began to save is the owner, and the saves of the others fail. What each writes has a name of its own
+    until it is complete.
 
     Attributes:
         path: of ``checkpoints/``.
@@ -36,65 +47,80 @@ class CheckpointDirectory:
         keeps: whether that of a step is kept, however old; None keeps none for its step.
     """
 
-    path: Path
-    keep_last: int | None = None
-    keeps: Callable[[int], bool] | None = None
+    def __init__(self, path: Path, keep_last: int | None = None, keeps: Callable[[int], bool] | None = None) -> None:
+        self.path, self.keep_last, self.keeps = path, keep_last, keeps
+        self._token = uuid4().hex[:8]
+        self._is_owner = False
 
     def named(self) -> list[Path]:
-        """All that have a checkpoint's name, valid or not, the newest first."""
-        return sorted((path for path in self.path.glob("step-*") if NAME.fullmatch(path.name)), key=_age, reverse=True)
+        """All that have a checkpoint's name, valid or not, the newest first; none where there is no such directory."""
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        return sorted((self.path / name for name in names if NAME.fullmatch(name)), key=_age, reverse=True)
 
     def begin(self, step: int, *, may_create: bool) -> Path:
-        """An empty directory to write the checkpoint of a step to; what an interrupted save left is removed.
+        """An empty directory to write the checkpoint of a step to; what interrupted saves left is removed.
 
         Args:
             step: optimizer step.
             may_create: whether ``checkpoints/`` may be missing. If one was there before, it has vanished, and perhaps the disk.
         """
         if may_create:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
+        self._check_owner()
         for leftover in self.path.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
+            self._remove(leftover)
         name, repeat = f"step-{step:08d}", 1
         # A torn checkpoint of the same step stays where it is.
         while (self.path / name).exists():
             repeat += 1
             name = f"step-{step:08d}-{repeat}"
-        partial = self.path / f"{name}{PARTIAL}"
+        partial = self.path / f"{name}.{self._token}{PARTIAL}"
         partial.mkdir()
         return partial
 
     def publish(self, partial: Path, files: Mapping[str, FileDigest]) -> Path:
         """Gives a directory that :meth:`begin` made, and whose files are written, its name; then removes old checkpoints."""
         write_manifest(partial, files)
-        final = partial.with_suffix("")
+        final = partial.with_name(partial.name.partition(".")[0])
         partial.rename(final)
         sync(self.path)
-        pointer = self.path / f"{LATEST}.new"
-        write_durably(pointer, final.name)
-        os.replace(pointer, self.path / LATEST)
-        sync(self.path)
-        self._prune()
+        replace_durably(self.path / LATEST, f"{final.name}\n")
+        self._prune(newest=final)
         return final
 
     def discard(self, partial: Path) -> None:
         """Removes what a failed save has written, as far as that is possible."""
         shutil.rmtree(partial, ignore_errors=True)
 
-    def _prune(self) -> None:
+    def _check_owner(self) -> None:
+        owner = self.path / OWNER
+        if not self._is_owner:
+            job = os.environ.get("SLURM_JOB_ID")
+            process = f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
+            write_durably(owner, f"{self._token} {process}\n")
+            self._is_owner = True
+            return
+        token, _, process = owner.read_text().strip().partition(" ")
+        if token != self._token:
+            raise OSError(f"another start of this run saves here now ({process}); end one of the two")
+
+    def _prune(self, newest: Path) -> None:
         """Removes complete checkpoints that are neither among the newest nor of a step to keep; torn ones stay."""
         if self.keep_last is None:
             return
         complete = [path for path in self.named() if problem_of(path, share=slice(0)) is None]
         for path in complete[self.keep_last :]:
-            if self.keeps is None or not self.keeps(step_of(path)):
+            if path != newest and (self.keeps is None or not self.keeps(step_of(path))):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
         """Says so where it can't: the new checkpoint is saved all the same."""
         try:
             # Renamed first: a kill meanwhile must not leave a checkpoint that looks torn.
-            shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
+            shutil.rmtree(path if path.suffix == PARTIAL else path.rename(path.with_name(path.name + PARTIAL)))
         except OSError as error:
             logger.warning("can't remove the old checkpoint %s: %s", path, error)
 

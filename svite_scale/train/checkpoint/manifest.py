@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from svite_scale.train.durable import sync, write_durably
 
 MANIFEST = "manifest.json"
 PIECE = 2**20
@@ -44,7 +45,8 @@ def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> None:
         directory: of the checkpoint.
         files: by name in it.
     """
-    write_durably(directory / MANIFEST, json.dumps({"files": {name: asdict(files[name]) for name in sorted(files)}}, indent=2))
+    entries = {name: asdict(files[name]) for name in sorted(files)}
+    write_durably(directory / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
     sync(directory)
 
 
@@ -79,20 +81,3 @@ def _mismatch(directory: Path, share: slice) -> str | None:
         if digest(directory / name) != files[name]:
             return f"the checksum of {name} is wrong"
     return None
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file that is on the disk when this returns."""
-    with path.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(directory: Path) -> None:
-    """Returns when a directory's names are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from svite_scale.config import Config
-from svite_scale.config_reader import to_dict
+from svite_scale.config_reader import flatten_config, to_dict
 from svite_scale.errors import CheckpointError
-from svite_scale.train.tracking import flatten_config
 
 FIXED_FIELDS = (
     "seed",
@@ -29,6 +28,8 @@ FIXED_FIELDS = (
     "train.ema_decay",
     "data.shuffle_shards",
     "data.last_batch",
+    "data.mean",
+    "data.std",
     "data.augment.",
 )
 """Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
@@ -50,6 +51,19 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
             raise CheckpointError(
                 f"{path} was saved with {field} = {then.get(field)!r}, not {now[field]!r}; restore it, or start a new run"
             )
+
+
+def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, object] | None, path: Path) -> None:
+    """Refuses to go on with other samples, whose order would be another.
+
+    Raises:
+        CheckpointError: tells what differs.
+    """
+    if saved != now:
+        raise CheckpointError(
+            f"{path} was saved by a run on other training shards ({saved} there, {now} in data.train now); restore them, with "
+            "their order, or start a new run"
+        )
 
 
 def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:

@@ -21,6 +21,9 @@ from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chu
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.ema import Ema
 
+MOMENTS = "optimizer/"
+"""What the names of moments begin with."""
+
 SMALL_NUMEL = 2**16
 """Elements up to which a tensor isn't cut: each piece in a file has 1.8 kB of framing, which would soon outweigh it."""
 
@@ -67,7 +70,7 @@ class RunTensors:
             access.write(parameter, saved(f"model/{name}"))
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
-                    access.write_moment(parameter, moment, saved(f"optimizer/{moment}/{name}"))
+                    access.write_moment(parameter, moment, saved(f"{MOMENTS}{moment}/{name}"))
                 if self.ema:
                     self.ema.write(parameter, saved(f"ema/{name}"))
         statistics = self.topology.state()
@@ -103,7 +106,7 @@ class RunTensors:
             yield part(f"model/{name}", access.read(parameter))
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
-                    yield part(f"optimizer/{moment}/{name}", access.read_moment(parameter, moment))
+                    yield part(f"{MOMENTS}{moment}/{name}", access.read_moment(parameter, moment))
                 if self.ema:
                     yield part(f"ema/{name}", self.ema.read(parameter))
         for name, (chunk, numel) in self.topology.state().items():

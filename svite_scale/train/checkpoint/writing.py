@@ -19,7 +19,8 @@ from torch.futures import Future as TorchFuture
 from svite_scale.errors import CheckpointError
 from svite_scale.train.checkpoint.agreement import on_all_ranks, on_main_rank
 from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory
-from svite_scale.train.checkpoint.manifest import FileDigest, digest, write_durably
+from svite_scale.train.checkpoint.manifest import FileDigest, digest
+from svite_scale.train.durable import write_durably
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,6 @@ def _finish_files(snapshot: Snapshot, partial: Path, rank: int) -> dict[str, Fil
     # This is how torch.distributed.checkpoint names them.
     own = set(partial.glob(f"__{rank}_*.distcp"))
     if rank == 0:
-        write_durably(partial / RUN_STATE, json.dumps(snapshot.run_state, indent=2))
+        write_durably(partial / RUN_STATE, json.dumps(snapshot.run_state, indent=2) + "\n")
         own |= {path for path in partial.iterdir() if path.suffix != ".distcp"}
     return {path.name: digest(path) for path in own}
