@@ -29,14 +29,15 @@ class FetchAhead:
     Args:
         config: of the data.
         indexes: all shards to train on, in order.
+        rows_per_epoch: of the order, that are used.
         seed: of the run.
         rank: this process's. The processes of a machine go through a window in different orders, so that they fetch different
             shards.
     """
 
-    def __init__(self, config: DataConfig, indexes: list[ShardIndex], seed: int, rank: int) -> None:
+    def __init__(self, config: DataConfig, indexes: list[ShardIndex], rows_per_epoch: int, seed: int, rank: int) -> None:
         self._shards = [index.path for index in indexes]
-        self._counts = np.array([index.count for index in indexes])
+        self._counts, self._rows_per_epoch = np.array([index.count for index in indexes]), rows_per_epoch
         self._repeats, self._shuffle_shards = config.augment.repeats, config.shuffle_shards
         self._seed, self._random = seed, random.Random(rank)
         sizes = [index.size for index in indexes if isinstance(index.path, RemoteShard)]
@@ -55,18 +56,22 @@ class FetchAhead:
         self._wanted.put(None)
 
     def reach(self, epoch: int, row: int) -> None:
-        """Tells that the rows of an epoch's order from ``row`` on are being read now; has the window after theirs fetched."""
+        """Tells that row number ``row`` of an epoch's order is the last that is being read; has the shards after its window fetched."""
         if self._enabled and (epoch, row) >= self._window_end:
-            windows = self._windows(epoch)
-            ends = np.cumsum([self._counts[window].sum() for window in windows]) * self._repeats
+            windows, ends = self._used_windows(epoch)
             current = int(np.searchsorted(ends, row, side="right"))
             self._window_end = (epoch, int(ends[current]))
-            # Repeated augmentation shows a share of the samples, so an epoch may end before its last window.
-            ends_epoch = ends[current] >= self._counts.sum()
-            self._want(self._windows(epoch + 1)[0] if ends_epoch else windows[current + 1])
+            # An epoch's last window may be a small one, so as many shards as a window has are fetched, whatever windows hold.
+            coming = np.concatenate([*windows[current + 1 :], self._used_windows(epoch + 1)[0][0]])
+            self._want(coming[: self._shuffle_shards])
 
-    def _windows(self, epoch: int) -> list[Ints]:
-        return epoch_windows(len(self._shards), self._seed, epoch, self._shuffle_shards)
+    def _used_windows(self, epoch: int) -> tuple[list[Ints], Ints]:
+        """The windows that an epoch reads, and the row after each. Repeated augmentation shows a share of the samples, and the
+        last ones may be left out, so there may be others."""
+        windows = epoch_windows(len(self._shards), self._seed, epoch, self._shuffle_shards)
+        ends = np.cumsum([self._counts[window].sum() for window in windows]) * self._repeats
+        used = int(np.searchsorted(ends, self._rows_per_epoch)) + 1
+        return windows[:used], ends[:used]
 
     def _want(self, numbers: Iterable[int]) -> None:
         shards = [self._shards[number] for number in numbers]

@@ -122,7 +122,7 @@ class TrainData:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
         workers = self._config.workers
-        with FetchAhead(self._config, self.indexes, self._seed, self._rank) as fetch_ahead:
+        with FetchAhead(self._config, self.indexes, self.steps.rows_per_epoch, self._seed, self._rank) as fetch_ahead:
             rows = self._rows(first_step, last_step, fetch_ahead)
             for images, labels, damaged, reports in load(self._samples, rows, self._batch_shape, workers, substitute=True):
                 self.damage.note(reports)
@@ -134,7 +134,7 @@ class TrainData:
         for step in count(first_step) if last_step is None else range(first_step, last_step):
             rows = []
             for epoch, first, stop in self.steps.pieces(step):
-                fetch_ahead.reach(epoch, first)
+                fetch_ahead.reach(epoch, stop - 1)
                 if epoch != order_epoch:
                     order = epoch_order(counts, self._seed, epoch, config.shuffle_shards, config.augment.repeats)
                     order_epoch = epoch

@@ -30,11 +30,11 @@ class EpochSteps:
 
     def total(self, epochs: int) -> int:
         """Optimizer steps of a run."""
-        return epochs * self._rows_per_epoch // self.global_batch_size
+        return epochs * self.rows_per_epoch // self.global_batch_size
 
     def epochs_done(self, step: int) -> int:
         """Epochs whose last row the first ``step`` steps have taken."""
-        return step * self.global_batch_size // self._rows_per_epoch
+        return step * self.global_batch_size // self.rows_per_epoch
 
     def ends_epoch(self, step: int, every: int) -> bool:
         """Whether one of every so many epochs ends in the last of the first ``step`` steps, one at least."""
@@ -45,13 +45,13 @@ class EpochSteps:
         found = []
         start, end = step * self.global_batch_size, (step + 1) * self.global_batch_size
         while start < end:
-            epoch, first = divmod(start, self._rows_per_epoch)
-            stop = min(self._rows_per_epoch, first + end - start)
+            epoch, first = divmod(start, self.rows_per_epoch)
+            stop = min(self.rows_per_epoch, first + end - start)
             found.append((epoch, first, stop))
             start += stop - first
         return found
 
     @property
-    def _rows_per_epoch(self) -> int:
+    def rows_per_epoch(self) -> int:
         """Rows of an epoch that are used."""
         return self.num_samples if self.carry else self.num_samples // self.global_batch_size * self.global_batch_size

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from svite_scale.config import AugmentConfig, DataConfig
-from svite_scale.data.index import sidecar_path
+from svite_scale.data.cache import RemoteShard
+from svite_scale.data.fetch_ahead import FetchAhead
+from svite_scale.data.index import ShardIndex, sidecar_path
+from svite_scale.data.order import epoch_order
+from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
 from tests.data.flaky_server import Server, serving
 from tests.data.numbered import grey_config, numbers, train_data, write_numbered
@@ -95,6 +101,38 @@ def test_without_room_for_two_windows_shards_are_fetched_when_they_are_read(
     config = config_of(f"{server.root}/ok", tmp_path, cache_gb=room / 1e9)
     for step, _ in enumerate(train_data(config, BATCH).batches(0, len(shards))):
         assert set(server.requests()) & set(NAMES) == set().union(*shards[: step + 1])
+
+
+class Recorder:
+    """In the place of a cache: keeps which shards it is asked for, by number."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def open_shard(self, url: str, size: int, digest: str) -> int:
+        self.asked.append(int(url))
+        return os.open(os.devnull, os.O_RDONLY)
+
+
+@pytest.mark.parametrize(("batch", "first_unused"), [(16, None), (60, 256), (1, None)])
+def test_a_small_last_window_leaves_time_for_the_next_epoch(tmp_path: Path, batch: int, first_unused: int | None) -> None:
+    """17 shards of 16 in windows of 4: the last window is one shard, which a batch may jump over, or leave out."""
+    cache, empty = Recorder(), np.zeros(16, dtype=np.int64)
+    shards = [RemoteShard(str(number), 1, "", cache) for number in range(17)]  # type: ignore[arg-type]
+    indexes = [ShardIndex(shard, 1, "", "", empty, empty, empty, b"") for shard in shards]  # type: ignore[arg-type]
+    steps = EpochSteps(17 * 16, batch, carry=False)
+    orders = [epoch_order([16] * 17, 0, epoch, 4, 1)[: steps.rows_per_epoch, 0] // 16 for epoch in range(2)]
+    first_window = set(orders[1][:64].tolist())
+    assert len(first_window) == 4
+    with FetchAhead(grey_config(shuffle_shards=4), indexes, steps.rows_per_epoch, 0, 0) as fetch_ahead:
+        for step in range(int(steps.per_epoch)):
+            for epoch, _, stop in steps.pieces(step):
+                fetch_ahead.reach(epoch, stop - 1)
+        wait_until(lambda: first_window <= set(cache.asked[-4:]))
+        seen = set(orders[0].tolist()) | first_window
+        assert set(cache.asked) <= seen, "nothing that no step reads"
+        if first_unused is not None:
+            assert len(set(epoch_order([16] * 17, 0, 0, 4, 1)[first_unused:, 0] // 16)) == 1
 
 
 def test_a_shard_that_can_not_be_fetched_ends_the_run_when_it_is_read(served: Path, tmp_path: Path) -> None:
