@@ -56,7 +56,7 @@ class FetchAhead:
         self._wanted.put(None)
 
     def reach(self, epoch: int, row: int) -> None:
-        """Tells that row number ``row`` of an epoch's order is the last that is being read; has the shards after its window fetched."""
+        """Tells that row ``row`` of an epoch's order is the last that is read now; has what follows its window fetched."""
         if self._enabled and (epoch, row) >= self._window_end:
             windows, ends = self._used_windows(epoch)
             current = int(np.searchsorted(ends, row, side="right"))
