@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.parallel.torch_access import TorchAccess
+from svite_scale.parallel.torch_access import TorchAccess, check_placement
 from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
@@ -48,8 +48,8 @@ def attach(
             :class:`~svite_scale.sparsity.options.TopologyOptions`.
 
     Raises:
-        TopologyError: the model has no sparse layers, or has some under method ``dense``; its engine isn't supported; or the
-            optimizer steps other parameters.
+        TopologyError: the model has no sparse layers, or has some under method ``dense``; its engine, or how it places
+            parameters, isn't supported; or the optimizer steps other parameters.
         ValueError: numbers that don't fit together.
     """
     if not sparse_layers(model):
@@ -58,6 +58,8 @@ def attach(
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
+        for name, parameter in model.named_parameters():
+            check_placement(name, parameter)
         _check_steps_values(model, access.optimizer)
     schedule = UpdateSchedule(
         total_steps=total_steps,

@@ -45,6 +45,16 @@ class TorchAccess:
         return values.to_local().view(-1), rank * chunk_numel(num_rows, world_size) * (values.numel() // num_rows)
 
 
+def check_placement(name: str, tensor: Tensor) -> None:
+    """Refuses what this access couldn't write: a DTensor over several mesh axes, or along another dimension.
+
+    Raises:
+        TopologyError: names it.
+    """
+    if isinstance(tensor, DTensor) and tensor.placements != (Shard(0),):
+        raise TopologyError(f"{name} is placed as {tensor.placements}; shard it over one mesh axis, along dimension 0")
+
+
 def _full(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
@@ -58,8 +68,4 @@ def _copy(tensor: Tensor, value: Tensor) -> None:
     if not isinstance(tensor, DTensor):
         tensor.copy_(value)
         return
-    if tensor.placements != (Shard(0),):
-        raise TopologyError(
-            f"can't write a tensor placed as {tensor.placements}; shard it over one mesh axis, along dimension 0"
-        )
     tensor.to_local().copy_(rank_chunk(value, *rank_and_size(tensor.device_mesh.get_group())))

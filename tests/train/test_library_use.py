@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -228,8 +229,9 @@ def refusal(model: Any, optimizer: torch.optim.Optimizer | None = None) -> str:
     return str(error.value)
 
 
-def refused_engines() -> tuple[str, str]:
-    """An engine that runs no ZeRO, and an optimizer from before FSDP2 replaced the parameters."""
+def refused_engines() -> tuple[str, str, str]:
+    """An engine that runs no ZeRO, an optimizer from before FSDP2 replaced the parameters, and FSDP2 over two mesh axes."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = users_model()
@@ -239,7 +241,11 @@ def refused_engines() -> tuple[str, str]:
     svite_scale.sparsify(model, DENSITY, distribution="uniform")
     optimizer = torch.optim.AdamW(trainable(model))
     fully_shard(model)
-    return no_zero, refusal(model, optimizer)
+    before_sharding = refusal(model, optimizer)
+    model = users_model()
+    svite_scale.sparsify(model, DENSITY, distribution="uniform")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+    return no_zero, before_sharding, refusal(model, torch.optim.AdamW(trainable(model)))
 
 
 def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:
@@ -255,9 +261,12 @@ def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:
         TopologyError, match=r"method dense has no sparse layers, .*; leave sparsify\(\) out, or use method static"
     ):
         svite_scale.attach(model, dense_optimizer, total_steps=STEPS, update_every=6, options=options)
-    for no_zero, before_sharding in run_on_ranks(2, refused_engines):
+    for no_zero, before_sharding, two_axes in run_on_ranks(2, refused_engines):
         assert no_zero == "the DeepSpeed engine runs ZeRO stage 0; use stage 1, 2 or 3"
         assert before_sharding == too_early
+        assert re.fullmatch(
+            r"0\.values is placed as \(Replicate\(\), Shard\(dim=0\)\); shard it over one mesh axis, .*", two_axes
+        )
 
 
 def test_an_optimizer_whose_state_cant_follow_weights_is_refused_at_the_update() -> None:
