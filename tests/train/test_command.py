@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from svite_scale.config_reader import read_config
+from svite_scale.data.index import sidecar_path
 from tests.train.command_line import run_here
 from tests.train.runs import metrics_of
 from tests.train.tiny import write_config_file
@@ -248,6 +249,13 @@ def test_a_run_goes_on_with_the_same_samples_only(
     shutil.copytree(digits, moved)
     again = [*start, "--resume", f"data.train={moved}/train-*.tar", f"data.val={moved}/val-*.tar"]
     assert run_here(capsys, *again, "train.max_steps=3").status == 0, "wherever they are"
+    for first in (moved / "train-000000.tar", sidecar_path(moved / "train-000000.tar")):
+        second = first.with_name(first.name.replace("0.tar", "1.tar"))
+        contents = first.read_bytes(), second.read_bytes()
+        second.write_bytes(contents[0])
+        first.write_bytes(contents[1])
+    answer = run_here(capsys, *again, "train.max_steps=4")
+    assert answer.status == 1, "as many, in another order"
     (moved / "train-000002.tar").unlink()
     answer = run_here(capsys, *again, "train.max_steps=4")
     assert answer.status == 1
