@@ -50,7 +50,7 @@ class ShardIndex:
     labels: npt.NDArray[np.int32]
     """``[count]``"""
     packed_keys: bytes
-    """The keys, which only messages need: zero-separated UTF-8, compressed."""
+    """The keys, which only messages need: zero-separated UTF-8 (other bytes as Python's ``surrogateescape``), compressed."""
 
     @property
     def count(self) -> int:
@@ -60,7 +60,7 @@ class ShardIndex:
     @property
     def keys(self) -> list[str]:
         """The samples' keys; unpacked at each call."""
-        return zlib.decompress(self.packed_keys).decode().split("\0") if self.count else []
+        return zlib.decompress(self.packed_keys).decode(errors="surrogateescape").split("\0") if self.count else []
 
     def key(self, position: int) -> str:
         """Key of the sample at ``position`` of the shard."""
@@ -101,7 +101,7 @@ def index_of(
         offsets=np.array(offsets, dtype=np.int64),
         lengths=np.array(lengths, dtype=np.int32),
         labels=np.array(labels, dtype=np.int32),
-        packed_keys=zlib.compress("\0".join(keys).encode(), level=1),
+        packed_keys=zlib.compress("\0".join(keys).encode(errors="surrogateescape"), level=1),
     )
 
 

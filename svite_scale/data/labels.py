@@ -101,7 +101,7 @@ class LabelRule:
     def _field(self, members: Mapping[str, bytes], field: str) -> int | None:
         try:
             record = json.loads(members.get("json", b"{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f".json is not JSON ({error}); mend it") from error
         if not isinstance(record, dict) or field not in record:
             return None

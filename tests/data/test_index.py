@@ -45,7 +45,7 @@ def test_offsets_lead_to_the_images(tmp_path: Path) -> None:
 
 
 def test_a_sidecar_gives_back_what_was_saved(tmp_path: Path) -> None:
-    contents = {"zwei-ü": b"xy", "a/b": b"xy", "empty": b""}
+    contents = {"zwei-ü": b"xy", "a/b": b"xy", "empty": b"", "caf\udce9": b"xyz"}
     names = list(contents)
     shard = make_tar(
         tmp_path / "a.tar", [part for name in names for part in ((f"{name}.png", contents[name]), (f"{name}.cls", b"3"))]
@@ -54,7 +54,7 @@ def test_a_sidecar_gives_back_what_was_saved(tmp_path: Path) -> None:
     save_index(built)
     loaded = load_index(shard)
     assert (loaded.size, loaded.sha256, loaded.plan, loaded.keys) == (built.size, built.sha256, "of mine", names)
-    assert loaded.lengths.tolist() == [2, 2, 0]
+    assert loaded.lengths.tolist() == [2, 2, 0, 3]
     for column in ("offsets", "lengths", "labels"):
         assert getattr(built, column).dtype == getattr(loaded, column).dtype
         np.testing.assert_array_equal(getattr(built, column), getattr(loaded, column))

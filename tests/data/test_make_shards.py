@@ -156,6 +156,20 @@ def test_indexing_others_shards_in_place(command: ModuleType, tmp_path: Path) ->
     assert shard.read_bytes() == content
 
 
+def test_one_odd_shard_leaves_the_others_to_be_indexed(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latin = make_tar(tmp_path / "a.tar", [("caf\udce9.jpg", b"x"), ("caf\udce9.cls", b"1")])
+    make_tar(tmp_path / "b.tar", [("a.jpg", b"x"), ("a.json", b"[" * 200_000)])
+    (fine,) = write_shards(numbered(2), tmp_path, "train", 2)
+    sidecar_path(fine).unlink()
+    assert command.main(["--index", str(tmp_path), "--workers", "1"]) == 2
+    output = capsys.readouterr()
+    assert "b.tar: sample 'a': .json is not JSON" in output.out
+    assert "error: 1 of 3 shards can't be indexed; see above" in output.err.splitlines()
+    assert [index.count for index in load_indexes(f"{tmp_path}/{{{latin.name},{fine.name}}}")] == [1, 2]
+
+
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_every_bad_shard_is_named(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str

@@ -96,6 +96,7 @@ def test_labels_in_class_folders(tmp_path: Path) -> None:
         ([("a.png", b"x"), ("a.cls", b"1" * 30)], None, "class number from 0"),
         ([("a.png", b"x"), ("a.cls", b"\xff\xfe")], None, "class number from 0"),
         ([("a.png", b"x"), ("a.json", b'{"label":')], None, "'a': .json is not JSON"),
+        ([("a.png", b"x"), ("a.json", b"[" * 200_000)], None, "'a': .json is not JSON"),
         ([("a.png", b"x"), ("a.json", b'{"label": true}')], None, "label = 'True', which is no class number"),
         ([("a.png", b"x"), ("a.json", b'{"label": -1}')], None, "label = '-1', which is no class number"),
         ([("a.png", b"x"), ("a.json", b'{"label": "cat"}')], None, "name the classes with --classes"),
