@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from svite_scale.data.folder import image_folder, labelled_files
 from svite_scale.data.index import build_index, damage, is_indexed, save_index
 from svite_scale.data.info import check_classes, write_info
 from svite_scale.data.labels import LabelRule, read_classes, read_labels
+from svite_scale.data.left_out import in_words
 from svite_scale.data.output import Output
 from svite_scale.data.patterns import find_shards
 from svite_scale.data.processes import in_processes
@@ -83,7 +85,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     write_info(output.shards, output.counts, prefix, source.classes)
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
-    print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}")
+    print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}{but(source.left_out)}")
     print(f"for a config: data.{split}={out}/{prefix}-*.tar")
 
 
@@ -98,33 +100,52 @@ def index(arguments: argparse.Namespace) -> None:
     if not shards:
         print("every shard has its index already")
         return
-    found = with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index")
-    report(found, f"{len(shards)} indexes are written", "can't be indexed")
+    done = with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index")
+    written = [shard for shard in done if not shard.problem]
+    left_out = sum((shard.left_out for shard in written), Counter[str]())
+    print(f"{len(written)} indexes are written: {sum(shard.num_samples for shard in written)} samples{but(left_out)}")
+    refuse([shard.problem for shard in done], "can't be indexed")
 
 
-def index_shard(shard: Path, rule: LabelRule) -> str:
-    """Indexes one shard; what is wrong with it, or nothing."""
+class Indexed(NamedTuple):
+    """A shard that was to be indexed."""
+
+    problem: str
+    """Empty if it was."""
+    num_samples: int
+    left_out: Counter[str]
+    """Its other members, by kind."""
+
+
+def index_shard(shard: Path, rule: LabelRule) -> Indexed:
+    """Indexes one shard."""
     try:
-        save_index(build_index(shard, rule))
+        index, left_out = build_index(shard, rule)
+        save_index(index)
     except (DataError, OSError) as error:
-        return str(error)
-    return ""
+        return Indexed(str(error), 0, Counter())
+    return Indexed("", index.count, left_out)
+
+
+def but(left_out: Mapping[str, int]) -> str:
+    """The end of a message on samples."""
+    return f"; left out: {in_words(left_out)}" if left_out else ""
 
 
 def verify(pattern: str, workers: int) -> None:
     """Compares shards with the sizes and checksums in their indexes."""
     shards = find_shards(pattern, "--verify")
     found = with_bar(damage, shards, workers, "verify")
-    report(found, f"{len(shards)} shards are as they were when they were indexed", "can't be used as they are")
+    refuse(found, "can't be used as they are")
+    print(f"{len(shards)} shards are as they were when they were indexed")
 
 
-def report(found: Sequence[str], success: str, failure: str) -> None:
+def refuse(found: Sequence[str], failure: str) -> None:
     """Prints what is wrong with each shard.
 
     Args:
         found: of each shard, what is wrong; empty if nothing is.
-        success: what to say if nothing is wrong with any.
-        failure: what else to say, after their number.
+        failure: what to say after the number of those with which something is.
 
     Raises:
         DataError: something is wrong.
@@ -134,7 +155,6 @@ def report(found: Sequence[str], success: str, failure: str) -> None:
         print(text)
     if problems:
         raise DataError(f"{len(problems)} of {len(found)} shards {failure}; see above")
-    print(success)
 
 
 def with_bar(work: Callable[[Path], Result], shards: Sequence[Path], workers: int, name: str) -> list[Result]:

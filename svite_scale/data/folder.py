@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from svite_scale.data.left_out import in_words, kind_of
 from svite_scale.data.scan import IMAGE_EXTENSIONS
 from svite_scale.data.shards import Sample
 from svite_scale.data.source import Origin, Source, permutation
@@ -69,8 +72,15 @@ def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> 
     for name, label in classes.items():
         if not (folder / name).is_dir():
             raise DataError(f"{folder} has no folder {name!r}, which line {label + 1} of --classes names; correct one of them")
-    files = [(file, label) for name, label in classes.items() for file in image_files(folder, name)]
-    return ImageFiles(folder, files, list(classes))
+    files = []
+    left_out = Counter(kind_of(path.name, extension(path.name)) for path in folder.iterdir() if path.is_file())
+    for name, label in classes.items():
+        images, others = image_files(folder, name)
+        files += [(file, label) for file in images]
+        left_out += others
+    source = ImageFiles(folder, files, list(classes))
+    source.left_out = left_out
+    return source
 
 
 def labelled_files(root: str | Path, labels: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> ImageFiles:
@@ -98,22 +108,38 @@ def existing_folder(root: str | Path) -> Path:
     return folder
 
 
-def image_files(root: Path, name: str) -> list[str]:
-    """Sorted paths, within ``root``, of the images in and under its folder ``name``."""
-    files = sorted(file for file in walk(root, name) if extension(file) in IMAGE_EXTENSIONS)
-    if not files:
-        raise DataError(f"{root / name} has no image ({wanted()}); every folder counts as a class, unless --classes names them")
-    return files
+def image_files(root: Path, name: str) -> tuple[list[str], Counter[str]]:
+    """Sorted paths, within ``root``, of the images in and under its folder ``name``; and the other files, counted by kind."""
+    images, left_out = [], Counter[str]()
+    for file in walk(root, name):
+        if extension(file) in IMAGE_EXTENSIONS:
+            images.append(file)
+        else:
+            left_out[kind_of(os.path.basename(file), extension(file))] += 1
+    if not images:
+        problem = f"{root / name} has no image ({wanted()}) but {in_words(left_out) or 'nothing'}"
+        raise DataError(f"{problem}; every folder counts as a class, unless --classes names them")
+    return sorted(images), left_out
 
 
 def walk(root: Path, name: str) -> Iterator[str]:
-    for folder, _, files in os.walk(root / name):
+    """The files in and under a folder, also where links lead, as paths within ``root``."""
+    seen = set()
+    for folder, _, files in os.walk(root / name, onerror=refuse, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            raise DataError(f"{folder} leads to {place}, whose files are read already; take the link out")
+        seen.add(place)
         inside = os.path.relpath(folder, root)
         yield from (os.path.join(inside, file) for file in files)
 
 
+def refuse(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} can't be read ({error.strerror}); make it readable, or take it out") from error
+
+
 def extension(file: str) -> str:
-    return file.rpartition(".")[2].lower()
+    return os.path.splitext(file)[1][1:].lower()
 
 
 def wanted() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -72,15 +73,18 @@ def sidecar_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> ShardIndex:
+def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> tuple[ShardIndex, Counter[str]]:
     """Builds the index by reading the whole tar, once for its headers and once for the checksum.
+
+    Returns:
+        The index, and the members that belong to no sample, counted by kind.
 
     Raises:
         DataError: the tar is damaged or compressed, or a sample has no image or no label.
     """
     size = shard.stat().st_size
-    samples = scan_tar(shard, rule)
-    return index_of(shard, size, sha256_of(shard), plan, *zip(*samples, strict=True))
+    samples, left_out = scan_tar(shard, rule)
+    return index_of(shard, size, sha256_of(shard), plan, *zip(*samples, strict=True)), left_out
 
 
 def index_of(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from svite_scale.data.labels import LabelRule
+from svite_scale.data.left_out import in_words, kind_of
 from svite_scale.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
@@ -37,6 +38,13 @@ class TarSample(NamedTuple):
     label: int
 
 
+class Scan(NamedTuple):
+    """The samples of a shard in the order of their images, and the other members, counted by kind."""
+
+    samples: list[TarSample]
+    left_out: Counter[str]
+
+
 class Contents(NamedTuple):
     """What a tar holds, by the samples' keys."""
 
@@ -44,8 +52,10 @@ class Contents(NamedTuple):
     """First byte and length."""
     label_members: dict[str, dict[str, bytes]]
     """``cls`` and ``json``."""
-    others: set[str]
+    others: dict[str, list[str]]
     """Extensions of all other members."""
+    left_out: Counter[str]
+    """The same by kind, and hidden members, which have no key."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -56,8 +66,8 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def scan_tar(shard: Path, rule: LabelRule | None = None) -> list[TarSample]:
-    """The samples of ``shard`` in the order of their images. Members other than images and labels are left out.
+def scan_tar(shard: Path, rule: LabelRule | None = None) -> Scan:
+    """The samples of ``shard``. Members other than images and labels are left out.
 
     An image of no bytes is a sample like any other.
 
@@ -82,13 +92,19 @@ def scan_tar(shard: Path, rule: LabelRule | None = None) -> list[TarSample]:
             f"{shard}: sample {unlabelled[0]!r} has no label ({rule}); say where it stands, or write the shard again"
         )
     extensions = " or ".join(sorted(IMAGE_EXTENSIONS))
+    for key in sorted(contents.others.keys() - contents.images.keys()):
+        for extension in contents.others[key]:
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
+                problem = f"sample {key!r} has no image ({extensions}) but {f'.{extension}'!r}, which begins at the first dot"
+                raise DataError(f"{shard}: {problem}; write the shard again with no other dots in names")
     blind = sorted(key for key, label in labels.items() if label is not None and key not in contents.images)
     if blind:
         raise DataError(f"{shard}: sample {blind[0]!r} has no image ({extensions}); write the shard again with it")
     if not contents.images:
-        found = ", ".join(sorted(contents.others)) or "nothing"
+        found = in_words(contents.left_out) or "nothing"
         raise DataError(f"{shard} has no image ({extensions}), but {found}; convert the images, or leave the shard out")
-    return [TarSample(key, *place, label) for key, place in contents.images.items() if (label := labels[key]) is not None]
+    samples = [TarSample(key, *place, label) for key, place in contents.images.items() if (label := labels[key]) is not None]
+    return Scan(samples, contents.left_out)
 
 
 def read_tar(shard: Path) -> Contents:
@@ -97,7 +113,7 @@ def read_tar(shard: Path) -> Contents:
     Raises:
         DataError: the tar is damaged or compressed, two members are the same part of a sample, or one is a link.
     """
-    contents = Contents({}, defaultdict(dict), set())
+    contents = Contents({}, defaultdict(dict), defaultdict(list), Counter())
     try:
         with open(shard, "rb") as file:
             refuse_compressed(file, shard)
@@ -111,7 +127,10 @@ def read_tar(shard: Path) -> Contents:
 
 def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
     key, extension = split_name(member.name)
-    if extension in IMAGE_EXTENSIONS:
+    file = member.name.rpartition("/")[2]
+    if file.startswith("."):
+        contents.left_out[kind_of(file, extension)] += 1
+    elif extension in IMAGE_EXTENSIONS:
         if key in contents.images:
             raise DataError(f"{shard}: sample {key!r} has two images; keep one")
         contents.images[key] = (member.offset_data, member.size)
@@ -122,7 +141,8 @@ def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo
         assert content is not None, "only regular members are read"
         contents.label_members[key][extension] = content.read()
     else:
-        contents.others.add(f".{extension}")
+        contents.others[key].append(extension)
+        contents.left_out[kind_of(file, extension)] += 1
 
 
 def regular_members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:

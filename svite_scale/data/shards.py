@@ -113,7 +113,8 @@ def write_shard(samples: Iterable[Sample], shard: Path, plan: str = "") -> None:
                     LABEL_EXTENSION: str(sample.label).encode(),
                 }
             )
-    save_index(build_index(shard, plan=plan))
+    index, _ = build_index(shard, plan=plan)
+    save_index(index)
 
 
 def check_sample(sample: Sample) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class Source(ABC):
     """Of the samples, in their order."""
     classes: Sequence[str] | None = None
     """Names of the labels from 0, where the source has them."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Files found that make no sample, counted by kind."""
 
     @abstractmethod
     def sample(self, number: int) -> Sample:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,13 +65,42 @@ def test_a_list_of_files_picks_and_labels_them(tmp_path: Path) -> None:
             labelled_files(tmp_path, [(file, 0)], None)
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    contents = write_files(tmp_path, ["in/ant/a.png", "elsewhere/b.png", "elsewhere/deep/c.png"])
+    link = tmp_path / "in" / "ant" / "more"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert {sample.image for sample in image_folder(tmp_path / "in").samples} == set(contents.values())
+    (tmp_path / "elsewhere" / "deep" / "loop").symlink_to(tmp_path / "in" / "ant")
+    with pytest.raises(DataError, match=r"ant/more/deep/loop leads to \S+/in/ant, whose files are read already; take the link"):
+        image_folder(tmp_path / "in")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, ["ant/a.png", "ant/deep/b.png"])
+    scandir = os.scandir
+
+    def denied(path: str) -> Iterator[os.DirEntry[str]]:
+        if os.path.basename(path) == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match=r"ant/deep can't be read \(Permission denied\); make it readable"):
+        image_folder(tmp_path)
+
+
 def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         image_folder(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no class folders"):
         image_folder(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no image"):
+    with pytest.raises(DataError, match=r"empty has no image \(jpeg, jpg, png\) but nothing"):
+        image_folder(tmp_path)
+    for number in range(12):
+        (tmp_path / "empty" / f"{number}.k{number:02d}").touch()
+    (tmp_path / "empty" / "1.k11").touch()
+    with pytest.raises(DataError, match=r"but 2 \.k11, 1 \.k00, 1 \.k01, .* 1 \.k08, 2 others; every folder"):
         image_folder(tmp_path)
 
 

@@ -50,7 +50,8 @@ def test_a_sidecar_gives_back_what_was_saved(tmp_path: Path) -> None:
     shard = make_tar(
         tmp_path / "a.tar", [part for name in names for part in ((f"{name}.png", contents[name]), (f"{name}.cls", b"3"))]
     )
-    built = build_index(shard, plan="of mine")
+    built, left_out = build_index(shard, plan="of mine")
+    assert not left_out
     save_index(built)
     loaded = load_index(shard)
     assert (loaded.size, loaded.sha256, loaded.plan, loaded.keys) == (built.size, built.sha256, "of mine", names)

@@ -95,6 +95,35 @@ def test_a_folder_of_images(command: ModuleType, tmp_path: Path) -> None:
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
 
 
+def test_what_makes_no_sample_is_counted(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (
+        "ant/a.png",
+        "ant/b.webp",
+        "ant/deep/c.v2.WEBP",
+        "ant/d.bmp",
+        "bee/e.png",
+        "bee/notes",
+        "bee/.DS_Store",
+        "f.jpg",
+    ):
+        path = tmp_path / "images" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(1))
+    assert command.main(["--source", f"{tmp_path}/images", "--out", f"{tmp_path}/out"]) == 0
+    out = capsys.readouterr().out
+    assert ": 2 images in " in out
+    assert "train-000000.tar; left out: 2 .webp, 1 .bmp, 1 .jpg, 1 hidden, 1 without extension\n" in out
+
+    members = [f"{folder}/{file}" for folder in "ab" for file in ("1.jpg", "2.webp", "1.seg.png", "1.\udce9\n")]
+    shards = [make_tar(tmp_path / name, [(member, b"x") for member in members]) for name in ("a.tar", "b.tar")]
+    make_tar(tmp_path / "c.tar", [("a/1.jpg", b"x"), ("a/1.png", b"x")])
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert command.main(["--index", str(tmp_path), "--classes", f"{tmp_path}/classes.txt", "--workers", "2"]) == 2
+    summary = r"2 indexes are written: 4 samples; left out: 4 .seg.png, 4 .webp, 4 .\udce9\n"
+    assert capsys.readouterr().out.splitlines()[0] == summary
+    assert [load_indexes(str(shard))[0].count for shard in shards] == [2, 2]
+
+
 def test_a_flat_folder_with_labels(command: ModuleType, tmp_path: Path) -> None:
     for folder in ("train/wolf", "train/ant", "val"):
         (tmp_path / folder).mkdir(parents=True)
@@ -131,7 +160,7 @@ def test_indexing(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     sidecar_path(other).write_text('{"format": 1}')
     before = sidecar_path(fine).stat().st_mtime_ns
     assert command.main(["--index", f"{tmp_path}/*.tar", "--workers", "2"]) == 0
-    assert capsys.readouterr().out == "3 indexes are written\n"
+    assert capsys.readouterr().out == "3 indexes are written: 6 samples\n"
     assert [index.count for index in load_indexes(str(tmp_path))] == [2] * 4
     assert {shard: sidecar_path(shard).read_bytes() for shard in expected} == expected
     assert sidecar_path(fine).stat().st_mtime_ns == before

@@ -20,7 +20,7 @@ SYNSETS = {"n01440764": 0, "n01443537": 1}
 
 
 def labels(shard: Path, rule: LabelRule | None = None) -> dict[str, int]:
-    return {sample.key: sample.label for sample in scan_tar(shard, rule)}
+    return {sample.key: sample.label for sample in scan_tar(shard, rule).samples}
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -41,9 +41,10 @@ def test_tars_of_other_tools(tmp_path: Path, format: int) -> None:
     ]
     shard = make_tar(tmp_path / "other.tar", members, format)
     content = shard.read_bytes()
-    found = scan_tar(shard)
+    found, left_out = scan_tar(shard)
     assert [(sample.key, sample.label) for sample in found] == [(long, 12), ("zwei-ü", 3), ("empty", 4)]
     assert [content[sample.offset :][: sample.length] for sample in found] == [first, second, b""]
+    assert left_out == {".seg.png": 1, ".txt": 1}
 
 
 def test_labels_in_json(tmp_path: Path) -> None:
@@ -86,8 +87,15 @@ def test_labels_in_class_folders(tmp_path: Path) -> None:
         ([("a.png", b"x"), ("a.cls", b"1")], LabelRule("fine"), r"'a' has no label \(a field 'fine' in .json\)"),
         ([("a.cls", b"1")], None, "'a' has no image"),
         ([("a.webp", b"x"), ("a.json", b'{"label": 1}')], None, r"'a' has no image \(jpeg or jpg or png\)"),
-        ([("a.webp", b"x"), ("b.tif", b"x")], None, "but .tif, .webp; convert"),
+        ([("a.webp", b"x"), ("b.tif", b"x")], None, "but 1 .tif, 1 .webp; convert"),
+        ([("._a.jpg", b"x"), (".jpg", b"x"), (".cls", b"1")], None, "but 3 hidden; convert"),
         ([], None, "but nothing"),
+        (
+            [("a.png", b"x"), ("a.cls", b"1"), ("b.v2.png", b"x"), ("b.v2.cls", b"1")],
+            None,
+            r"'b' has no image \(jpeg or jpg or png\) but '.v2.png', which begins at the first dot; write .* no other dots",
+        ),
+        ([("a.png", b"x"), ("a.cls", b"1"), ("b.v2.cls", b"1")], None, "'b' has no image .* but '.v2.cls'"),
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], None, "'a' has two images"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"1"), ("a.png", b"x")], None, "'a' has two images"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.CLS", b"2")], None, "'a' has two .cls members"),
@@ -195,4 +203,4 @@ def test_long_padding_is_no_damage(tmp_path: Path) -> None:
     (shard,) = write_shards(numbered(4), tmp_path, "train", 4)
     with open(shard, "ab") as file:
         file.write(bytes(3 << 20))
-    assert [sample.label for sample in scan_tar(shard)] == [0, 1, 2, 3]
+    assert [sample.label for sample in scan_tar(shard).samples] == [0, 1, 2, 3]
