@@ -57,14 +57,14 @@ def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> 
 
     Args:
         root: the folder.
-        classes: class folders and their labels; by default all folders, whose sorted names are numbered from 0.
+        classes: class folders and their labels; by default all that aren't hidden, whose sorted names are numbered from 0.
 
     Raises:
         DataError: there is no such folder, it has no class folders or not these, or one of them has no image.
     """
     folder = existing_folder(root)
     if classes is None:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not names:
             layout = f"ImageNet's layout is {folder.name}/CLASS/IMAGE.jpg, and --labels is for a flat folder"
             raise DataError(f"{folder} has no class folders; {layout}")
@@ -112,10 +112,11 @@ def image_files(root: Path, name: str) -> tuple[list[str], Counter[str]]:
     """Sorted paths, within ``root``, of the images in and under its folder ``name``; and the other files, counted by kind."""
     images, left_out = [], Counter[str]()
     for file in walk(root, name):
-        if extension(file) in IMAGE_EXTENSIONS:
+        kind = kind_of(os.path.basename(file), extension(file))
+        if kind[1:] in IMAGE_EXTENSIONS:
             images.append(file)
         else:
-            left_out[kind_of(os.path.basename(file), extension(file))] += 1
+            left_out[kind] += 1
     if not images:
         problem = f"{root / name} has no image ({wanted()}) but {in_words(left_out) or 'nothing'}"
         raise DataError(f"{problem}; every folder counts as a class, unless --classes names them")
@@ -123,13 +124,14 @@ def image_files(root: Path, name: str) -> tuple[list[str], Counter[str]]:
 
 
 def walk(root: Path, name: str) -> Iterator[str]:
-    """The files in and under a folder, also where links lead, as paths within ``root``."""
+    """The files in and under a folder, also where links lead but not in hidden folders, as paths within ``root``."""
     seen = set()
-    for folder, _, files in os.walk(root / name, onerror=refuse, followlinks=True):
+    for folder, folders, files in os.walk(root / name, onerror=refuse, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:
             raise DataError(f"{folder} leads to {place}, whose files are read already; take the link out")
         seen.add(place)
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
         inside = os.path.relpath(folder, root)
         yield from (os.path.join(inside, file) for file in files)
 

@@ -18,11 +18,11 @@ def read_classes(path: str | Path) -> dict[str, int]:
     """The class folders that a file names, one a line, and their labels: the first line's is 0.
 
     Raises:
-        DataError: the file can't be read, holds nothing, or a line is empty, names a path, or repeats another.
+        DataError: the file can't be read, holds nothing, or a line is empty, no plain name, or repeats another.
     """
     classes: dict[str, int] = {}
     for number, name in enumerate(lines_of(path), start=1):
-        if not name or "/" in name:
+        if name in ("", ".", "..") or "/" in name:
             raise DataError(f"{path}, line {number} is {name!r}; write the name of one class folder")
         if name in classes:
             raise DataError(f"{path}, line {number}: {name!r} stands on line {classes[name] + 1} too; keep one")

@@ -43,6 +43,14 @@ def test_image_folder(tmp_path: Path) -> None:
     assert list(image_folder(f"{os.path.relpath(tmp_path)}/").samples) == samples
 
 
+def test_what_is_hidden_makes_no_class_and_no_sample(tmp_path: Path) -> None:
+    contents = write_files(tmp_path, ["ant/a.png", "ant/._a.png", "ant/.trash/b.png", ".ipynb_checkpoints/c.png"])
+    source = image_folder(tmp_path)
+    assert source.classes == ["ant"]
+    assert [sample.image for sample in source.samples] == [contents["ant/a.png"]]
+    assert source.left_out == {"hidden": 1}
+
+
 def test_a_list_of_classes_picks_and_numbers_them(tmp_path: Path) -> None:
     contents = write_files(tmp_path, ["ant/a.png", "bee/b.png", "cat/c.png", "cat/d.png"])
     source = image_folder(tmp_path, {"cat": 0, "ant": 1})

@@ -28,6 +28,8 @@ def test_lists(tmp_path: Path) -> None:
         ("", "names no class"),
         ("a\n\nb\n", "line 2 is ''"),
         ("a\nb/c\n", "line 2 is 'b/c'"),
+        (".\n", "line 1 is '.'; write the name of one class folder"),
+        ("a\n..\n", "line 2 is '..'"),
         ("a\nb\na\n", "line 3: 'a' stands on line 1 too"),
     ],
 )
