@@ -21,6 +21,7 @@ from svite_scale.data.left_out import in_words
 from svite_scale.data.output import Output
 from svite_scale.data.patterns import find_shards
 from svite_scale.data.processes import in_processes
+from svite_scale.data.shards import shard_pattern
 from svite_scale.data.source import Source
 from svite_scale.errors import DataError, SviteScaleError
 
@@ -86,7 +87,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
     print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}{but(source.left_out)}")
-    print(f"for a config: data.{split}={out}/{prefix}-*.tar")
+    print(f"for a config: data.{split}='{out / shard_pattern(prefix, len(output.shards))}'")
 
 
 def index(arguments: argparse.Namespace) -> None:

@@ -77,6 +77,11 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:06d}.tar"
 
 
+def shard_pattern(prefix: str, num_shards: int) -> str:
+    """What names these shards and no others; a glob would take in those of a prefix that begins alike."""
+    return f"{prefix}-{{{0:06d}..{num_shards - 1:06d}}}.tar"
+
+
 def existing_shards(directory: Path, prefix: str) -> list[Path]:
     """The shards of ``prefix`` in ``directory``, in order."""
     name = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")

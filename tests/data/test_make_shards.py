@@ -38,9 +38,9 @@ def test_digits_from_the_command_line_train_and_evaluate(
     arguments = ["--source", "mnist5k", "--out", str(tmp_path), "--samples-per-shard", "1500"]
     assert command.main(arguments) == 0
     output = capsys.readouterr().out
-    train, val = f"{tmp_path}/train-*.tar", f"{tmp_path}/val-*.tar"
-    assert f"data.train={train}\n" in output
-    assert f"data.val={val}\n" in output
+    train, val = f"{tmp_path}/train-{{000000..000002}}.tar", f"{tmp_path}/val-{{000000..000000}}.tar"
+    assert f"data.train='{train}'\n" in output
+    assert f"data.val='{val}'\n" in output
     assert [index.count for index in load_indexes(train)] == [1500, 1500, 1000]
     config = DataConfig(train=train, val=val, workers=0, mean=(0.13,), std=(0.31,), augment=AugmentConfig(recipe="affine"))
     data = TrainData(
@@ -78,7 +78,7 @@ def test_an_unfinished_output_is_finished(command: ModuleType, tmp_path: Path, c
     assert command.main(arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith("wrote 1 of 3 shards: 5 images in ")
-    assert f"data.val={tmp_path}/val-*.tar" in output
+    assert f"data.val='{tmp_path}/val-{{000000..000002}}.tar'" in output
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == complete
     assert (tmp_path / "val-000002.tar").stat() == kept
 
