@@ -10,7 +10,7 @@ from pathlib import Path
 
 from svite_scale.errors import DataError
 
-LABEL = re.compile(r"\s*\d{1,9}\s*")
+LABEL = re.compile(r"\d{1,9}")
 DEFAULT_KEY = "label"
 
 
@@ -43,7 +43,9 @@ def read_labels(path: str | Path, classes: Mapping[str, int] | None) -> list[tup
         file, _, text = line.rpartition(" ")
         label = label_number(text, classes)
         if not file.strip() or label is None:
-            known = "a class number from 0" + (" or a class" if classes else ", or give the classes' names with --classes")
+            known = "a class number from 0, or give the classes' names with --classes"
+            if classes:
+                known = f"a class, or its number from 0 to {len(classes) - 1}"
             raise DataError(f"{path}, line {number} is {line!r}; write a file and its label: {known}")
         if file.strip() in labels:
             raise DataError(f"{path}, line {number}: {file.strip()!r} stands there twice; keep one")
@@ -61,12 +63,17 @@ def lines_of(path: str | Path) -> list[str]:
 
 
 def label_number(value: object, classes: Mapping[str, int] | None) -> int | None:
-    """The label that ``value`` stands for: a class number, as number or text, or a name among ``classes``; None if neither."""
-    if isinstance(value, str):
-        if classes and value.strip() in classes:
-            return classes[value.strip()]
-        return int(value) if LABEL.fullmatch(value) else None
-    return value if type(value) is int and 0 <= value < 10**9 else None
+    """The label that ``value``, a number or text, stands for: that of a class which is called so, or else a class number.
+
+    None if it is neither, or no class among ``classes`` has that number.
+    """
+    if type(value) not in (int, str):
+        return None
+    text = str(value).strip()
+    if classes and text in classes:
+        return classes[text]
+    label = int(text) if LABEL.fullmatch(text) else None
+    return None if label is None or (classes and label >= len(classes)) else label
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,9 @@ class LabelRule:
         label = label_number(record[field], self.classes)
         if label is None:
             remedy = (
-                "is no class of --classes" if self.classes else "is no class number from 0; name the classes with --classes"
+                f"is no class of --classes, nor the number of one, from 0 to {len(self.classes) - 1}; correct one of them"
+                if self.classes
+                else "is no class number from 0; name the classes with --classes"
             )
             raise DataError(f".json has {field} = {str(record[field])[:40]!r}, which {remedy}")
         return label

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data.labels import read_classes, read_labels
+from svite_scale.data.labels import label_number, read_classes, read_labels
 from svite_scale.errors import DataError
 
 CLASSES = {"n01": 0, "n02": 1}
@@ -20,6 +20,31 @@ def test_lists(tmp_path: Path) -> None:
     assert read_labels(path, None) == [("b.JPEG", 7), ("folder/a b.png", 12), ("c.jpg", 0)]
     path.write_text("b.JPEG n02\nc.JPEG 0\n")
     assert read_labels(path, CLASSES) == [("b.JPEG", 1), ("c.JPEG", 0)]
+
+
+@pytest.mark.parametrize(
+    ("value", "classes", "label"),
+    [
+        (7, None, 7),
+        (" 7\n", None, 7),
+        (10**9, None, None),
+        (-1, None, None),
+        (True, None, None),
+        (1.0, None, None),
+        ("n02", CLASSES, 1),
+        ("n02", None, None),
+        ("1", CLASSES, 1),
+        (1, CLASSES, 1),
+        ("2", CLASSES, None),
+        (57, CLASSES, None),
+        ("20", {"10": 0, "20": 1}, 1),
+        (20, {"10": 0, "20": 1}, 1),
+        (1, {"1": 0, "0": 1}, 0),
+    ],
+)
+def test_numbers_and_names(value: object, classes: dict[str, int] | None, label: int | None) -> None:
+    """A class may be called by a number, which then comes before the class of that number."""
+    assert label_number(value, classes) == label
 
 
 @pytest.mark.parametrize(
@@ -64,5 +89,5 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"{name} can't be read"):
             read_classes(tmp_path / name)
     (tmp_path / "labels").write_text("a.jpg n03\n")
-    with pytest.raises(DataError, match="a class number from 0 or a class"):
+    with pytest.raises(DataError, match="a class, or its number from 0 to 1"):
         read_labels(tmp_path / "labels", CLASSES)

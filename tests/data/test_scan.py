@@ -111,8 +111,9 @@ def test_labels_in_class_folders(tmp_path: Path) -> None:
         (
             [("a.png", b"x"), ("a.json", b'{"label": "cat"}')],
             LabelRule("label", SYNSETS),
-            "'cat', which is no class of --classes",
+            "'cat', which is no class of --classes, nor the number of one, from 0 to 1; correct one",
         ),
+        ([("a.png", b"x"), ("a.json", b'{"label": 2}')], LabelRule("label", SYNSETS), "'2', which is no class of --classes"),
         ([("a.png", b"x")], LabelRule(None, SYNSETS), "lies in the folder ''"),
         ([("n5/a.png", b"x")], LabelRule(None, SYNSETS), "the folder 'n5', which is no class of --classes"),
     ],
