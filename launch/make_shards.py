@@ -13,6 +13,7 @@ What was cut off goes on where it stopped when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from svite_scale.data import command
 from svite_scale.data.processes import num_cores
 
 BUILT_IN = ("mnist5k", "photographs")
+PREFIX = re.compile(r"[\w.-]+")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--verify", metavar="PATTERN", help="compare these tars with the checksums in their indexes")
     parser.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes; default: one per core")
     parser.add_argument("--out", metavar="DIR", help="folder to write to")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1000")
     parser.add_argument("--prefix", help="start of the shards' names; default: train (mnist5k always writes train and val)")
     parser.add_argument("--count", type=int, help="number of photographs; default: 1000")
     parser.add_argument(
@@ -48,8 +50,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     folder = args.source is not None and args.source not in BUILT_IN
     if args.source is not None and args.out is None:
         parser.error("--source needs --out DIR")
+    if args.source is None and args.out is not None:
+        parser.error("--out is for --source")
+    if args.source is None and args.samples_per_shard is not None:
+        parser.error("--samples-per-shard is for --source")
     if args.prefix is not None and (args.source is None or args.source == "mnist5k"):
         parser.error("--prefix is for photographs and image folders")
+    if args.prefix is not None and not PREFIX.fullmatch(args.prefix):
+        parser.error(f"--prefix is {args.prefix!r}; use letters, digits, '-', '_' and '.'")
     if args.count is not None and args.source != "photographs":
         parser.error("--count is for --source photographs")
     if args.classes is not None and not folder and args.index is None:

@@ -26,6 +26,7 @@ from svite_scale.data.source import Source
 from svite_scale.errors import DataError, SviteScaleError
 
 EXIT_FAILED, EXIT_STOPPED = 2, 130
+OUT_REMEDY = "make room or mend it and give the same command again, which keeps what is finished; or give another folder"
 Result = TypeVar("Result")
 
 
@@ -39,15 +40,20 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after an error, which is one line on stderr, or 130 when it was interrupted.
     """
     try:
-        if arguments.workers < 1:
-            raise DataError(f"--workers is {arguments.workers}; use at least 1")
+        for name in ("workers", "count", "samples_per_shard"):
+            number = getattr(arguments, name)
+            if number is not None and number < 1:
+                raise DataError(f"--{name.replace('_', '-')} is {number}; use at least 1")
         if arguments.verify is not None:
             verify(arguments.verify, arguments.workers)
         elif arguments.index is not None:
             index(arguments)
         else:
             for prefix, source in sources(arguments).items():
-                write(source, arguments, prefix)
+                try:
+                    write(source, arguments, prefix)
+                except OSError as error:
+                    raise DataError(f"--out {arguments.out} can't be written to ({error}); {OUT_REMEDY}") from error
     except (SviteScaleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -63,7 +69,7 @@ def sources(arguments: argparse.Namespace) -> dict[str, Source]:
         return {"train": mnist5k("train"), "val": mnist5k("val")}
     prefix = arguments.prefix or "train"
     if arguments.source == "photographs":
-        return {prefix: photographs(1000 if arguments.count is None else arguments.count, prefix)}
+        return {prefix: photographs(arguments.count or 1000, prefix)}
     classes = None if arguments.classes is None else read_classes(arguments.classes)
     if arguments.labels is None:
         return {prefix: image_folder(arguments.source, classes)}
@@ -75,7 +81,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     """Writes the shards of one prefix that aren't finished."""
     out = Path(arguments.out)
     check_classes(out, prefix, source.classes)
-    output = Output(source, out, prefix, arguments.samples_per_shard)
+    output = Output(source, out, prefix, arguments.samples_per_shard or 1000)
     missing = output.missing(arguments.workers)
     total = len(source.keys)
     left = sum(output.counts[number] for number in missing)
@@ -123,8 +129,11 @@ def index_shard(shard: Path, rule: LabelRule) -> Indexed:
     try:
         index, left_out = build_index(shard, rule)
         save_index(index)
-    except (DataError, OSError) as error:
+    except DataError as error:
         return Indexed(str(error), 0, Counter())
+    except OSError as error:
+        problem = f"{shard} can't be read, or its index can't be written beside it ({error}); mend that"
+        return Indexed(problem, 0, Counter())
     return Indexed("", index.count, left_out)
 
 

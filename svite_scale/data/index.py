@@ -234,8 +234,10 @@ def damage(shard: Path) -> str:
     try:
         index = load_index(shard)
         found = sha256_of(shard)
-    except (DataError, OSError) as error:
+    except DataError as error:
         return str(error)
+    except OSError as error:
+        return f"{shard} can't be read ({error}); restore it"
     if found == index.sha256:
         return ""
     return (

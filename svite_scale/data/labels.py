@@ -12,6 +12,7 @@ from svite_scale.errors import DataError
 
 LABEL = re.compile(r"\d{1,9}")
 DEFAULT_KEY = "label"
+ELSEWHERE = "write the shard again with it, or say with --label-key or --classes where else it stands"
 
 
 def read_classes(path: str | Path) -> dict[str, int]:
@@ -102,7 +103,7 @@ class LabelRule:
             return self._field(members, DEFAULT_KEY)
         label = label_number(members["cls"].decode(errors="replace"), None)
         if label is None:
-            raise DataError(f".cls holds {members['cls'][:20]!r}; a label is a class number from 0, as text")
+            raise DataError(f".cls holds {members['cls'][:20]!r}; a label is a class number from 0, as text; {ELSEWHERE}")
         return label
 
     def _field(self, members: Mapping[str, bytes], field: str) -> int | None:

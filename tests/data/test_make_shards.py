@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -235,9 +236,10 @@ def test_every_bad_shard_is_named(
         (["--source", "nowhere", "--out", "{}"], "nowhere is not a folder"),
         (["--source", "{}", "--out", "{}", "--classes", "{}/none.txt"], "none.txt can't be read"),
         (["--source", "{}", "--out", "{}", "--labels", "{}/none.txt"], "none.txt can't be read"),
-        (["--source", "photographs", "--count", "0", "--out", "{}"], "no samples"),
-        (["--source", "photographs", "--samples-per-shard", "0", "--out", "{}"], "samples_per_shard is 0"),
-        (["--source", "photographs", "--count", "1", "--out", "/dev/null/x"], "/dev/null/x"),
+        (["--source", "photographs", "--count", "-3", "--out", "{}"], "--count is -3; use at least 1"),
+        (["--source", "photographs", "--samples-per-shard", "0", "--out", "{}"], "--samples-per-shard is 0; use at"),
+        (["--source", "photographs", "--count", "1", "--out", "/dev/null/x"], "--out /dev/null/x can't be written to ("),
+        (["--source", "photographs", "--count", "1", "--out", "/dev/null"], "File exists: '/dev/null'); make room or mend"),
     ],
 )
 def test_mistakes_in_one_line(
@@ -260,6 +262,13 @@ def test_mistakes_in_one_line(
         ["--source", "mnist5k", "--out", "x", "--count", "5"],
         ["--index", "x", "--prefix", "train"],
         ["--index", "x", "--verify", "x"],
+        ["--index", "x", "--out", "y"],
+        ["--index", "x", "--samples-per-shard", "7"],
+        ["--verify", "x", "--out", "y"],
+        ["--verify", "x", "--samples-per-shard", "-7"],
+        ["--source", "photographs", "--out", "x", "--prefix", ""],
+        ["--source", "photographs", "--out", "x", "--prefix", "a/b"],
+        ["--source", "photographs", "--out", "x", "--prefix", "a*"],
         ["--source", "photographs", "--out", "x", "--classes", "y"],
         ["--index", "x", "--labels", "y"],
         ["--verify", "x", "--label-key", "y"],
@@ -269,6 +278,22 @@ def test_usage(command: ModuleType, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    """A bound on the size of files stands in for it."""
+    arguments = ["--source", "photographs", "--count", "4", "--samples-per-shard", "1", "--out", str(tmp_path)]
+    unbounded = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, unbounded[1]))
+    try:
+        assert command.main([*arguments, "--workers", workers]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unbounded)
+    message = f"error: --out {tmp_path} can't be written to ([Errno 27] File too large); make room or mend it and give the same"
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert command.main(arguments) == 0
 
 
 def test_it_runs_as_a_script(tmp_path: Path) -> None:
