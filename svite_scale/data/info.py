@@ -5,8 +5,11 @@ timm's reader of WebDataset shards finds a split by it: ``ReaderWds(DIR, split="
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
         DataError: there is a file that holds something else.
     """
     path = shards[0].parent / NAME
-    splits = read_splits(path.parent)
     info: dict[str, Any] = {
         "name": split,
         "num_samples": sum(counts),
@@ -38,11 +40,25 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
     }
     if classes is not None:
         info["classes"] = list(classes)
-    if splits.get(split) != info:
-        splits[split] = info
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"splits": dict(sorted(splits.items()))}) + "\n")
+    with locked(path.parent):
+        splits = read_splits(path.parent)
+        if splits.get(split) != info:
+            splits[split] = info
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps({"splits": dict(sorted(splits.items()))}) + "\n")
     return path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps the other processes that ask for the same folder waiting, so that none reads what another is about to replace."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems of networks can't lock a folder
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_classes(folder: Path, split: str, classes: Sequence[str] | None) -> None:
@@ -66,7 +82,7 @@ def listed_shards(folder: Path) -> list[Path]:
         splits = read_splits(folder)
     except DataError:
         return []
-    return [folder / str(name) for info in splits.values() for name in info.get("filenames", [])]
+    return [folder / name for info in splits.values() for name in info.get("filenames", ())]
 
 
 def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
@@ -75,9 +91,19 @@ def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         splits = dict(json.loads(path.read_text())["splits"])
-        if all(isinstance(info, dict) for info in splits.values()):
+        if all(is_split(info) for info in splits.values()):
             return splits
-        problem = "splits aren't mappings"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = "a split is no mapping, or its filenames or classes are no list"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = repr(error)
     raise DataError(f"{path} is not a list of splits ({problem}); move it away, and it will be written again")
+
+
+def is_split(info: object) -> bool:
+    """Whether what is used of a split, where it is there, is of the right kind."""
+    if not isinstance(info, dict):
+        return False
+    files, classes = info.get("filenames", []), info.get("classes")
+    if not isinstance(files, list) or not isinstance(classes, list | None):
+        return False
+    return all(isinstance(file, str) for file in files)

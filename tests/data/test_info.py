@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from svite_scale.data import load_indexes, write_shards
+from svite_scale.data.files import replacing
 from svite_scale.data.info import check_classes, write_info
 from svite_scale.data.patterns import find_shards
 from svite_scale.errors import DataError
@@ -31,6 +35,24 @@ def test_splits_are_added(tmp_path: Path) -> None:
     assert splits["train"]["shard_lengths"] == [4, 4, 1]
 
 
+def test_splits_written_at_the_same_time_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = threading.Thread(target=write_info, args=([tmp_path / "val-000000.tar"], [1], "val", None))
+
+    @contextmanager
+    def meanwhile(path: Path) -> Iterator[Path]:
+        """The other split is written between the reading and the writing of this one, if nothing keeps it waiting."""
+        monkeypatch.setattr("svite_scale.data.info.replacing", replacing)
+        other.start()
+        other.join(timeout=0.3)
+        with replacing(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr("svite_scale.data.info.replacing", meanwhile)
+    write_info([tmp_path / "train-000000.tar"], [1], "train", None)
+    other.join()
+    assert set(json.loads((tmp_path / "_info.json").read_text())["splits"]) == {"train", "val"}
+
+
 def test_classes_must_agree_where_they_are_known(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 4, ["a", "b"])
     check_classes(tmp_path, "val", ["a", "b"])
@@ -40,7 +62,27 @@ def test_classes_must_agree_where_they_are_known(tmp_path: Path) -> None:
         check_classes(tmp_path, "val", ["b", "a"])
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"splits": 3}', '{"splits": {"train": 3}}', "{"])
+def split_of(**fields: object) -> str:
+    return json.dumps({"splits": {"train": fields}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"splits": 3}',
+        '{"splits": null}',
+        '{"splits": {"train": 3}}',
+        split_of(filenames=None),
+        split_of(filenames=7),
+        split_of(filenames=[7]),
+        split_of(filenames="train-000000.tar"),
+        split_of(classes=2),
+        "{",
+        "[" * 200_000,
+    ],
+)
 def test_a_file_of_another_kind_is_never_overwritten_and_does_not_hinder_training(tmp_path: Path, text: str) -> None:
     shards = write_shards(numbered(4), tmp_path, "train", 2)
     (tmp_path / "_info.json").write_text(text)
