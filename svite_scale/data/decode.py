@@ -24,9 +24,10 @@ class UndecodableError(Exception):
 def decode(data: bytes, channels: int) -> Tensor:
     """Decodes the first frame of an image file of any kind that Pillow reads.
 
-    Colours become grey and grey colours as Pillow converts them; 16 bits become 8 by the nearest value, transparency is left
-    out, and an EXIF orientation isn't applied, as in timm. JPEGs of the wanted mode go through simplejpeg, which gives
-    the pixels of Pillow in less time.
+    Colours become grey and grey colours as Pillow converts them; 16 bits become 8 by the nearest value where the image is grey
+    without an alpha channel, and else by the high byte, all that Pillow reads of them. Transparency is left out, and an EXIF
+    orientation isn't applied, as in timm. JPEGs of the wanted mode go through simplejpeg, which gives the pixels of Pillow
+    in less time.
 
     Args:
         data: the file's content.

@@ -110,10 +110,22 @@ def test_what_pillow_puts_up_with_is_no_damage() -> None:
     np.testing.assert_array_equal(pixels(odd), pixels(content))
 
 
+@pytest.mark.parametrize(("kind", "depth"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "grey and alpha", "RGB and alpha"])
+def test_16_bits_of_colours_or_beside_alpha_lose_the_low_byte(kind: int, depth: int) -> None:
+    values = np.array([0, 128, 200, 255, 256, 511, 32767, 65535], dtype=">u2")
+    content = png(8, 1, 16, kind, b"\0" + np.repeat(values, depth).tobytes())
+    np.testing.assert_array_equal(pixels(content), np.repeat(values.astype(int) // 256, 3).reshape(1, 8, 3))
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG that says it is very large."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return png(width, height, 8, 0, bytes(1000))
+
+
+def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG written by hand; Pillow writes no 16-bit colours."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     parts = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
