@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -39,11 +40,11 @@ def train_transform(data: DataConfig, image_size: int) -> Transform:
 
 
 def eval_transform(data: DataConfig, image_size: int) -> Transform:
-    """The evaluation transform: the short side to ``image_size / eval_crop``, then the centre.
+    """The evaluation transform: the short side to ``image_size / eval_crop``, rounded down as timm does, then the centre.
 
     An image that already has the size, with ``eval_crop`` 1.0, keeps its pixels.
     """
-    resize = Resize(round(image_size / data.eval_crop), InterpolationMode.BICUBIC)
+    resize = Resize(math.floor(image_size / data.eval_crop), InterpolationMode.BICUBIC)
     return Compose([to_pil, resize, CenterCrop(image_size), PILToTensor()])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import Resize
 
 from svite_scale.config import AugmentConfig, DataConfig
 from svite_scale.data.randomness import seeded
@@ -101,6 +102,16 @@ def test_evaluation_takes_the_centre_of_the_resized_image() -> None:
     assert output.dtype == torch.uint8
     difference = output.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()
     assert difference.abs().max() == 0
+
+
+@pytest.mark.parametrize("image_size", [28, 160, 224, 384])
+@pytest.mark.parametrize("eval_crop", [0.875, 0.9, 0.95, 1.0])
+def test_evaluation_resizes_as_timm_does(image_size: int, eval_crop: float) -> None:
+    ours = eval_transform(DataConfig(eval_crop=eval_crop), image_size)
+    theirs = create_transform(image_size, is_training=False, interpolation="bicubic", crop_pct=eval_crop)
+    sizes = [step.size for transform in (ours, theirs) for step in transform.transforms if isinstance(step, Resize)]  # type: ignore[attr-defined]
+    assert len(sizes) == 2
+    assert sizes[0] == sizes[1]
 
 
 def test_evaluation_without_crop_keeps_pixels_of_the_right_size() -> None:
