@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from svite_scale.data.shards import Sample
-from svite_scale.data.source import Origin, Source, permutation
+from svite_scale.data.source import Source, permutation
 from svite_scale.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
@@ -40,8 +40,8 @@ class Digits(Source):
         row = split_rows(self._split)[self._order[number]]
         return Sample(self.keys[number], encode(images[row], "png"), "png", int(labels[row]))
 
-    def origin(self, number: int) -> Origin:
-        return Origin(self.keys[number], 0)
+    def origin(self, number: int) -> str:
+        return self.keys[number]
 
     def prepare(self) -> None:
         mnist5k_arrays()
@@ -91,8 +91,8 @@ class Photographs(Source):
         random = np.random.RandomState(list(key.encode()))
         return Sample(key, encode(random_crop(images[label], random), "jpeg"), "jpg", label)
 
-    def origin(self, number: int) -> Origin:
-        return Origin(self.keys[number], 0)
+    def origin(self, number: int) -> str:
+        return self.keys[number]
 
     def prepare(self) -> None:
         photograph_arrays()

@@ -12,7 +12,7 @@ from typing import NoReturn
 from svite_scale.data.left_out import in_words, kind_of
 from svite_scale.data.scan import IMAGE_EXTENSIONS
 from svite_scale.data.shards import Sample
-from svite_scale.data.source import Origin, Source, permutation
+from svite_scale.data.source import Source, permutation
 from svite_scale.errors import DataError
 
 
@@ -42,14 +42,14 @@ class ImageFiles(Source):
             raise DataError(f"{path} is empty; restore it, or take it out")
         return Sample(self.keys[number], image, extension(file), label)
 
-    def origin(self, number: int) -> Origin:
+    def origin(self, number: int) -> str:
         file, label = self._files[number]
         path = self._root / file
         try:
             stat = path.stat()
         except OSError as error:
             raise DataError(f"{path} can't be read ({error}); restore it, or take it out") from error
-        return Origin(f"{self.keys[number]} {file!a} {label} {stat.st_size}", stat.st_mtime_ns)
+        return f"{self.keys[number]} {file!a} {label} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> ImageFiles:

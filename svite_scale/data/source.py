@@ -5,20 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
 from svite_scale.data.shards import Sample
-
-
-class Origin(NamedTuple):
-    """What a sample is made of, known without making it."""
-
-    text: str
-    """Changes when the sample does."""
-    changed_ns: int
-    """When it last changed, in nanoseconds since 1970; 0 for what never does."""
 
 
 class Source(ABC):
@@ -40,8 +30,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def origin(self, number: int) -> Origin:
-        """What that sample is made of.
+    def origin(self, number: int) -> str:
+        """What that sample is made of, known without making it: a text that changes when the sample does.
 
         Raises:
             DataError: it is missing.

@@ -176,11 +176,14 @@ def test_changed_sources_are_written_again(tmp_path: Path) -> None:
     longer.write_bytes(content + b" ")
     os.utime(longer, ns=(changed, changed))
     assert missing(root, out) == [shard_of["3"]]
-    longer.write_bytes(content)  # as before, but written after the shard
-    future = time.time_ns() + 10**9
-    os.utime(longer, ns=(future, future))
-    assert missing(root, out) == [shard_of["3"]]
+    longer.write_bytes(content)  # as before, but of another time
+    for other in (changed - 10**9, changed + 10**13):
+        os.utime(longer, ns=(other, other))
+        assert missing(root, out) == [shard_of["3"]]
+    assert write_all(output, 1) == 2
+    assert missing(root, out) == []  # also where the time is in the future
     os.utime(longer, ns=(changed, changed))
+    assert write_all(output, 1) == 2
     assert missing(root, out) == []
 
     relabelled = ImageFiles(root, [(f"{number}.png", number + (number == 5)) for number in range(6)], None)
