@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from svite_scale.data.decode import UndecodableError, decode
-from svite_scale.data.index import ShardIndex
+from svite_scale.data.index import ShardIndex, largest_label
 from svite_scale.data.randomness import restored, seed_sample
 from svite_scale.data.reader import ShardReader
 from svite_scale.data.transforms import Transform
@@ -48,7 +48,7 @@ class ShardDataset:
     @property
     def num_classes(self) -> int:
         """Largest label plus one."""
-        return 1 + max((int(index.labels.max()) for index in self.indexes if index.count), default=-1)
+        return largest_label(self.indexes)[0] + 1
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -40,9 +40,8 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
     indexes = train_data.indexes + eval_data.indexes
     if config.data.verify_checksums:
         check_contents(indexes, world.rank, world.size)
-    num_classes = max(train_data.num_classes, eval_data.num_classes)
-    if num_classes > model.num_classes:
-        largest, place = largest_label(indexes)
+    largest, place = largest_label(indexes)
+    if largest >= model.num_classes:
         problem = f"is too few for labels 0 to {largest}, which is that of {place}"
         raise ConfigError("model.num_classes", model.num_classes, problem, "raise it, or correct the label")
     return train_data, eval_data
