@@ -58,7 +58,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        all_again = arguments.index is not None and (arguments.classes, arguments.label_key) != (None, None)
+        again = "begins anew" if all_again or arguments.verify is not None else "goes on where it stopped"
+        print(f"interrupted; the same command {again}", file=sys.stderr)
         return EXIT_STOPPED
     return 0
 

@@ -72,8 +72,9 @@ def matches(part: str, pattern: str, field: str) -> list[Path]:
     folder, name = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
     found = list(path.glob(name)) if path.is_dir() else [Path(match) for match in glob(part)]
     if not found:
+        hint = " (in a glob, a [ of a name is written [[])" if "[" in part else ""
         raise DataError(
-            f"{field} = {pattern!r}: no shard matches {part!r}; correct it, or write shards with launch/make_shards.py"
+            f"{field} = {pattern!r}: no shard matches {part!r}{hint}; correct it, or write shards with launch/make_shards.py"
         )
     missing = [shard for shard in listed_shards(folder) if fnmatch(shard.name, name) and not shard.exists()]
     if missing:

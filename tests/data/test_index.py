@@ -74,6 +74,9 @@ def test_patterns(tmp_path: Path) -> None:
     write_shards(numbered(1), bracketed, "train", 4)
     assert [index.path for index in load_indexes(str(bracketed))] == [bracketed / shards[0].name]
     assert len(load_indexes(f"{bracketed}/train-000000.tar")) == 1
+    with pytest.raises(DataError, match=r"no shard matches '.*' \(in a glob, a \[ of a name is written \[\[\]\); correct it"):
+        load_indexes(f"{bracketed}/train-*.tar")
+    assert len(load_indexes(f"{tmp_path}/[[]run]/train-*.tar")) == 1
 
 
 @pytest.mark.parametrize(
