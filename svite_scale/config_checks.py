@@ -20,12 +20,7 @@ def check_config(config: Config, world_size: int) -> None:
     ConfigError: the first impossible combination.
     """
     check_mixing(config.data.augment, config.micro_batch_size(world_size))
-    check_sparsity(config.sparsity)
-    check_tokens(config.sparsity.tokens)
-    check_data(config.data, config.model.in_channels)
-    check_distillation(config.distillation, config.model.in_channels)
-    check_optimizer(config.optimizer, config.train.epochs)
-    check_ema(config.train)
+    check_for_any_ranks(config)
     if config.parallel.backend == "single" and world_size > 1:
         raise ConfigError(
             "parallel.backend",
@@ -33,6 +28,16 @@ def check_config(config: Config, world_size: int) -> None:
             f"trains on one process, but {world_size} were started",
             "use ddp, fsdp2 or deepspeed",
         )
+
+
+def check_for_any_ranks(config: Config) -> None:
+    """The part of :func:`check_config` that the number of ranks has no part in."""
+    check_sparsity(config.sparsity)
+    check_tokens(config.sparsity.tokens)
+    check_data(config.data, config.model.in_channels)
+    check_distillation(config.distillation, config.model.in_channels)
+    check_optimizer(config.optimizer, config.train.epochs)
+    check_ema(config.train)
 
 
 def check_sparsity(sparsity: SparsityConfig) -> None:

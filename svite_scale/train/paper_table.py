@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from svite_scale.config_checks import check_for_any_ranks
 from svite_scale.config_reader import read_config
 from svite_scale.models.flops import count
+from svite_scale.train.topology import check_method
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,17 @@ def paper_table(configs: Iterable[Path]) -> str:
     """One row per config file.
 
     Raises:
-        ConfigError: a file can't be read.
+        ConfigError: a file can't be read, or no run can do what it says.
     """
     columns = f"{'GMACs':>8} {'of':>8} {'saved':>7} {'paper':>7} {'params M':>9} {'of':>7} {'paper':>6}"
     return "\n".join([f"{'config':26} {columns}", *map(_row, configs)])
 
 
 def _row(path: Path) -> str:
-    cost, published = count(read_config(path)), PUBLISHED.get(path.stem)
+    config = read_config(path)
+    check_for_any_ranks(config)
+    check_method(config.sparsity)
+    cost, published = count(config), PUBLISHED.get(path.stem)
     saving = f"{published.saving:6.2f}%" if published else "-"
     params = f"{published.params:.2f}" if published and published.params else "-"
     return (

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.errors import ConfigError
+from svite_scale.train.paper_table import paper_table
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,3 +43,18 @@ def test_a_file_that_is_not_there_is_named() -> None:
     assert done.stderr.startswith("config error: ")
     assert "configs/nothing.yaml" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{masks: a, densities: {'*': 0.5}}", r"^sparsity.masks = 'a': also says where the weights are"),
+        ("{densities: {'*': 0.5}, power_scale: 2}", r"^sparsity.power_scale = 2.0: is only for"),
+        ("{tokens: {keep: 120.7}}", r"^sparsity.tokens.keep = 120.7: is no whole number of tokens"),
+        ("{method: rigl}", r"^sparsity.method = 'rigl': is no method"),
+    ],
+)
+def test_what_no_run_could_do_has_no_row(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "own.yaml").write_text(f"run_dir: r\nsparsity: {text}\n")
+    with pytest.raises(ConfigError, match=message):
+        paper_table([tmp_path / "own.yaml"])
