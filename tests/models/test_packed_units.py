@@ -75,6 +75,21 @@ def test_the_function_is_that_of_the_dense_model_without_the_absent_units(varian
     assert len(sparse_layers(packed)) == 2 * len(packed.blocks)
 
 
+@pytest.mark.parametrize("grow", ["candidate", "paper"])
+def test_masks_of_attention_hide_what_they_hide_in_the_dense_model(grow: str) -> None:
+    packed = packed_vit(grow=grow)
+    twin = dense_twin(packed)
+    tokens = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)) + torch.eye(7) > 0.5
+    with torch.no_grad():
+        for ours, theirs in zip(packed.blocks, twin.blocks, strict=True):
+            whole = ours.attn(tokens)
+            for arguments in ({"attn_mask": mask}, {"attn_mask": mask * -1.5}, {"is_causal": True}):
+                masked = ours.attn(tokens, **arguments)
+                close(masked, theirs.attn(tokens, **arguments), str(arguments))
+                assert not torch.allclose(masked, whole, rtol=1e-3)
+
+
 def engine_of(
     model: nn.Module, options: TopologyOptions | None = None, **schedule: float
 ) -> tuple[TopologyEngine, torch.optim.Optimizer]:
@@ -180,6 +195,25 @@ def test_the_papers_scores_are_those_of_its_code() -> None:
         assert active_units(layer).tolist() == expected, name
         if layer.unit == "neurons":
             assert torch.equal(active_units(layer), before[name])
+
+
+def test_the_papers_grown_units_begin_at_0() -> None:
+    """By chance, since the paper's score lets no other neuron come than was dropped."""
+    packed = packed_vit(grow="paper")
+    topology, optimizer = engine_of(packed, TopologyOptions(method="set", seed=METHOD_SEED))
+    before = {name: active_units(layer) for name, layer in topology.layers.items()}
+    loss_of(packed).backward()
+    optimizer.step()
+    topology.step()
+    born = dict.fromkeys(("heads", "neurons"), 0)
+    for name, layer in topology.layers.items():
+        grown = (active_units(layer) & ~before[name])[active_units(layer)]
+        born[layer.unit] += int(grown.sum())
+        for key, each in layer.moving().items():
+            rows = each.parameter.detach().view(each.repeats, layer.num_active, -1)
+            assert not rows[:, grown].any(), f"{key} of {name}"
+            assert rows[:, ~grown].any(), f"{key} of {name}"
+    assert min(born.values()) > 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
