@@ -111,7 +111,8 @@ def _attention_costs(
     """Queries times keys, and attention times values, of each block."""
     pairs: Iterator[tuple[Any, Any]] = zip(blocks(dense), blocks(model), strict=True)
     for index, (whole, block) in enumerate(pairs):
-        width, attn = whole.attn.head_dim, block.attn
+        # Of a head's values; differential attention splits queries and keys further, into pairs of half that width.
+        width, attn = whole.attn.proj.in_features // whole.attn.num_heads, block.attn
         active = attn.num_active if isinstance(attn, UnitLayer) else attn.num_heads
         yield LayerCost(
             f"blocks.{index}.attn",

@@ -45,6 +45,14 @@ def test_what_cannot_be_packed_is_refused(sparsity: dict[str, object], message: 
         build_sparse_vit(MODEL, SparsityConfig(**sparsity), 0)  # type: ignore[arg-type]
 
 
+def test_differential_attention_is_refused() -> None:
+    model = ModelConfig(name="vit_dwee_patch16_reg1_gap_256", **TINY | {"num_heads": 3})
+    with pytest.raises(
+        ConfigError, match=r"^sparsity.structured.heads = 0.5: can't pack blocks.0.attn, which is no plain attention.*; leave"
+    ):
+        build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(heads=0.5)), 0)
+
+
 def test_a_gated_mlp_is_refused() -> None:
     model = ModelConfig(name="vit_giant_patch14_reg4_dinov2", **TINY)
     with pytest.raises(
