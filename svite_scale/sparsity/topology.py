@@ -99,19 +99,23 @@ class TopologyEngine:
         """The optimizer step after which weights move next; None if they don't any more."""
         if not self._moves:
             return None
-        scheduled = self.schedule.next_update(self.steps)
-        retry = self._retry_step if self.steps < self._retry_step <= self.schedule.stop_step else None
-        return min((step for step in (scheduled, retry) if step is not None), default=None)
+        if self.steps < self._retry_step:
+            return self._retry_step if self._retry_step <= self.schedule.stop_step else None
+        # After a postponed update, scheduled ones may come too soon for a whole window, or amid the warm-up.
+        room = max(self.options.grow_window, self.options.grown_warmup_steps)
+        return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
 
     def step(self, *, applied: bool = True) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
-        A collective on update steps: all ranks call it. Where a gradient of the growth window isn't finite, or the step on
-        which an update is due wasn't applied, the update is postponed by another window and :attr:`postponed` counts it; past
-        the last step that the schedule allows, it is left out.
+        A collective on update steps: all ranks call it. Where the growth window holds a gradient that isn't finite and was
+        applied all the same, or the step on which an update is due wasn't applied, the update is postponed by another window
+        and :attr:`postponed` counts it; past the last step that the schedule allows, it is left out. So is a scheduled update
+        that would come less than a growth window, or a warm-up, after a postponed one.
 
         Args:
-            applied: False for a step that left the weights as they were; its gradients don't count. The same on all ranks.
+            applied: False for a step that left the weights as they were; its gradients don't count, finite or not. The same
+                on all ranks.
 
         Returns:
             What changed, or None where nothing did.
@@ -196,15 +200,24 @@ class TopologyEngine:
         update = None
         if applied:
             self.growth.check_complete()
-        if applied and self.growth.all_finite():
+        if not applied:
+            self._postpone("the optimizer's step wasn't applied")
+        elif not self.growth.all_finite():
+            self._postpone("a gradient of the growth window isn't finite")
+        else:
             assert method is not None, "only methods that move weights have updates"
             update = self._update(method)
-        else:
-            self.postponed += 1
-            self._retry_step = self.steps + self.options.grow_window
-            logger.warning("gradients before step %d aren't finite: its topology update is postponed", self.steps)
         self.growth.clear()
         return update
+
+    def _postpone(self, reason: str) -> None:
+        self.postponed += 1
+        self._retry_step = self.steps + self.options.grow_window
+        allowed = self._retry_step <= self.schedule.stop_step
+        outcome = (
+            f"postponed to step {self._retry_step}" if allowed else "left out, for its next window would end past the stop"
+        )
+        logger.warning("%s, so the topology update after step %d is %s", reason, self.steps, outcome)
 
     @torch.no_grad()
     def _update(self, method: Method) -> TopologyUpdate:

@@ -17,14 +17,18 @@ STEPS = range(4, 6)
 """Of the window before the update after step 6, those before the last."""
 
 
-def listening(grow_by: str) -> tuple[nn.Module, TopologyEngine]:
-    """A linear layer of 8 x 8, three steps before its first update."""
+def engine_of(schedule: UpdateSchedule, options: TopologyOptions) -> tuple[nn.Module, TopologyEngine]:
+    """A linear layer of 8 x 8, and the engine that moves its weights."""
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify(model, 0.5)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
+    return model, TopologyEngine(model, TorchAccess(optimizer), schedule, options)
+
+
+def listening(grow_by: str) -> tuple[nn.Module, TopologyEngine]:
+    """Three steps before its first update."""
     schedule = UpdateSchedule(total_steps=100, update_every=UPDATE_EVERY)
-    options = TopologyOptions(grow_window=WINDOW, grow_by=grow_by)
-    topology = TopologyEngine(model, TorchAccess(optimizer), schedule, options)
+    model, topology = engine_of(schedule, TopologyOptions(grow_window=WINDOW, grow_by=grow_by))
     for _ in range(UPDATE_EVERY - WINDOW):
         topology.step()
     return model, topology
@@ -78,6 +82,77 @@ def test_an_update_due_with_it_waits_for_another_window() -> None:
         assert topology.step() is None
     backward(model, 9)
     assert topology.step() is not None
+
+
+@pytest.mark.parametrize(
+    ("window", "warmup", "skipped", "updates"),
+    [
+        (7, 0, {10}, [17, 30, 40]),
+        (7, 0, {10, 17}, [24, 40]),
+        (7, 0, {10, 17, 24, 31}, [38]),
+        (5, 0, {10}, [15, 20, 30, 40]),
+        (10, 0, {10}, [20, 30, 40]),
+        (2, 8, {10}, [12, 20, 30, 40]),
+        (2, 9, {10}, [12, 30, 40]),
+        (7, 0, {40}, [10, 20, 30]),
+        (7, 0, {30, 37}, [10, 20]),
+    ],
+)
+@pytest.mark.parametrize("resumed_after", [None, 18, 22, 35])
+def test_every_update_has_a_whole_window_and_no_warm_up_is_cut_short(
+    window: int, warmup: int, skipped: set[int], updates: list[int], resumed_after: int | None
+) -> None:
+    """Updates are scheduled after every tenth step, up to the 40th."""
+    schedule = UpdateSchedule(total_steps=50, update_every=10)
+    options = TopologyOptions(grow_window=window, grown_warmup_steps=warmup)
+    model, topology = engine_of(schedule, options)
+    heard, found = 0, []
+    for step in range(1, 51):
+        heard = heard + 1 if topology.growth.listening else 0
+        backward(model, step)
+        due = topology.next_update == step
+        update = topology.step(applied=step not in skipped)
+        assert not due or heard == window
+        heard = 0 if due else heard
+        found += [update.step] if update else []
+        if step == resumed_after:
+            counters, state = topology.counters(), {name: chunk for name, (chunk, _) in topology.state().items()}
+            model, topology = engine_of(schedule, options)
+            topology.resume(counters)
+            topology.load_state(state)
+    assert found == updates
+    assert topology.postponed == len(skipped)
+
+
+@pytest.mark.parametrize(
+    ("step", "poison", "message"),
+    [
+        (6, 1.0, "the optimizer's step wasn't applied, so the topology update after step 6 is postponed to step 9"),
+        (
+            5,
+            torch.nan,
+            "a gradient of the growth window isn't finite, so the topology update after step 6 is postponed to step 9",
+        ),
+    ],
+)
+def test_the_warning_says_why(step: int, poison: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, topology = listening("gradient")
+    with caplog.at_level("WARNING", logger="svite_scale"):
+        for each in (4, 5, 6):
+            backward(model, each, poison if each == step else 1.0)
+            assert topology.step(applied=each != step or poison != 1.0) is None
+    assert caplog.messages == [message]
+
+
+def test_an_update_that_cannot_come_before_the_stop_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, topology = engine_of(UpdateSchedule(total_steps=10, update_every=8), TopologyOptions())
+    for step in range(1, 9):
+        backward(model, step)
+        topology.step(applied=step < 8)
+    assert [message.partition(" is ")[2] for message in caplog.messages] == [
+        "left out, for its next window would end past the stop"
+    ]
+    assert topology.next_update is None
 
 
 def test_a_window_of_skipped_steps_moves_nothing() -> None:
