@@ -15,6 +15,7 @@ from svite_scale.config import SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
+from svite_scale.models.vit import blocks
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.sparsify import random_mask, replace_module
@@ -24,7 +25,8 @@ PARTS = {"heads": "attn", "neurons": "mlp"}
 
 
 def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
-    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active.
+    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active. The model
+    may have token selectors already, or get them later.
 
     ``int(density * units)`` units of each layer are active, drawn from (seed, layer name), the same on every rank.
 
@@ -35,7 +37,7 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
         ConfigError: a layer is of a kind that can't be packed, or would keep no unit.
     """
     plan: list[LayerPlan] = []
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(blocks(model)):
         for field, part in PARTS.items():
             density, dense, name = getattr(structured, field), getattr(block, part), f"blocks.{index}.{part}"
             if density == 1.0:

@@ -140,8 +140,11 @@ def insert_token_selectors(
 
     Raises:
         ConfigError: there is no such block, or not so many tokens, or no patch token would be left.
-        ValueError: a generator, where activation checkpointing would draw other noise from it for the backward.
+        ValueError: the model has selectors already; or a generator, where activation checkpointing would draw other noise from
+            it for the backward.
     """
+    if token_selectors(model):
+        raise ValueError("the model has token selectors already; name the blocks of all of them in one call")
     if generator is not None and model.grad_checkpointing:
         raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
     depth, num_tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens

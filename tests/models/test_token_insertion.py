@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, TokensConfig
+from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
 from svite_scale.errors import ConfigError
 from svite_scale.models.flops import count, model_cost
 from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
 from svite_scale.models.vit import blocks, build_vit
 from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.sparse_layer import sparse_layers
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.train.optimizer import parameter_groups
 
@@ -64,6 +66,33 @@ def test_a_model_with_selectors_can_be_made_sparse_and_they_stay_dense() -> None
     plan = sparsify(model, 0.3)
     assert not [entry.name for entry in plan if "selector" in entry.name]
     assert selector.weight.shape == (1, 24)
+
+
+def test_heads_and_neurons_are_the_same_before_and_after() -> None:
+    states = []
+    for selectors_first in (False, True):
+        torch.manual_seed(3)
+        model = build_vit(MODEL)
+        steps = [
+            lambda model: pack_units(model, StructuredConfig(heads=0.7, neurons=0.5), 3),
+            lambda model: insert_token_selectors(model, TokensConfig(keep=0.5, blocks=(0, 2))),
+        ]
+        for step in reversed(steps) if selectors_first else steps:
+            step(model)
+        states.append(dict(model.state_dict()))
+        assert len(sparse_layers(model)) == 6
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert "selector" in name or torch.equal(tensor, states[1][name]), name
+
+
+def test_a_second_call_is_refused() -> None:
+    model = build_vit(MODEL)
+    insert_token_selectors(model, TokensConfig(keep=0.5))
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match="the model has token selectors already; name the blocks of all of them in one call"):
+        insert_token_selectors(model, TokensConfig(keep=0.5, blocks=(1,)))
+    assert set(model.state_dict()) == names
 
 
 @pytest.mark.parametrize("name", MODELS)
