@@ -7,11 +7,14 @@ Knows int, float, bool, str, ``X | None``, Literal, tuple, dict[str, float] and 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from svite_scale.config import Bounds
 from svite_scale.errors import ConfigError
+
+Section = TypeVar("Section")
 
 MAPPING = dict[str, float]
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -41,6 +44,23 @@ def read_value(field: str, hint: Any, value: object) -> object:
         quotes = ", in quotes if need be" if kind is str else ""
         raise ConfigError(field, value, problem, f"use {describe(hint)}{quotes}")
     return typed
+
+
+def read_section(name: str, section: Section) -> Section:
+    """Returns a section of a config that was filled in by hand, with the values that a file would have given.
+
+    Args:
+        name: dotted name of the section, for the message.
+        section: a dataclass without sections in it.
+
+    Raises:
+        ConfigError: a value of the wrong type, not finite, or out of bounds.
+    """
+    values = {}
+    for field, hint in get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, field)
+        values[field] = read_value(f"{name}.{field}", hint, list(value) if isinstance(value, tuple) else value)
+    return replace(section, **values)  # type: ignore[type-var]
 
 
 def read_mapping(field: str, hint: Any, value: object) -> dict[str, object]:

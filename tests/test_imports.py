@@ -18,7 +18,7 @@ MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "sparsity": {"errors"},
     "data": {"errors", "config"},
-    "models": {"errors", "config", "sparsity"},
+    "models": {"errors", "config", "config_checks", "field_types", "sparsity"},
     "parallel": {"errors", "config", "distributed", "sparsity"},
     "train": FOUNDATION | {"sparsity", "data", "models", "parallel"},
     "export": {"errors", "config", "config_reader", "sparsity", "data", "models", "train"},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svite_scale.config import SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
+from svite_scale.field_types import read_section
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.vit import blocks
@@ -34,8 +35,9 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
         One entry per weight that became smaller, named as in the dense model.
 
     Raises:
-        ConfigError: a layer is of a kind that can't be packed, or would keep no unit.
+        ConfigError: a value of ``structured`` is no such value, or a layer can't be packed, or would keep no unit.
     """
+    structured = read_section("sparsity.structured", structured)
     plan: list[LayerPlan] = []
     for index, block in enumerate(blocks(model)):
         for field, part in PARTS.items():

@@ -12,7 +12,9 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.config import TokensConfig
+from svite_scale.config_checks import check_tokens
 from svite_scale.errors import ConfigError
+from svite_scale.field_types import read_section
 
 
 class TokenSelector(nn.Module):
@@ -139,12 +141,17 @@ def insert_token_selectors(
         The selectors in order.
 
     Raises:
-        ConfigError: there is no such block, or not so many tokens, or no patch token would be left.
+        ConfigError: ``tokens`` holds what no config may, there is no such block, or not so many tokens, or no patch token would
+            be left.
         ValueError: the model has selectors already; or a generator, where activation checkpointing would draw other noise from
             it for the backward.
     """
     if token_selectors(model):
         raise ValueError("the model has token selectors already; name the blocks of all of them in one call")
+    tokens = read_section("sparsity.tokens", tokens)
+    check_tokens(tokens)
+    if tokens.keep is None:
+        raise ConfigError("sparsity.tokens.keep", None, "lets all tokens pass", "say how many pass, 0.9 say")
     if generator is not None and model.grad_checkpointing:
         raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
     depth, num_tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens

@@ -53,6 +53,19 @@ def test_differential_attention_is_refused() -> None:
         build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(heads=0.5)), 0)
 
 
+@pytest.mark.parametrize(
+    ("structured", "message"),
+    [
+        (StructuredConfig(heads=0.5, grow="candidates"), r"grow = 'candidates': is not one of candidate, paper; use one of "),  # type: ignore[arg-type]
+        (StructuredConfig(heads=1.5), r"heads = 1.5: is above 1.0; use a number above 0.0 and up to 1.0$"),
+        (StructuredConfig(neurons=0.0), r"neurons = 0.0: is not above 0.0; use a number above 0.0 and up to 1.0$"),
+    ],
+)
+def test_values_that_no_config_may_hold_are_refused(structured: StructuredConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^sparsity.structured.{message}"):
+        pack_units(build_vit(MODEL), structured, 0)
+
+
 def test_a_gated_mlp_is_refused() -> None:
     model = ModelConfig(name="vit_giant_patch14_reg4_dinov2", **TINY)
     with pytest.raises(

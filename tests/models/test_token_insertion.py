@@ -170,6 +170,36 @@ def test_what_does_not_fit_the_model_is_refused(sparsity: SparsityConfig, messag
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TokensConfig(), "sparsity.tokens.keep = None: lets all tokens pass; say how many pass, 0.9 say"),
+        (
+            TokensConfig(keep=3.7),
+            "sparsity.tokens.keep = 3.7: is no whole number of tokens; round it, or use a share of at most 1",
+        ),
+        (TokensConfig(keep=0.0), "sparsity.tokens.keep = 0.0: is not above 0.0; use a number above 0.0 or null"),
+        (
+            TokensConfig(keep=0.5, blocks=(1, 0)),
+            "sparsity.tokens.blocks = [1, 0]: doesn't name blocks in ascending order, each once; use for example [0]",
+        ),
+        (
+            TokensConfig(keep=0.5, mode="masks"),  # type: ignore[arg-type]
+            "sparsity.tokens.mode = 'masks': is not one of gather, mask; use one of gather, mask",
+        ),
+    ],
+)
+def test_values_that_no_config_may_hold_are_refused(tokens: TokensConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        insert_token_selectors(build_vit(MODEL), tokens)
+    assert str(caught.value) == message
+
+
+def test_a_count_may_be_an_int() -> None:
+    (selector,) = insert_token_selectors(build_vit(MODEL), TokensConfig(keep=9))
+    assert selector.num_tokens == 9
+
+
 def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
     for keep in (2.0, 26.0):
         (selector,) = token_selectors(build_sparse_vit(MODEL, sparsity_of(keep=keep), seed=0)[0])
