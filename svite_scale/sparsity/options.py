@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from svite_scale.sparsity.growth import GROW_BY
 from svite_scale.sparsity.methods import METHODS, Method
@@ -33,15 +34,17 @@ class TopologyOptions:
     grown_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("method", self.method, METHODS),
-            ("grow_by", self.grow_by, GROW_BY),
-            ("grown_moments", self.grown_moments, GROWN_MOMENTS),
-        ):
-            if isinstance(value, str) and value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}")
-        if not 0.0 <= self.random_share <= 1.0:
-            raise ValueError(f"random_share ({self.random_share}) must be in [0, 1]")
+        for name, known in (("method", METHODS), ("grow_by", GROW_BY), ("grown_moments", GROWN_MOMENTS)):
+            value = getattr(self, name)
+            if value not in tuple(known) and not (name == "method" and isinstance(value, Method)):
+                own = ", or a Method of your own" if name == "method" else ""
+                raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}{own}")
+        for name in ("seed", "grow_window", "grown_warmup_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} ({value!r}) must be a whole number, an int")
+        if not (isinstance(self.random_share, Real) and 0.0 <= self.random_share <= 1.0):
+            raise ValueError(f"random_share ({self.random_share!r}) must be a number in [0, 1]")
         if self.grow_window < 1:
             raise ValueError(f"grow_window ({self.grow_window}) must be at least 1")
         if self.grown_warmup_steps < 0:
