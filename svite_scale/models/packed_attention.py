@@ -38,7 +38,7 @@ class PackedAttention(UnitLayer):
         """Takes the place of ``dense``, with its weights.
 
         Args:
-            dense: without gate, and without norm before its projection.
+            dense: without gate, dropout, or norm before its projection.
             active: bool ``[N]``, the active heads.
             name: of the layer.
             seed: of the run.
@@ -53,7 +53,6 @@ class PackedAttention(UnitLayer):
         self.q_norm, self.k_norm = dense.q_norm, dense.k_norm
         columns = dense.proj.weight.detach().t().view(active.numel(), dense.head_dim, -1)
         self.proj = TransposedLinear((columns if self.keeps_columns else columns[heads]).flatten(0, 1), dense.proj.bias)
-        self.attn_drop, self.proj_drop = dense.attn_drop, dense.proj_drop
         self.train(dense.training)
 
     @property
@@ -69,16 +68,14 @@ class PackedAttention(UnitLayer):
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
-        output = self.proj_drop(output)
         return output if self.gradient_sink is None else Hearing.apply(output, x, self)
 
     def _context(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
         batch, tokens, _ = qkv.shape
         query, key, value = qkv.view(batch, tokens, QKV, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(
-            self.q_norm(query), self.k_norm(key), value, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+            self.q_norm(query), self.k_norm(key), value, attn_mask=attn_mask, is_causal=is_causal
         )
 
     def _by_head(self, rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class PackedMlp(UnitLayer, Mlp):
         """Takes the place of ``dense``, with its weights.
 
         Args:
-            dense: of linear layers, with no norm between them.
+            dense: of linear layers, with neither dropout nor a norm between them.
             active: bool ``[N]``, the active neurons.
             name: of the layer.
             seed: of the run.

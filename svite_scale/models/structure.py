@@ -24,6 +24,9 @@ from svite_scale.sparsity.sparsify import random_mask, replace_module
 PARTS = {"heads": "attn", "neurons": "mlp"}
 """By what is made sparse, the submodule of a block that holds it."""
 
+DROPOUTS = {"heads": ("attn_drop", "proj_drop"), "neurons": ("drop1", "drop2")}
+"""The dropouts in it."""
+
 
 def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
     """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active. The model
@@ -75,6 +78,8 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     else:
         if type(module) is not Mlp or type(module.fc1) is not nn.Linear or type(module.norm) is not nn.Identity:
             problem = "is no plain MLP: it has gated or convolutional layers, a norm, or a class of its own"
+    if problem is None and any(getattr(module, dropout).p for dropout in DROPOUTS[field]):
+        problem = f"has dropout ({' or '.join(DROPOUTS[field])}), which the scores of units know nothing of"
     if problem is not None:
         raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
     return module.num_heads if field == "heads" else module.fc1.out_features

@@ -74,6 +74,26 @@ def test_a_gated_mlp_is_refused() -> None:
         build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
 
 
+@pytest.mark.parametrize(
+    ("structured", "part", "dropout"),
+    [
+        ({"heads": 0.5}, "attn", "attn_drop"),
+        ({"heads": 0.5}, "attn", "proj_drop"),
+        ({"neurons": 0.5}, "mlp", "drop1"),
+        ({"neurons": 0.5}, "mlp", "drop2"),
+    ],
+)
+def test_dropout_is_refused_where_it_is(structured: dict[str, float], part: str, dropout: str) -> None:
+    model = build_vit(MODEL)
+    getattr(getattr(model.blocks[1], part), dropout).p = 0.1
+    with pytest.raises(
+        ConfigError, match=rf"= 0.5: can't pack blocks.1.{part}, which has dropout \(.*{dropout}.*\), .*; leave"
+    ):
+        pack_units(model, StructuredConfig(**structured), 0)
+    other = {"heads": 1.0, "neurons": 0.5} if "heads" in structured else {"heads": 0.5, "neurons": 1.0}
+    pack_units(model, StructuredConfig(**other), 0)
+
+
 @pytest.mark.parametrize(("structured", "part"), [({"heads": 0.5}, "attn"), ({"neurons": 0.5}, "mlp")])
 def test_weights_packed_one_by_one_are_not_packed_by_units_too(structured: dict[str, float], part: str) -> None:
     model = build_vit(MODEL)
