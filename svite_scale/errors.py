@@ -38,6 +38,10 @@ class TopologyError(SviteScaleError):
     """Sparse layers can't be built or updated: a score is NaN, a count doesn't fit, a weight is shared."""
 
 
+class NoWeightError(TopologyError, AttributeError):
+    """A packed layer is asked for its dense weight. An AttributeError too, so that to ``hasattr`` it just isn't there."""
+
+
 class DataError(SviteScaleError):
     """A shard, its index or a sample in it can't be read or written."""
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from svite_scale.errors import TopologyError
+from svite_scale.errors import NoWeightError, TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
 from svite_scale.sparsity.packed_weight import Convolution, PackedConv2dProduct, PackedLinearProduct
@@ -73,6 +73,15 @@ class PackedLayer(SparseLayer):
     def growth_scores(self, gather: Gather) -> Tensor:
         """Magnitude of the dense gradient."""
         return gather()
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Asked for what isn't there, among others by modules that read a Linear's weight past its forward."""
+        if name == "weight":
+            raise NoWeightError(
+                f"{type(self).__name__} {self.name} has no dense weight, and what asks for it can't run on a packed one; list "
+                "the layer in keep_dense"
+            )
+        return super().__getattr__(name)
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """What the product computes in: autocast's dtype where it is on, else the input's."""
