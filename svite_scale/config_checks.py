@@ -9,10 +9,14 @@ from svite_scale.config import (
     DistillationConfig,
     OptimizerConfig,
     SparsityConfig,
+    StructuredConfig,
     TokensConfig,
     TrainConfig,
 )
 from svite_scale.errors import ConfigError
+
+WITHOUT_RANDOM_SHARE = ("svite", "set", "static", "dense")
+"""Methods that don't read ``random_share``; one that somebody adds may."""
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -42,7 +46,14 @@ def check_for_any_ranks(config: Config) -> None:
 
 def check_sparsity(sparsity: SparsityConfig) -> None:
     check_where(sparsity)
-    if sparsity.final_drop_fraction > sparsity.drop_fraction:
+    if sparsity.method in WITHOUT_RANDOM_SHARE:
+        refuse_changed("sparsity", sparsity, "random_share", f"isn't used by sparsity.method={sparsity.method}")
+    if sparsity.structured.heads == sparsity.structured.neurons == 1.0:
+        cause = "isn't used where all heads and neurons are active"
+        refuse_changed("sparsity.structured", sparsity.structured, "grow", cause)
+    if sparsity.drop_schedule == "constant":
+        refuse_changed("sparsity", sparsity, "final_drop_fraction", "isn't used by sparsity.drop_schedule=constant")
+    elif sparsity.final_drop_fraction > sparsity.drop_fraction:
         raise ConfigError(
             "sparsity.final_drop_fraction",
             sparsity.final_drop_fraction,
@@ -81,13 +92,10 @@ def check_where(sparsity: SparsityConfig) -> None:
             f"isn't used where sparsity.{instead[0]} is given",
             f"set it to 1.0, or leave sparsity.{instead[0]} out",
         )
-    if sparsity.power_scale != 1.0 and (instead or sparsity.distribution != "erk"):
-        raise ConfigError(
-            "sparsity.power_scale",
-            sparsity.power_scale,
-            "is only for a sparsity.density that is spread by erk",
-            "leave it out, or use sparsity.distribution=erk",
-        )
+    if instead:
+        refuse_changed("sparsity", sparsity, "distribution", f"isn't used where sparsity.{instead[0]} is given")
+    if instead or sparsity.distribution != "erk":
+        refuse_changed("sparsity", sparsity, "power_scale", "is only for a sparsity.density that is spread by erk")
 
 
 def check_tokens(tokens: TokensConfig) -> None:
@@ -106,7 +114,11 @@ def check_tokens(tokens: TokensConfig) -> None:
             f"is above sparsity.tokens.temperature ({tokens.temperature}), but the temperature falls",
             "lower it",
         )
-    if tokens.keep is None or tokens.keep <= 1:
+    if tokens.keep is None:
+        for name in ("blocks", "mode", "temperature", "final_temperature"):
+            refuse_changed("sparsity.tokens", tokens, name, "isn't used where sparsity.tokens.keep is null")
+        return
+    if tokens.keep <= 1:
         return
     if not tokens.keep.is_integer():
         raise ConfigError(
@@ -151,10 +163,8 @@ def check_distillation(distillation: DistillationConfig, in_channels: int) -> No
             )
     if distillation.std is not None and min(distillation.std) <= 0:
         raise ConfigError("distillation.std", list(distillation.std), "pixels are divided by it", "use numbers above 0")
-    if distillation.kind == "hard" and distillation.temperature != DistillationConfig.temperature:
-        raise ConfigError(
-            "distillation.temperature", distillation.temperature, "isn't used by distillation.kind=hard", "leave it out"
-        )
+    if distillation.kind == "hard":
+        refuse_changed("distillation", distillation, "temperature", "isn't used by distillation.kind=hard")
 
 
 def check_mixing(augment: AugmentConfig, micro_batch_size: int) -> None:
@@ -182,3 +192,13 @@ def check_ema(train: TrainConfig) -> None:
         raise ConfigError("train.ema_decay", train.ema_decay, "never lets the average move", "use a number below 1")
     if train.eval_ema and train.ema_decay is None:
         raise ConfigError("train.eval_ema", True, "evaluates an average that isn't kept", "set train.ema_decay, 0.9999 say")
+
+
+def refuse_changed(
+    prefix: str, section: SparsityConfig | StructuredConfig | TokensConfig | DistillationConfig, name: str, cause: str
+) -> None:
+    """Refuses a field that has no effect, unless it is at its default, which a file may spell out."""
+    value, default = getattr(section, name), getattr(type(section), name)
+    if value != default:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{prefix}.{name}", shown, cause, "leave it out")

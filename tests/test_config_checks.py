@@ -12,6 +12,7 @@ from svite_scale.config import (
     OptimizerConfig,
     ParallelConfig,
     SparsityConfig,
+    StructuredConfig,
     TokensConfig,
     TrainConfig,
 )
@@ -49,14 +50,45 @@ MISTAKES = [
         "sparsity.density = 0.3: isn't used where sparsity.masks is given; set it to 1.0, or leave sparsity.masks out",
     ),
     *(
-        (
-            Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity),
-            "sparsity.power_scale = 2.0: is only for a sparsity.density that is spread by erk; "
-            "leave it out, or use sparsity.distribution=erk",
-        )
-        for sparsity in (
-            SparsityConfig(density=0.3, distribution="er", power_scale=2.0),
-            SparsityConfig(densities={"*": 0.3}, power_scale=2.0),
+        (Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity), f"sparsity.{message}; leave it out")
+        for sparsity, message in (
+            (
+                SparsityConfig(density=0.3, distribution="er", power_scale=2.0),
+                "power_scale = 2.0: is only for a sparsity.density that is spread by erk",
+            ),
+            (
+                SparsityConfig(densities={"*": 0.3}, power_scale=2.0),
+                "power_scale = 2.0: is only for a sparsity.density that is spread by erk",
+            ),
+            (
+                SparsityConfig(densities={"*": 0.3}, distribution="uniform"),
+                "distribution = 'uniform': isn't used where sparsity.densities is given",
+            ),
+            (SparsityConfig(masks="a", distribution="er"), "distribution = 'er': isn't used where sparsity.masks is given"),
+            *(
+                (
+                    SparsityConfig(method=method, random_share=0.2),
+                    f"random_share = 0.2: isn't used by sparsity.method={method}",
+                )
+                for method in ("svite", "set", "static", "dense")
+            ),
+            (
+                SparsityConfig(structured=StructuredConfig(grow="paper")),
+                "structured.grow = 'paper': isn't used where all heads and neurons are active",
+            ),
+            (
+                SparsityConfig(drop_schedule="constant", final_drop_fraction=0.1),
+                "final_drop_fraction = 0.1: isn't used by sparsity.drop_schedule=constant",
+            ),
+            *(
+                (SparsityConfig(tokens=tokens), f"tokens.{message}: isn't used where sparsity.tokens.keep is null")
+                for tokens, message in (
+                    (TokensConfig(blocks=(0, 3)), "blocks = [0, 3]"),
+                    (TokensConfig(mode="mask"), "mode = 'mask'"),
+                    (TokensConfig(temperature=5.0), "temperature = 5.0"),
+                    (TokensConfig(final_temperature=1.0), "final_temperature = 1.0"),
+                )
+            ),
         )
     ),
     (
@@ -147,6 +179,20 @@ def test_what_fits_passes() -> None:
     config = Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=24, accumulation_steps=3))
     check_config(config, world_size=2)
     assert config.micro_batch_size(2) == 4
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        SparsityConfig(drop_schedule="constant", drop_fraction=0.001),
+        SparsityConfig(method="mixed", random_share=0.2),
+        SparsityConfig(method="own", random_share=0.2),
+        SparsityConfig(structured=StructuredConfig(neurons=0.5, grow="paper")),
+        SparsityConfig(density=0.3, distribution="uniform"),
+    ],
+)
+def test_what_has_an_effect_passes(sparsity: SparsityConfig) -> None:
+    check_config(Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity), world_size=2)
 
 
 @pytest.mark.parametrize(

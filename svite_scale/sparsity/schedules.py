@@ -49,7 +49,7 @@ class UpdateSchedule:
         start_step: no update comes before this step, from which the drop fraction falls.
         stop_fraction: no update comes after this share of training.
         drop_fraction: share of the active weights that moves at the start.
-        final_drop_fraction: the same at the stop.
+        final_drop_fraction: the same at the stop; ``constant`` doesn't use it.
         drop_schedule: how the one becomes the other; see :data:`DROP_SCHEDULES`.
     """
 
@@ -72,9 +72,11 @@ class UpdateSchedule:
             raise ValueError(f"start_step ({self.start_step}) must be at least 0")
         if not 0.0 <= self.stop_fraction <= 1.0:
             raise ValueError(f"stop_fraction ({self.stop_fraction}) must be in [0, 1]")
-        if not 0.0 <= self.final_drop_fraction <= self.drop_fraction <= 1.0:
+        if not 0.0 <= self.drop_fraction <= 1.0:
+            raise ValueError(f"drop_fraction ({self.drop_fraction}) must be in [0, 1]")
+        if self.drop_schedule != "constant" and not 0.0 <= self.final_drop_fraction <= self.drop_fraction:
             raise ValueError(
-                f"need 0 <= final_drop_fraction ({self.final_drop_fraction}) <= drop_fraction ({self.drop_fraction}) <= 1"
+                f"need 0 <= final_drop_fraction ({self.final_drop_fraction}) <= drop_fraction ({self.drop_fraction})"
             )
         if self.drop_schedule not in DROP_SCHEDULES:
             raise ValueError(f"drop_schedule {self.drop_schedule!r} is unknown; use one of {', '.join(DROP_SCHEDULES)}")

@@ -110,6 +110,11 @@ def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, object], m
         UpdateSchedule(**options)  # type: ignore[arg-type]
 
 
+def test_a_constant_schedule_has_no_final_fraction() -> None:
+    schedule = UpdateSchedule(total_steps=100, update_every=10, drop_fraction=0.001, drop_schedule="constant")
+    assert schedule.rate(80) == 0.001
+
+
 @pytest.mark.parametrize(
     ("num_active", "rate", "moved"), [(10, 0.5, 5), (11, 0.5, 6), (1, 0.005, 1), (7, 1.0, 7), (7, 0.0, 0), (1000, 0.0051, 6)]
 )
