@@ -61,7 +61,8 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
 
     Each layer gets the floor of its share; what the floors leave goes one weight at a time to the largest remainders (ties to
     the earlier layer), so no layer is a whole weight off its share. A layer with a share below 1 gets one weight all the same;
-    what that takes beyond the budget is taken back from the largest layers.
+    what that takes beyond the budget is taken back from the largest layers of density below 1, and from dense ones only where
+    those have one weight each.
 
     Args:
         shapes: weight shape of each layer.
@@ -80,7 +81,9 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
     for name in by_remainder[: max(missing, 0)]:
         result[name] += 1
     for _ in range(-missing):
-        result[max(result, key=result.__getitem__)] -= 1
+        spare = [name for name, count in result.items() if count > 1]
+        sparse = [name for name in spare if densities[name] < 1.0]
+        result[max(sparse or spare, key=result.__getitem__)] -= 1
     return result
 
 

@@ -133,7 +133,12 @@ def test_counts_hit_the_budget_exactly(distribution: str, shapes: dict[str, list
         return
     losers = {name for name in shapes if result[name] < math.floor(share[name])}
     assert sum(math.floor(share[name]) - result[name] for name in losers) == excess
-    assert all(result[other] <= result[name] + 1 for name in losers for other in shapes), "no layer is left larger"
+    sparse = {name for name in shapes if densities[name] < 1}
+    paid_by_dense = losers - sparse
+    assert not paid_by_dense or all(result[name] == 1 for name in sparse), "dense layers come last"
+    for payers in (losers & sparse, paid_by_dense):
+        others = sparse if payers <= sparse else set(shapes)
+        assert all(result[other] <= result[name] + 1 for name in payers for other in others), "no layer is left larger"
 
 
 @given(shapes=SHAPES, density=DENSITY, more=DENSITY)
@@ -160,6 +165,16 @@ def test_raised_layers_are_paid_for_by_the_largest() -> None:
     shapes = {"a": (1, 2), "b": (1, 2), "c": (1, 2), "d": (1, 2), "e": (1, 30), "f": (1, 40)}
     densities = {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.1, "e": 0.1, "f": 0.1}
     assert counts(shapes, densities) == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 2, "f": 2}
+
+
+def test_dense_layers_pay_last() -> None:
+    shapes = {"a": (1, 20), "b": (1, 9), "c": (1, 10)}
+    # Shares 20, 2.7 and 0.1 of a budget of 23 (22.8): the raised c's comes out of the remainder.
+    assert counts(shapes, {"a": 1.0, "b": 0.3, "c": 0.01}) == {"a": 20, "b": 2, "c": 1}
+    # Shares 20, 4, 0.1 of a budget of 24: the one that is too many is b's.
+    assert counts(shapes, {"a": 1.0, "b": 4 / 9, "c": 0.01}) == {"a": 20, "b": 3, "c": 1}
+    # Shares 20, 0.1, 0.1 of a budget of 20: both have one only.
+    assert counts(shapes, {"a": 1.0, "b": 0.1 / 9, "c": 0.01}) == {"a": 18, "b": 1, "c": 1}
 
 
 def test_a_budget_below_one_weight_per_layer_is_refused() -> None:
