@@ -19,7 +19,7 @@ from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.vit import blocks
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.layers import PackedLayer
-from svite_scale.sparsity.sparsify import random_mask, replace_module
+from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
 """By what is made sparse, the submodule of a block that holds it."""
@@ -29,8 +29,8 @@ DROPOUTS = {"heads": ("attn_drop", "proj_drop"), "neurons": ("drop1", "drop2")}
 
 
 def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
-    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active. The model
-    may have token selectors already, or get them later.
+    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active: all of
+    them, or none on an error. The model may have token selectors already, or get them later.
 
     ``int(density * units)`` units of each layer are active, drawn from (seed, layer name), the same on every rank.
 
@@ -39,9 +39,10 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
 
     Raises:
         ConfigError: a value of ``structured`` is no such value, or a layer can't be packed, or would keep no unit.
+        TopologyError: a weight is shared.
     """
     structured = read_section("sparsity.structured", structured)
-    plan: list[LayerPlan] = []
+    chosen: list[tuple[str, str, Any, Tensor]] = []
     for index, block in enumerate(blocks(model)):
         for field, part in PARTS.items():
             density, dense, name = getattr(structured, field), getattr(block, part), f"blocks.{index}.{part}"
@@ -49,9 +50,13 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
                 continue
             num_units = check_packable(field, density, dense, name)
             active = _initial(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
-            packed_type = PackedAttention if field == "heads" else PackedMlp
-            replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
-            plan += _plan(name, dense, active)
+            chosen.append((field, name, dense, active))
+    plan = [entry for _, name, dense, active in chosen for entry in _plan(name, dense, active)]
+    refuse_shared(model, {entry.name for entry in plan})
+    # Nothing can fail any more, and nothing was changed yet.
+    for field, name, dense, active in chosen:
+        packed_type = PackedAttention if field == "heads" else PackedMlp
+        replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
     return plan
 
 
@@ -78,6 +83,8 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     else:
         if type(module) is not Mlp or type(module.fc1) is not nn.Linear or type(module.norm) is not nn.Identity:
             problem = "is no plain MLP: it has gated or convolutional layers, a norm, or a class of its own"
+    if problem is None and not all(parameter.requires_grad for parameter in _moving(module)):
+        problem = "has frozen weights, and those of units are trained"
     if problem is None and any(getattr(module, dropout).p for dropout in DROPOUTS[field]):
         problem = f"has dropout ({' or '.join(DROPOUTS[field])}), which the scores of units know nothing of"
     if problem is not None:
@@ -118,11 +125,22 @@ def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
         return random_mask(num_units, num_active, seed, name)
 
 
+def _moving(dense: Attention | Mlp) -> list[nn.Parameter]:
+    """What will follow the units."""
+    first, last = (getattr(dense, child) for child in _children(dense))
+    return [parameter for parameter in (first.weight, first.bias, last.weight) if parameter is not None]
+
+
+def _children(dense: nn.Module) -> tuple[str, str]:
+    """The layer whose rows belong to units, and the one whose columns do."""
+    return ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2")
+
+
 def _plan(name: str, dense: nn.Module, active: Tensor) -> list[LayerPlan]:
     """What is left of each weight of a layer."""
     num_units, num_active = active.numel(), int(active.count_nonzero())
     plan = []
-    for child in ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2"):
+    for child in _children(dense):
         weight: Tensor = getattr(dense, child).weight
         plan.append(LayerPlan(f"{name}.{child}", weight.shape, weight.numel() // num_units * num_active, in_units=True))
     return plan

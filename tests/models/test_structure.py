@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+from timm.models import VisionTransformer
 
 from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
-from svite_scale.errors import ConfigError
+from svite_scale.errors import ConfigError, SviteScaleError
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.structure import pack_units
 from svite_scale.models.vit import build_vit
@@ -102,6 +106,51 @@ def test_weights_packed_one_by_one_are_not_packed_by_units_too(structured: dict[
         ConfigError, match=rf"= 0.5: can't pack blocks.0.{part}, which holds layers packed by weights, .*; leave"
     ):
         pack_units(model, StructuredConfig(**structured), 0)
+
+
+def frozen(model: VisionTransformer, name: str) -> VisionTransformer:
+    model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def with_dropout(model: VisionTransformer) -> VisionTransformer:
+    model.blocks[1].mlp.drop1.p = 0.1
+    return model
+
+
+def with_a_block_twice(model: VisionTransformer) -> VisionTransformer:
+    model.blocks[1] = model.blocks[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_dropout, "can't pack blocks.1.mlp, which has dropout"),
+        (with_a_block_twice, "blocks.0.attn.qkv and blocks.1.attn.qkv share a parameter; untie them"),
+        *(
+            (
+                partial(frozen, name=f"blocks.1.{name}"),
+                f"can't pack blocks.1.{name.split('.')[0]}, which has frozen weights, .*; leave it at 1.0",
+            )
+            for name in ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight")
+        ),
+    ],
+)
+def test_a_model_that_is_refused_is_left_as_it_was(
+    spoil: Callable[[VisionTransformer], VisionTransformer], message: str
+) -> None:
+    model = spoil(build_vit(MODEL))
+    before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    with pytest.raises(SviteScaleError, match=message):
+        pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
+    assert {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()} == before
+
+
+def test_a_frozen_bias_that_no_unit_owns_stays_frozen() -> None:
+    model = frozen(build_vit(MODEL), "blocks.0.mlp.fc2.bias")
+    pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
+    assert not model.get_parameter("blocks.0.mlp.fc2.bias").requires_grad
 
 
 def test_sparsify_leaves_units_as_they_are() -> None:
