@@ -62,9 +62,9 @@ class SparsityConfig:
     """Share of the grown weights that ``method: mixed`` draws at random."""
     update_unit: Literal["steps", "epochs"] = "steps"
     """Unit of ``update_every`` and ``update_start``."""
-    update_every: Annotated[float, Bounds(above=0.0)] = 20000.0
+    update_every: Annotated[float, Bounds(above=0.0, high=1e12)] = 20000.0
     """Optimizer steps, or epochs, between two topology updates."""
-    update_start: Annotated[float, Bounds(low=0.0)] = 0.0
+    update_start: Annotated[float, Bounds(low=0.0, high=1e12)] = 0.0
     """No topology update comes before this optimizer step, or epoch."""
     update_batch_size: Annotated[int | None, Bounds(low=1)] = None
     """Global batch that ``update_every`` and ``update_start`` are meant for, in steps: they are scaled by update_batch_size /

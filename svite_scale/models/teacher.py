@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from svite_scale.config import DataConfig, DistillationConfig, ModelConfig
 from svite_scale.errors import CheckpointError, ConfigError
+from svite_scale.models.vit import create
 
 
 def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
@@ -56,11 +57,7 @@ def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
     known = timm.get_pretrained_cfg(config.teacher)
     if known is not None and known.fixed_input_size:
         options["img_size"] = model.image_size
-    try:
-        teacher = timm.create_model(config.teacher, pretrained=False, **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"can't be built with {', '.join(f'{name}={value}' for name, value in options.items())} ({error})"
-        raise ConfigError("distillation.teacher", config.teacher, problem, "use another teacher") from error
+    teacher = create("distillation.teacher", config.teacher, options, "use another teacher")
     load_weights(teacher, config.teacher, config.checkpoint)
     return teacher.eval().requires_grad_(False)
 

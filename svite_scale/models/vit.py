@@ -22,14 +22,7 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
         ConfigError: timm has no such VisionTransformer, or the sizes don't fit together.
     """
     check_model(config)
-    options: dict[str, Any] = {
-        "num_classes": config.num_classes,
-        "img_size": config.image_size,
-        "in_chans": config.in_channels,
-        "drop_path_rate": config.drop_path,
-        **_overrides(config),
-    }
-    model = cast(VisionTransformer, timm.create_model(config.name, pretrained=False, **options))
+    model = cast(VisionTransformer, timm.create_model(config.name, pretrained=False, **_options(config)))
     model.set_grad_checkpointing(config.activation_checkpointing)
     return model
 
@@ -72,11 +65,33 @@ def check_model(config: ModelConfig) -> None:
     embed_dim, num_heads = config.embed_dim or base.embed_dim, config.num_heads or base.blocks[0].attn.num_heads
     if embed_dim % num_heads:
         raise ConfigError("model.num_heads", num_heads, f"does not divide model.embed_dim ({embed_dim})", "use a divisor of it")
+    with torch.device("meta"):
+        create("model.name", config.name, _options(config), "use another model, or leave out some of the sizes")
 
 
-def _overrides(config: ModelConfig) -> dict[str, int]:
-    names = ("patch_size", "embed_dim", "depth", "num_heads")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+def create(field: str, name: str, options: dict[str, Any], remedy: str) -> nn.Module:
+    """A model of timm, without its weights.
+
+    Raises:
+        ConfigError: ``field`` names a model that timm can't build so.
+    """
+    try:
+        return cast(nn.Module, timm.create_model(name, pretrained=False, **options))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        sizes = ", ".join(f"{option}={value}" for option, value in options.items())
+        raise ConfigError(field, name, f"can't be built with {sizes} ({str(error) or type(error).__name__})", remedy) from error
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """What timm is asked for; a size that is None is left to the model."""
+    overrides = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    return {
+        "num_classes": config.num_classes,
+        "img_size": config.image_size,
+        "in_chans": config.in_channels,
+        "drop_path_rate": config.drop_path,
+        **{name: size for name, size in overrides.items() if size is not None},
+    }
 
 
 def _nearest(name: str) -> str:

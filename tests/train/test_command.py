@@ -57,6 +57,14 @@ MISTAKES = {
         ["model.name=vit_pwee_patch16_reg1_gap_256", "model.num_heads=null", "model.patch_size=null"],
         "model.name = 'vit_pwee_patch16_reg1_gap_256': has blocks without an attention and an MLP of their own .*; use a plain",
     ),
+    "sizes that timm can't bring together": (
+        ["model.name=vit_giant_patch14_dinov2", "model.embed_dim=64"],
+        r"model.name = 'vit_giant_patch14_dinov2': can't be built with .*embed_dim=64.* \(AssertionError\); use another model",
+    ),
+    "an update that never starts": (
+        ["sparsity.update_unit=epochs", "sparsity.update_start=1e308"],
+        r"sparsity.update_start = 1e\+308: is above 1000000000000.0; use a number of at least 0.0 and up to",
+    ),
     "batch": (
         ["train.accumulation_steps=3"],
         r"train.global_batch_size = 16: is not divisible by world size \(1\) x train.accumulation_steps \(3\); use a multiple",
