@@ -25,7 +25,7 @@ from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirect
 from svite_scale.train.plan import describe
 from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
 from svite_scale.train.signals import StopSignals
-from svite_scale.train.topology import check_method
+from svite_scale.train.topology import check_topology
 from svite_scale.train.tracking import METRICS
 from svite_scale.train.watchdog import Watchdog
 
@@ -68,7 +68,7 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
         raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
     check_config(config, world_size)
     check_model(config.model)
-    check_method(config.sparsity)
+    check_topology(config)
     check_teacher(config.distillation, config.data)
     if world.is_main:
         print(describe(config, world_size))
@@ -87,7 +87,7 @@ def train(config: Config, world: World, signals: StopSignals, *, resume: bool, a
     """
     check_config(config, world.size)
     check_model(config.model)
-    check_method(config.sparsity)
+    check_topology(config)
     check_teacher(config.distillation, config.data)
     device = distributed.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")

@@ -9,7 +9,7 @@ from pathlib import Path
 from svite_scale.config_checks import check_for_any_ranks
 from svite_scale.config_reader import read_config
 from svite_scale.models.flops import count
-from svite_scale.train.topology import check_method
+from svite_scale.train.topology import check_topology
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def paper_table(configs: Iterable[Path]) -> str:
 def _row(path: Path) -> str:
     config = read_config(path)
     check_for_any_ranks(config)
-    check_method(config.sparsity)
+    check_topology(config)
     cost, published = count(config), PUBLISHED.get(path.stem)
     saving = f"{published.saving:6.2f}%" if published else "-"
     params = f"{published.params:.2f}" if published and published.params else "-"

@@ -14,7 +14,7 @@ from svite_scale.config_reader import read_config
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
 from svite_scale.models.vit import check_model
 from svite_scale.train.batch_script import fill
-from svite_scale.train.topology import check_method
+from svite_scale.train.topology import check_topology
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
 LAUNCHERS = ("torchrun", "deepspeed", "srun")
@@ -69,7 +69,7 @@ def check(config: Config, arguments: argparse.Namespace) -> None:
             problem = f"{error.problem}, on {num_nodes} of --nodes {arguments.nodes}"
             raise ConfigError(error.field, error.value, problem, error.remedy) from error
     check_model(config.model)
-    check_method(config.sparsity)
+    check_topology(config)
 
 
 def node_counts(nodes: str) -> range:

@@ -13,12 +13,26 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 
 
-def check_method(sparsity: SparsityConfig) -> None:
-    """Raises:
-    ConfigError: there is no such method.
+def check_topology(config: Config) -> None:
+    """Checks what can be checked before the data is read: windows only where updates aren't counted in epochs.
+
+    Raises:
+        ConfigError: there is no such method, or a window doesn't fit between two updates.
     """
+    sparsity = config.sparsity
     if sparsity.method not in METHODS:
         raise ConfigError("sparsity.method", sparsity.method, "is no method", f"use one of {', '.join(METHODS)}")
+    if sparsity.update_unit == "steps":
+        check_windows(sparsity, update_schedule(config, steps_per_epoch=1.0, total_steps=1).update_every)
+
+
+def check_windows(sparsity: SparsityConfig, update_every: int) -> None:
+    """Refuses windows that would reach from one update to the next, ``update_every`` optimizer steps later."""
+    for name in ("grow_window", "grown_warmup_steps"):
+        steps = getattr(sparsity, name)
+        if steps > update_every:
+            problem = f"is longer than the {update_every} steps between two updates"
+            raise ConfigError(f"sparsity.{name}", steps, problem, "shorten it, or raise sparsity.update_every")
 
 
 def build_topology(config: Config, backend: Backend, steps_per_epoch: float, total_steps: int) -> TopologyEngine:
@@ -28,12 +42,7 @@ def build_topology(config: Config, backend: Backend, steps_per_epoch: float, tot
         ConfigError: windows that don't fit between two updates.
     """
     schedule = update_schedule(config, steps_per_epoch, total_steps)
-    sparsity = config.sparsity
-    for name in ("grow_window", "grown_warmup_steps"):
-        steps = getattr(sparsity, name)
-        if steps > schedule.update_every:
-            problem = f"is longer than the {schedule.update_every} steps between two updates"
-            raise ConfigError(f"sparsity.{name}", steps, problem, "shorten it, or raise sparsity.update_every")
+    check_windows(config.sparsity, schedule.update_every)
     return TopologyEngine(backend.model, backend.access, schedule, topology_options(config), group=dist.group.WORLD)
 
 

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import pytest
 
-from svite_scale.config import SparsityConfig
+from svite_scale.config import Config, SparsityConfig
 from svite_scale.errors import ConfigError
 from svite_scale.sparsity.methods import METHODS, Method, magnitude, uniform_random
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.train.topology import check_method
+from svite_scale.train.topology import check_topology
 from tests import reference
 from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, dense_mask
 
@@ -59,11 +59,12 @@ def test_the_page_names_every_method_and_every_default() -> None:
 
 def test_a_line_in_the_table_is_all_that_a_method_needs() -> None:
     pair = Method(drop=magnitude, grow=uniform_random)
+    config = Config(run_dir="r", sparsity=SparsityConfig(method="own"))
     with patch.dict(METHODS, {"own": pair}):
-        check_method(SparsityConfig(method="own"))
+        check_topology(config)
         assert TopologyOptions(method="own").scores is pair
     with pytest.raises(ConfigError):
-        check_method(SparsityConfig(method="own"))
+        check_topology(config)
 
 
 def written(value: object) -> str:

@@ -13,7 +13,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.methods import METHODS
-from svite_scale.train.topology import check_method, topology_options, update_schedule
+from svite_scale.train.topology import check_topology, topology_options, update_schedule
 from tests.ranks import run_on_ranks
 from tests.train.runs import metrics_of, run
 from tests.train.tiny import tiny_config
@@ -67,9 +67,9 @@ def test_the_options_are_the_keys_of_the_same_names() -> None:
 
 def test_an_unknown_method_is_refused() -> None:
     for method in METHODS:
-        check_method(SparsityConfig(method=method))
+        check_topology(config_of(method=method))
     with pytest.raises(ConfigError, match=r"^sparsity\.method = 'rigl': is no method; use one of svite, set, mixed, "):
-        check_method(SparsityConfig(method="rigl"))
+        check_topology(config_of(method="rigl"))
 
 
 def refusal(config: Config) -> str:
@@ -80,10 +80,25 @@ def refusal(config: Config) -> str:
 
 @pytest.mark.parametrize("field", ["grow_window", "grown_warmup_steps"])
 def test_a_window_longer_than_the_interval_is_refused(tmp_path: Path, digits: Path, field: str) -> None:
-    (message,) = run_on_ranks(1, refusal, tiny_config(digits, tmp_path / "run", f"sparsity.{field}=5"))
+    """By the trainer itself too, which alone knows how many steps an epoch has."""
+    every = ("sparsity.update_unit=epochs", "sparsity.update_every=0.8")
+    (message,) = run_on_ranks(1, refusal, tiny_config(digits, tmp_path / "run", f"sparsity.{field}=5", *every))
     assert message == (
-        f"sparsity.{field} = 5: is longer than the 4 steps between two updates; shorten it, or raise sparsity.update_every"
+        f"sparsity.{field} = 5: is longer than the 3 steps between two updates; shorten it, or raise sparsity.update_every"
     )
+
+
+@pytest.mark.parametrize("field", ["grow_window", "grown_warmup_steps"])
+def test_a_window_in_steps_is_checked_before_anything_else(field: str) -> None:
+    check_topology(config_of(update_every=4.0, **{field: 4}))
+    check_topology(config_of(update_every=4.0, **{field: 8}, update_batch_size=512, batch_size=256))
+    check_topology(config_of(update_every=4.0, update_unit="epochs", **{field: 5}))
+    for config, steps, every in (
+        (config_of(update_every=4.0, **{field: 5}), 5, 4),
+        (config_of(update_every=4.0, **{field: 3}, update_batch_size=512, batch_size=1024), 3, 2),
+    ):
+        with pytest.raises(ConfigError, match=rf"^sparsity\.{field} = {steps}: is longer than the {every} steps between two"):
+            check_topology(config)
 
 
 def test_a_run_logs_every_figure_of_every_layer(tmp_path: Path, digits: Path) -> None:
