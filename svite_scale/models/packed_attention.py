@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,11 @@ class PackedAttention(UnitLayer):
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
-        return output if self.gradient_sink is None else Hearing.apply(output, x, self)
+        if self.gradient_sink is None:
+            return output
+        return Hearing.apply(output, x, partial(self.hear, attn_mask=attn_mask, is_causal=is_causal))
 
-    def _context(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def _context(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
         batch, tokens, _ = qkv.shape
         query, key, value = qkv.view(batch, tokens, QKV, -1, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -86,12 +89,12 @@ class PackedAttention(UnitLayer):
     def growth_numel(self) -> int:
         return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 2)
 
-    def hear(self, x: Tensor, gradient: Tensor) -> None:
+    def hear(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
         """By head, what it is grown for, :meth:`_growth_terms` or the paper's score, ``[N, 1]``, and its Taylor score."""
         assert self.gradient_sink is not None
         active = self.active_units()
         bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
-        context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias)).to(gradient.dtype)
+        context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias), attn_mask, is_causal).to(gradient.dtype)
         columns = self._by_head(self.proj.weight).to(gradient.dtype)
         # dL/dA: of the active heads, or of all whose columns there are.
         slopes = torch.einsum("bno,hdo->bhnd", gradient, columns)
@@ -103,12 +106,13 @@ class PackedAttention(UnitLayer):
         else:
             growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features + 1)
             growth[active] = self._growth_terms(context, gradient)
-            growth[~active] = self._growth_terms(self._candidate_context(x, ~active).to(gradient.dtype), gradient)
+            fresh = self._context(self._candidate_qkv(x, ~active), attn_mask, is_causal).to(gradient.dtype)
+            growth[~active] = self._growth_terms(fresh, gradient)
         self.gradient_sink(torch.cat([growth, taylor], dim=1))
 
-    def _candidate_context(self, x: Tensor, heads: Tensor) -> Tensor:
+    def _candidate_qkv(self, x: Tensor, heads: Tensor) -> Tensor:
         rows = self.candidates(heads).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1)
-        return self._context(F.linear(x, rows.flatten(0, 2).to(x.dtype)))
+        return F.linear(x, rows.flatten(0, 2).to(x.dtype))
 
     def _growth_terms(self, context: Tensor, gradient: Tensor) -> Tensor:
         """By head, the gradient of its columns, and the mean square of its output: ``[heads, d * out + 1]``."""

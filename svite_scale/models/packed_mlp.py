@@ -48,7 +48,7 @@ class PackedMlp(UnitLayer, Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         output: Tensor = super().forward(x)
-        return output if self.gradient_sink is None else Hearing.apply(output, x, self)
+        return output if self.gradient_sink is None else Hearing.apply(output, x, self.hear)
 
     @property
     def growth_numel(self) -> int:

@@ -9,6 +9,7 @@ outgoing weights learn in the next step, and its incoming ones in the one after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,19 +82,19 @@ class UnitLayer(SparseLayer):
 
 
 class Hearing(Function):
-    """Passes a unit layer's output on, and shows the layer its input beside the output's gradient."""
+    """Passes a unit layer's output on, and hands the layer's ``hear`` its input beside the output's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: UnitLayer) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, hear: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.hear = hear
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.layer.hear(x, gradient)
+        ctx.hear(x, gradient)
         return gradient, None, None
 
 

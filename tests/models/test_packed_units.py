@@ -100,13 +100,15 @@ def engine_of(
     return attach(model, optimizer, **keywords, options=options), optimizer  # type: ignore[arg-type]
 
 
-def test_scores_and_the_topology_are_those_of_the_dense_twin() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_and_the_topology_are_those_of_the_dense_twin(masked: bool) -> None:
+    mask = torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) + torch.eye(10) > 0.4 if masked else None
     packed = packed_vit()
     topology, _ = engine_of(packed)
     twin = dense_twin(packed, step=1)
     outputs = HeadOutputs(twin)
-    loss_of(packed).backward()
-    loss_of(twin).backward()
+    loss_of(packed, attn_mask=mask).backward()
+    loss_of(twin, attn_mask=mask).backward()
     naive = {name: naive_scores(twin, outputs, layer, "candidate") for name, layer in topology.layers.items()}
     before = {name: active_units(layer) for name, layer in topology.layers.items()}
     for name, layer in topology.layers.items():

@@ -121,6 +121,6 @@ def batch(seed: int = 0, size: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 1, 12, 12, generator=generator, dtype=torch.float64), torch.arange(size) % 5
 
 
-def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
+def loss_of(model: nn.Module, seed: int = 0, attn_mask: Tensor | None = None) -> Tensor:
     images, labels = batch(seed)
-    return nn.functional.cross_entropy(model(images), labels)
+    return nn.functional.cross_entropy(model(images, attn_mask=attn_mask), labels)
