@@ -25,6 +25,9 @@ QUIET = {
 AT_ONCE = 1000
 """Metrics that MLflow takes in one request."""
 
+RETRY_S = 60.0
+"""Seconds in which MLflow isn't asked again after it hasn't answered, for each question holds up training."""
+
 logger = logging.getLogger("svite_scale")
 
 
@@ -47,6 +50,7 @@ class MlflowRun:
 
         self._error = MlflowException
         self._waiting: list[mlflow.entities.Metric] = []
+        self._ask_at = 0.0
         parent = run_dir.resolve().parent
         self.uri = config.tracking.uri or f"sqlite:///{parent / 'mlflow.db'}"
         try:
@@ -64,9 +68,12 @@ class MlflowRun:
 
         now, is_first = int(time.time() * 1000), not self._waiting
         self._waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() < self._ask_at:
+            return
         try:
             self._send()
         except self._error as error:
+            self._ask_at = time.monotonic() + RETRY_S
             if is_first:
                 logger.warning(
                     "MLflow doesn't take metrics (%s); they wait until it does, and the run goes on", first_line(error)
