@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,14 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 def losses_of(run_dir: Path) -> list[float]:
     return [line["loss"] for line in metrics_of(run_dir)]
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -15,6 +15,7 @@ from svite_scale.config import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from svite_scale.train.checkpoint.same_run import versions
 from tests.ranks import run_on_ranks
+from tests.train.runs import Lines
 
 
 def save_steps(directory: Path, saving: CheckpointConfig, steps: int) -> list[str]:
@@ -46,14 +47,9 @@ class Loaded:
 
 
 def load(directory: Path) -> Loaded:
-    logger, found = logging.getLogger("svite_scale"), Loaded()
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.lines.append(record.getMessage())
-
-    handler = Lines()
-    logger.addHandler(handler)
+    logger, said = logging.getLogger("svite_scale"), Lines()
+    found = Loaded(lines=said.lines)
+    logger.addHandler(said)
     backend, topology, checkpoint = small_run(directory)
     try:
         found.step = checkpoint.load_newest()
@@ -62,7 +58,7 @@ def load(directory: Path) -> Loaded:
     except CheckpointError as error:
         found.message = str(error)
     finally:
-        logger.removeHandler(handler)
+        logger.removeHandler(said)
         checkpoint.close()
     return found
 
