@@ -48,6 +48,8 @@ class MlflowRun:
         import mlflow  # takes seconds to import
         from mlflow.exceptions import MlflowException
 
+        # It prints what it raises too, with its traceback.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self._error = MlflowException
         self._waiting: list[mlflow.entities.Metric] = []
         self._ask_at = 0.0
