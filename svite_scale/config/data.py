@@ -37,7 +37,7 @@ class DataConfig:
     """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its share."""
     cache_dir: str | None = None
     """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
-    cache_gb: Annotated[float, Bounds(above=0.0)] = 20.0
+    cache_gb: Annotated[float, Bounds(above=0.0)] = 24.0
     """Most that they may take there, in 10^9 bytes; the least recently used go. With room for two windows of
     ``shuffle_shards``, the next one is fetched while one is read."""
     fetch_attempts: Annotated[int, Bounds(low=1)] = 5
