@@ -52,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
             for prefix, source in sources(arguments).items():
                 try:
                     write(source, arguments, prefix)
+                except BrokenPipeError:
+                    raise  # nobody reads what is printed; that is no fault of the folder's
                 except OSError as error:
                     raise DataError(f"--out {arguments.out} can't be written to ({error}); {OUT_REMEDY}") from error
     except (SviteScaleError, OSError) as error:

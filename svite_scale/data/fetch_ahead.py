@@ -17,6 +17,7 @@ from svite_scale.config import DataConfig
 from svite_scale.data.cache import RemoteShard, window_size
 from svite_scale.data.index import ShardIndex
 from svite_scale.data.order import Ints, epoch_windows
+from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
 
 
@@ -29,16 +30,20 @@ class FetchAhead:
     Args:
         config: of the data.
         indexes: all shards to train on, in order.
-        rows_per_epoch: of the order, that are used.
+        steps: which rows of the order are used.
+        last_step: that the run ends before; None where it has no end.
         seed: of the run.
         rank: this process's. The processes of a machine go through a window in different orders, so that they fetch different
             shards.
     """
 
-    def __init__(self, config: DataConfig, indexes: list[ShardIndex], rows_per_epoch: int, seed: int, rank: int) -> None:
+    def __init__(
+        self, config: DataConfig, indexes: list[ShardIndex], steps: EpochSteps, last_step: int | None, seed: int, rank: int
+    ) -> None:
         self._shards = [index.path for index in indexes]
-        self._counts, self._rows_per_epoch = np.array([index.count for index in indexes]), rows_per_epoch
+        self._counts = np.array([index.count for index in indexes])
         self._repeats, self._shuffle_shards = config.augment.repeats, config.shuffle_shards
+        self._rows_per_epoch, self._end = steps.rows_per_epoch, None if last_step is None else steps.pieces(last_step)[0][:2]
         self._seed, self._random = seed, random.Random(rank)
         sizes = [index.size for index in indexes if isinstance(index.path, RemoteShard)]
         self._enabled = bool(sizes) and window_size(config, sizes, windows=2) <= config.cache_gb * 1e9
@@ -62,7 +67,9 @@ class FetchAhead:
             current = int(np.searchsorted(ends, row, side="right"))
             self._window_end = (epoch, int(ends[current]))
             # An epoch's last window may be a small one, so as many shards as a window has are fetched, whatever windows hold.
-            coming = np.concatenate([*windows[current + 1 :], self._used_windows(epoch + 1)[0][0]])
+            starts = [*((epoch, int(end)) for end in ends[current:-1]), (epoch + 1, 0)]
+            following = zip(starts, [*windows[current + 1 :], self._used_windows(epoch + 1)[0][0]], strict=True)
+            coming = [shard for start, window in following if self._end is None or start < self._end for shard in window]
             self._want(coming[: self._shuffle_shards])
 
     def _used_windows(self, epoch: int) -> tuple[list[Ints], Ints]:

@@ -122,7 +122,7 @@ class TrainData:
             DataError: a sample can't be read, or can't be decoded where ``data.max_damaged`` is 0.
         """
         workers = self._config.workers
-        with FetchAhead(self._config, self.indexes, self.steps.rows_per_epoch, self._seed, self._rank) as fetch_ahead:
+        with FetchAhead(self._config, self.indexes, self.steps, last_step, self._seed, self._rank) as fetch_ahead:
             rows = self._rows(first_step, last_step, fetch_ahead)
             for images, labels, damaged, reports in load(self._samples, rows, self._batch_shape, workers, substitute=True):
                 self.damage.note(reports)

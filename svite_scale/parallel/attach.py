@@ -58,8 +58,9 @@ def attach(
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
-        for name, parameter in model.named_parameters():
-            check_placement(name, parameter)
+        for name, layer in sparse_layers(model).items():
+            for key, parameter in layer.named_parameters():
+                check_placement(f"{name}.{key}", parameter)
         _check_steps_values(model, access.optimizer)
     schedule = UpdateSchedule(
         total_steps=total_steps,

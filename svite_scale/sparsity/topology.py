@@ -39,7 +39,7 @@ class TopologyEngine:
         layers: the sparse layers by name.
         steps: optimizer steps seen so far.
         last_update: the step after which weights last moved; 0 before the first time.
-        postponed: updates that were put off because a gradient wasn't finite.
+        postponed: updates that were put off, or left out, because a gradient wasn't finite or the step not applied.
         history: which weights have ever been active, and which all the time.
         newcomers: which active weights came at the last update.
         followers: what else is carried along at an update; empty unless something is put there.

@@ -45,7 +45,8 @@ def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse
         stream = getattr(sys, name)
         stream.flush()
         os.dup2(log, stream.fileno())
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Log(stream.fileno(), "w", closefd=False)), line_buffering=True))
+        buffer = io.BufferedWriter(Log(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
     os.close(log)
     status = 1  # of an exception that nobody caught
     try:

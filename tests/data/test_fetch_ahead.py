@@ -114,26 +114,29 @@ class Recorder:
         return os.open(os.devnull, os.O_RDONLY)
 
 
-@pytest.mark.parametrize(("batch", "first_unused"), [(16, None), (60, 256), (1, None)])
-def test_a_small_last_window_leaves_time_for_the_next_epoch(tmp_path: Path, batch: int, first_unused: int | None) -> None:
-    """17 shards of 16 in windows of 4: the last window is one shard, which a batch may jump over, or leave out."""
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("batch", [16, 60, 1])
+def test_a_small_last_window_leaves_time_for_the_next_epoch(batch: int, ends: bool) -> None:
+    """17 shards of 16 in windows of 4: the last window is one shard, which a batch may jump over, or leave out (at 60)."""
     cache, empty = Recorder(), np.zeros(16, dtype=np.int64)
     shards = [RemoteShard(str(number), 1, "", cache) for number in range(17)]  # type: ignore[arg-type]
     indexes = [ShardIndex(shard, 1, "", "", empty, empty, empty, b"") for shard in shards]  # type: ignore[arg-type]
     steps = EpochSteps(17 * 16, batch, carry=False)
+    last_step = int(steps.per_epoch) if ends else None
     orders = [epoch_order([16] * 17, 0, epoch, 4, 1)[: steps.rows_per_epoch, 0] // 16 for epoch in range(2)]
     first_window = set(orders[1][:64].tolist())
     assert len(first_window) == 4
-    with FetchAhead(grey_config(shuffle_shards=4), indexes, steps.rows_per_epoch, 0, 0) as fetch_ahead:
+    with FetchAhead(grey_config(shuffle_shards=4), indexes, steps, last_step, 0, 0) as fetch_ahead:
         for step in range(256 // batch):
             for epoch, _, stop in steps.pieces(step):
                 fetch_ahead.reach(epoch, stop - 1)
-        # While the last large window is read, the small one and as much of the next epoch's first as makes up for it.
-        wait_until(lambda: len(first_window & set(cache.asked[-4:])) >= 3)
-        seen = set(orders[0].tolist()) | first_window
-        assert set(cache.asked) <= seen, "nothing that no step reads"
-        if first_unused is not None:
-            assert len(set(epoch_order([16] * 17, 0, 0, 4, 1)[first_unused:, 0] // 16)) == 1
+        if ends:
+            wait_until(lambda: len(cache.asked) == len(set(orders[0].tolist())) - 4)
+        else:
+            # While the last large window is read, the small one and as much of the next epoch's first as makes up for it.
+            wait_until(lambda: len(first_window & set(cache.asked[-4:])) >= 3)
+    read = set(orders[0].tolist()) | (set() if ends else first_window)
+    assert set(cache.asked) <= read, "nothing that no step reads"
 
 
 def test_a_shard_that_can_not_be_fetched_ends_the_run_when_it_is_read(served: Path, tmp_path: Path) -> None:

@@ -131,11 +131,11 @@ def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:
         "def talk(arguments):\n"
         "    for number in range(50):\n"
         "        print('line', number)\n"
-        "        print('line', number, file=sys.stderr)\n"
+        "        print('line', number, '\\udce9', file=sys.stderr)\n"
         "    return 85\n"
         f"sys.exit(run_logged(talk, argparse.Namespace(log_dir={str(tmp_path)!r})))\n"
     )
     answer = run_command("python", "-c", program)
     assert (answer.status, answer.out, answer.err) == (85, "", "")
-    assert (tmp_path / "rank-0.log").read_text().startswith("line 0\nline 0\nline 1\n")
+    assert (tmp_path / "rank-0.log").read_text().startswith("line 0\nline 0 \\udce9\nline 1\n")
     assert (tmp_path / "rank-0.status").read_text() == "85\n"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from benchmarks.kills import check_state, small_run, write_state
+from svite_scale.config import CheckpointConfig
+from svite_scale.errors import CheckpointError
+from svite_scale.train.checkpoint import writing
 from svite_scale.train.checkpoint.directory import CheckpointDirectory
-from svite_scale.train.checkpoint.manifest import digest, problem_of
+from svite_scale.train.checkpoint.manifest import FileDigest, digest, problem_of
+from tests.ranks import run_on_ranks
 
 
 def write(partial: Path, text: str) -> Path:
@@ -17,26 +24,62 @@ def write(partial: Path, text: str) -> Path:
     return partial
 
 
-def save(directory: CheckpointDirectory, step: int, text: str = "content") -> Path:
-    partial = write(directory.begin(step, may_create=True), text)
+def save(directory: CheckpointDirectory, step: int) -> Path:
+    assert directory.other_owner(may_create=True) is None
+    partial = write(directory.begin(step), "content")
     return directory.publish(partial, {"data": digest(partial / "data")})
 
 
-def test_of_two_starts_of_a_run_the_later_one_saves(tmp_path: Path) -> None:
-    """As when a scheduler starts a job again whose processes still run on a machine that it has lost."""
-    old, new = CheckpointDirectory(tmp_path, keep_last=1), CheckpointDirectory(tmp_path, keep_last=1)
+def test_of_two_starts_of_a_run_the_later_one_is_the_owner(tmp_path: Path) -> None:
+    old, new = CheckpointDirectory(tmp_path), CheckpointDirectory(tmp_path)
     save(old, 10)
-    late = old.begin(20, may_create=False)
-    theirs = new.begin(20, may_create=False)
-    assert theirs != late
-    saved = new.publish(write(theirs, "new"), {"data": digest(theirs / "data")})
+    late = old.begin(20)
+    save(new, 20)
+    other = old.other_owner(may_create=False)
+    assert other is not None
+    assert re.fullmatch(r"process \d+ on .*", other)
     with pytest.raises(FileNotFoundError):
         write(late, "old")
-    assert problem_of(saved) is None
-    with pytest.raises(OSError, match=r"another start of this run saves here now \(process \d+ on .*\); end one of the two"):
-        old.begin(30, may_create=False)
     save(new, 30)
-    assert [path.name for path in new.named()] == ["step-00000030"]
+    assert [path.name for path in new.named()] == ["step-00000030", "step-00000020", "step-00000010"]
+
+
+def test_a_start_that_loses_the_directory_within_a_save_publishes_nothing(tmp_path: Path) -> None:
+    """As when a scheduler starts a job again whose processes still run on a machine that it has lost."""
+    (said,) = run_on_ranks(1, takes_over, tmp_path / "checkpoints")
+    lost = r"process \d+ on .* has begun to save this run here; end one of the two"
+    assert re.fullmatch(rf"can't save {tmp_path}/checkpoints/step-00000002: {lost}", said)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "owner", "step-00000002"]
+
+
+def takes_over(directory: Path) -> str:
+    saving = CheckpointConfig(keep_last=1, on_error="stop", background=False)
+    starts = [small_run(directory, saving) for _ in range(2)]
+
+    def save(start: int) -> None:
+        backend, topology, checkpoint = starts[start]
+        topology.step()
+        write_state(backend, topology.steps)
+        checkpoint.save()
+
+    finish, taken = writing._finish_files, []
+
+    def finish_late(*arguments: Any) -> dict[str, FileDigest]:
+        if not taken:
+            taken.append(True)
+            for _ in range(2):
+                save(1)
+        return finish(*arguments)
+
+    save(0)
+    with patch.object(writing, "_finish_files", finish_late), pytest.raises(CheckpointError) as caught:
+        save(0)
+    backend, topology, checkpoint = starts[1]
+    assert checkpoint.load_newest() == topology.steps == 2
+    check_state(backend, 2)
+    for _, _, each in starts:
+        each.close()
+    return str(caught.value)
 
 
 def test_what_was_published_is_not_removed_for_older_steps(tmp_path: Path) -> None:
@@ -55,7 +98,7 @@ def test_one_that_can_not_be_removed_hinders_no_save(tmp_path: Path, caplog: pyt
         for step in (2, 3):
             save(directory, step)
     assert [path.name for path in directory.named()] == ["step-00000003"]
-    assert all("can't remove the old checkpoint" in line for line in caplog.messages)
+    assert all(line.startswith("can't remove ") for line in caplog.messages)
     save(directory, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "owner", "step-00000004"]
 

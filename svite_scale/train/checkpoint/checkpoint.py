@@ -168,7 +168,9 @@ class Checkpoint:
     def _load(self, path: Path) -> int:
         run_state = json.loads((path / RUN_STATE).read_text())
         check_same_run(run_state["config"], self.config, path)
-        check_same_samples(run_state["samples"], self.samples, path)
+        # The first checkpoints told nothing of their samples.
+        if "samples" in run_state:
+            check_same_samples(run_state["samples"], self.samples, path)
         if dist.get_rank() == 0:
             warn_of_other_versions(run_state["versions"], path)
         # Before the tensors, for it tells which there are: within a growth window, gradients are among them.

@@ -38,8 +38,8 @@ class CheckpointDirectory:
     """Local file operations, for one rank at a time; all raise ``OSError``.
 
     Several starts of a run may reach one directory, when a scheduler has started a job again while it still ends somewhere.
-    Then the last one that began to save is the owner, and the saves of the others fail. What each writes has a name of its own
-    until it is complete.
+    Then the last one that began to save is the owner, and the others may not publish. What each writes has a name of its own
+    until it is complete, and what is removed is renamed first, so that nobody goes on writing to it.
 
     Attributes:
         path: of ``checkpoints/``.
@@ -60,16 +60,26 @@ class CheckpointDirectory:
             return []
         return sorted((self.path / name for name in names if NAME.fullmatch(name)), key=_age, reverse=True)
 
-    def begin(self, step: int, *, may_create: bool) -> Path:
-        """An empty directory to write the checkpoint of a step to; what interrupted saves left is removed.
+    def other_owner(self, *, may_create: bool) -> str | None:
+        """The first call makes this start of the run the owner; a later one tells who else has become it, if anybody has.
 
         Args:
-            step: optimizer step.
             may_create: whether ``checkpoints/`` may be missing. If one was there before, it has vanished, and perhaps the disk.
         """
         if may_create:
             make_directory(self.path)
-        self._check_owner()
+        owner = self.path / OWNER
+        if not self._is_owner:
+            job = os.environ.get("SLURM_JOB_ID")
+            process = f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
+            write_durably(owner, f"{self._token} {process}\n")
+            self._is_owner = True
+            return None
+        token, _, process = owner.read_text().strip().partition(" ")
+        return None if token == self._token else process
+
+    def begin(self, step: int) -> Path:
+        """An empty directory, for the owner to write the checkpoint of a step to; what interrupted saves left is removed."""
         for leftover in self.path.glob(f"*{PARTIAL}"):
             self._remove(leftover)
         name, repeat = f"step-{step:08d}", 1
@@ -82,30 +92,24 @@ class CheckpointDirectory:
         return partial
 
     def publish(self, partial: Path, files: Mapping[str, FileDigest]) -> Path:
-        """Gives a directory that :meth:`begin` made, and whose files are written, its name; then removes old checkpoints."""
+        """Gives a directory that :meth:`begin` made, and whose files are written, its name; then removes old checkpoints.
+
+        For the owner. What fails after it is saved is a warning.
+        """
         write_manifest(partial, files)
         final = partial.with_name(partial.name.partition(".")[0])
         partial.rename(final)
         sync(self.path)
-        replace_durably(self.path / LATEST, f"{final.name}\n")
-        self._prune(newest=final)
+        try:
+            replace_durably(self.path / LATEST, f"{final.name}\n")
+            self._prune(newest=final)
+        except OSError as error:
+            logger.warning("%s is saved, but %s isn't up to date, or an old checkpoint is left: %s", final, LATEST, error)
         return final
 
     def discard(self, partial: Path) -> None:
         """Removes what a failed save has written, as far as that is possible."""
         shutil.rmtree(partial, ignore_errors=True)
-
-    def _check_owner(self) -> None:
-        owner = self.path / OWNER
-        if not self._is_owner:
-            job = os.environ.get("SLURM_JOB_ID")
-            process = f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
-            write_durably(owner, f"{self._token} {process}\n")
-            self._is_owner = True
-            return
-        token, _, process = owner.read_text().strip().partition(" ")
-        if token != self._token:
-            raise OSError(f"another start of this run saves here now ({process}); end one of the two")
 
     def _prune(self, newest: Path) -> None:
         """Removes complete checkpoints that are neither among the newest nor of a step to keep; torn ones stay."""
@@ -117,12 +121,12 @@ class CheckpointDirectory:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Says so where it can't: the new checkpoint is saved all the same."""
+        """Says so where it can't: that is no reason not to save."""
         try:
-            # Renamed first: a kill meanwhile must not leave a checkpoint that looks torn.
-            shutil.rmtree(path if path.suffix == PARTIAL else path.rename(path.with_name(path.name + PARTIAL)))
+            # Renamed first: a kill meanwhile must not leave a checkpoint that looks torn, nor another start publish it.
+            shutil.rmtree(path.rename(self.path / f"gone.{uuid4().hex[:8]}{PARTIAL}"))
         except OSError as error:
-            logger.warning("can't remove the old checkpoint %s: %s", path, error)
+            logger.warning("can't remove %s: %s", path, error)
 
 
 def newest_valid(directory: CheckpointDirectory, group: dist.ProcessGroup | None = None) -> Path | None:

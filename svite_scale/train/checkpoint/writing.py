@@ -55,27 +55,46 @@ def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: 
         snapshot: see there.
         directory: seen by all ranks.
         group: on gloo, and used by nothing else meanwhile.
-        may_create: see :meth:`CheckpointDirectory.begin`.
+        may_create: see :meth:`CheckpointDirectory.other_owner`.
 
     Returns:
         The complete checkpoint.
 
     Raises:
-        CheckpointError: a file can't be written; what there was before is as it was.
+        CheckpointError: a file can't be written, or another start of the run saves here; what there was before is as it was.
     """
     rank = dist.get_rank(group)
+    where = directory.path / f"step-{snapshot.step:08d}"
     partial: Path | None = None
+
     try:
-        partial = on_main_rank(lambda: directory.begin(snapshot.step, may_create=may_create), group)
+        _check_owner(directory, group, may_create)
+        partial = on_main_rank(lambda: directory.begin(snapshot.step), group)
         _write_tensors(snapshot.tensors, partial, group)
         digests = on_all_ranks(lambda: _finish_files(snapshot, partial, rank), group)
         files = {name: found for own in digests for name, found in own.items()}
+        _check_owner(directory, group, may_create)
         return on_main_rank(lambda: directory.publish(partial, files), group)
     except CheckpointError as error:
         if rank == 0 and partial is not None:
             directory.discard(partial)
-        where = directory.path / f"step-{snapshot.step:08d}"
-        raise CheckpointError(f"can't save {where}: {error}; free or mount the disk") from error
+        # Who has lost the directory has lost files in it too, so that tells more than the error does.
+        problem = on_main_rank(lambda: _owner_problem(directory), group) or f"{error}; free or mount the disk"
+        raise CheckpointError(f"can't save {where}: {problem}") from error
+
+
+def _check_owner(directory: CheckpointDirectory, group: dist.ProcessGroup, may_create: bool) -> None:
+    other = on_main_rank(lambda: directory.other_owner(may_create=may_create), group)
+    if other is not None:
+        raise CheckpointError(f"{other} saves here now")
+
+
+def _owner_problem(directory: CheckpointDirectory) -> str | None:
+    try:
+        other = directory.other_owner(may_create=False)
+    except OSError:
+        return None
+    return None if other is None else f"{other} has begun to save this run here; end one of the two"
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], partial: Path, group: dist.ProcessGroup) -> None:
