@@ -77,10 +77,20 @@ def sent_bytes(backend: Backend, topology: TopologyEngine) -> int:
     return loopback_bytes() - before
 
 
-def one_step(backend: Backend, topology: TopologyEngine) -> dict[int, int]:
-    """Returns the storages of the gradient: address to size."""
+def one_step(backend: Backend, topology: TopologyEngine) -> None:
+    backward(backend)
+    backend.step()
+    topology.step()
+
+
+def backward(backend: Backend) -> None:
     images, labels = torch.randn(BATCH_SIZE, 3, 224, 224), torch.zeros(BATCH_SIZE, dtype=torch.int64)
     backend.backward(F.cross_entropy(backend.forward(images).float(), labels))
+
+
+def gradient_of_a_step(backend: Backend, topology: TopologyEngine) -> dict[int, int]:
+    """Does one, and returns the storages of the gradient: address to size."""
+    backward(backend)
     before, gradients = storages(live_tensors()), storages(gradients_of(backend))
     backend.step()
     topology.step()
@@ -104,7 +114,7 @@ def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[i
         topology: its topology engine.
         earlier: addresses of storages that were there before the backend.
     """
-    gradients = one_step(backend, topology)
+    gradients = gradient_of_a_step(backend, topology)
     parameters = list(backend.model.parameters())
     optimizer_state = backend.optimizer.state
     owners: list[tuple[str, Iterable[Tensor]]] = [
