@@ -33,11 +33,11 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 
 from benchmarks.data_order import locality_section, order_section, shuffling_section
-from benchmarks.data_remote import remote_section
+from benchmarks.data_remote import data_of_one_rank, remote_section
 from benchmarks.machine import describe_machine
 from benchmarks.timing import ratio
 from svite_scale.config import AugmentConfig, DataConfig
-from svite_scale.data import Sample, TrainData, load_indexes, write_shards
+from svite_scale.data import Sample, load_indexes, write_shards
 from svite_scale.data.decode import decode
 from svite_scale.data.transforms import train_transform, with_a_bit_at_least
 
@@ -85,17 +85,7 @@ def our_config(directory: Path) -> DataConfig:
 
 
 def our_loader(directory: Path, count: int) -> Iterable[object]:
-    data = TrainData(
-        our_config(directory),
-        image_size=SIZE,
-        in_channels=3,
-        global_batch_size=BATCH,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )
-    return data.batches(0, count // BATCH)
+    return data_of_one_rank(our_config(directory), SIZE, BATCH).batches(0, count // BATCH)
 
 
 def timm_loader(directory: Path, count: int) -> Iterable[object]:

@@ -63,17 +63,21 @@ def epoch_seconds(directory: Path, windows: int, cache: Path) -> float:
         shuffle_shards=WINDOW,
         workers=WORKERS,
     )
-    data = TrainData(
+    data = data_of_one_rank(config, SIZE, BATCH)
+    start = time.perf_counter()
+    for _ in data.batches(0, STEPS):
+        time.sleep(STEP_S)
+    return time.perf_counter() - start
+
+
+def data_of_one_rank(config: DataConfig, image_size: int, batch_size: int) -> TrainData:
+    return TrainData(
         config,
-        image_size=SIZE,
+        image_size=image_size,
         in_channels=3,
-        global_batch_size=BATCH,
+        global_batch_size=batch_size,
         accumulation_steps=1,
         rank=0,
         world_size=1,
         seed=0,
     )
-    start = time.perf_counter()
-    for _ in data.batches(0, STEPS):
-        time.sleep(STEP_S)
-    return time.perf_counter() - start

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -7,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.data.flaky_server import Server, serving
 from tests.data.numbered import write_numbered
 
 torch.set_num_threads(1)
@@ -29,3 +31,10 @@ def command() -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def server(served: Path) -> Iterator[Server]:
+    """Serves the folder ``served`` of the test's module, and counts its requests anew for each test."""
+    with serving(served) as running:
+        yield running

@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from svite_scale.data.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.cache_folder import ROOM, CacheFolder
 from svite_scale.data.reader import ShardReader
 from svite_scale.errors import ConfigError, DataError
-from tests.data.flaky_server import Server, serving
+from tests.data.flaky_server import Server
 from tests.data.remote import SIZE, cache_of, content_of, files_of, in_processes, wait_until, write_blobs
 
 NUM_BLOBS = 12
@@ -33,12 +32,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in write_blobs(folder, NUM_BLOBS):
         (folder / f"{name}.index.json").write_text(f'"{name}"')
     return folder
-
-
-@pytest.fixture
-def server(served: Path) -> Iterator[Server]:
-    with serving(served) as running:
-        yield running
 
 
 def names_of(served: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from svite_scale.data.index import ShardIndex, sidecar_path
 from svite_scale.data.order import epoch_order
 from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
-from tests.data.flaky_server import Server, serving
+from tests.data.flaky_server import Server
 from tests.data.numbered import grey_config, numbers, train_data, write_numbered
 from tests.data.remote import files_of, wait_until
 
@@ -31,12 +30,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_numbered(folder, NUM_SHARDS * PER_SHARD, PER_SHARD)
     assert sorted(path.name for path in folder.glob("*.tar")) == NAMES
     return folder
-
-
-@pytest.fixture
-def server(served: Path) -> Iterator[Server]:
-    with serving(served) as running:
-        yield running
 
 
 def config_of(root: str, cache: Path, repeats: int = 1, **fields: object) -> DataConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from svite_scale.data import Batch, load_indexes
 from svite_scale.data.cache import ShardCache
 from svite_scale.data.index import sidecar_path
 from svite_scale.errors import ConfigError, DataError
-from tests.data.flaky_server import Server, serving
+from tests.data.flaky_server import Server
 from tests.data.numbered import eval_data, grey_config, train_data, write_numbered
 from tests.data.remote import files_of, in_processes
 
@@ -28,12 +27,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_numbered(folder, 53, 10)
     assert sorted(path.name for path in folder.glob("*.tar")) == SHARDS
     return folder
-
-
-@pytest.fixture
-def server(served: Path) -> Iterator[Server]:
-    with serving(served) as running:
-        yield running
 
 
 def config_of(pattern: str, cache_dir: Path, workers: int, **fields: object) -> DataConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import free_port
-from tests.train.command_line import run_command, run_here
+from tests.train.command_line import Answer, run_command, run_here
 from tests.train.runs import losses_of, metrics_of
 from tests.train.tiny import write_config_file
 
@@ -99,43 +99,43 @@ def test_a_log_dir_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture
     assert len(answer.err.splitlines()) == 1
 
 
+def run_in_log(folder: Path, definition: str, name: str) -> Answer:
+    """What a process does whose command is the function ``name`` of a Python text."""
+    program = (
+        "import argparse, os, resource, signal, sys\n"
+        "from svite_scale.train.rank_log import run_logged\n"
+        f"{definition}\n"
+        f"sys.exit(run_logged({name}, argparse.Namespace(log_dir={str(folder)!r})))\n"
+    )
+    return run_command("python", "-c", program)
+
+
 def test_a_rank_that_was_killed_leaves_no_status(tmp_path: Path) -> None:
     (tmp_path / "rank-0.status").write_text("0\n")
-    program = (
-        "import argparse, os, signal\n"
-        "from svite_scale.train.rank_log import run_logged\n"
-        f"run_logged(lambda _: os.kill(os.getpid(), signal.SIGKILL), argparse.Namespace(log_dir={str(tmp_path)!r}))\n"
-    )
-    assert run_command("python", "-c", program).status == -signal.SIGKILL
+    answer = run_in_log(tmp_path, "def die(arguments): os.kill(os.getpid(), signal.SIGKILL)", "die")
+    assert answer.status == -signal.SIGKILL
     assert not (tmp_path / "rank-0.status").exists()
 
 
 def test_what_nobody_caught_is_in_the_log_too(tmp_path: Path) -> None:
-    program = (
-        "import argparse, sys\n"
-        "from svite_scale.train.rank_log import run_logged\n"
-        "def fail(arguments): raise KeyError('no such thing')\n"
-        f"sys.exit(run_logged(fail, argparse.Namespace(log_dir={str(tmp_path)!r})))\n"
-    )
-    answer = run_command("python", "-c", program)
+    answer = run_in_log(tmp_path, "def fail(arguments): raise KeyError('no such thing')", "fail")
     assert (answer.status, answer.out, answer.err) == (1, "", "")
     assert "KeyError: 'no such thing'" in (tmp_path / "rank-0.log").read_text()
     assert (tmp_path / "rank-0.status").read_text() == "1\n"
 
 
+TALK = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+def talk(arguments):
+    for number in range(50):
+        print('line', number)
+        print('line', number, '\\udce9', file=sys.stderr)
+    return 85
+"""
+
+
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:
-    program = (
-        "import argparse, resource, sys\n"
-        "from svite_scale.train.rank_log import run_logged\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "def talk(arguments):\n"
-        "    for number in range(50):\n"
-        "        print('line', number)\n"
-        "        print('line', number, '\\udce9', file=sys.stderr)\n"
-        "    return 85\n"
-        f"sys.exit(run_logged(talk, argparse.Namespace(log_dir={str(tmp_path)!r})))\n"
-    )
-    answer = run_command("python", "-c", program)
+    answer = run_in_log(tmp_path, TALK, "talk")
     assert (answer.status, answer.out, answer.err) == (85, "", "")
     assert (tmp_path / "rank-0.log").read_text().startswith("line 0\nline 0 \\udce9\nline 1\n")
     assert (tmp_path / "rank-0.status").read_text() == "85\n"
