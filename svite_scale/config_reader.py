@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -49,11 +50,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """What :func:`to_dict` gave by dotted names; a field that is itself a mapping stays whole."""
-    schema = leaf_hints(Config)
     flat: dict[str, object] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name not in schema:
+        if isinstance(value, Mapping) and name not in field_names():
             flat |= flatten_config(value, f"{name}.")
         else:
             flat[name] = value
@@ -86,6 +86,12 @@ def leaf_hints(section: type, prefix: str = "") -> dict[str, Any]:
         else:
             hints[prefix + name] = hint
     return hints
+
+
+@cache
+def field_names() -> frozenset[str]:
+    """Dotted names of all fields of a Config that are no sections."""
+    return frozenset(leaf_hints(Config))
 
 
 def is_section(key: str, schema: Mapping[str, Any]) -> bool:

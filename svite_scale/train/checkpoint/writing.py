@@ -66,7 +66,6 @@ def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: 
     rank = dist.get_rank(group)
     where = directory.path / f"step-{snapshot.step:08d}"
     partial: Path | None = None
-
     try:
         _check_owner(directory, group, may_create)
         partial = on_main_rank(lambda: directory.begin(snapshot.step), group)
