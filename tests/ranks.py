@@ -1,6 +1,7 @@
 """Real ranks for tests: processes that stay up, joined over gloo on loopback, and run one function after another.
 
-Importing an engine costs seconds, so the ranks of a world size start once for the whole test session.
+Importing an engine costs seconds, so the ranks of a world size start once for the whole test session, forked from a server that
+has imported it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ TIMEOUT_S = 240
 """Longest that one function may take on the ranks; a hang becomes a failure."""
 
 
+# A process has one such server, which imports what the last module that was imported before its start asks for: so all
+# modules of tests ask for the same.
+forked = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported what training imports."""
+forked.set_forkserver_preload(["tests.preloaded"])
+
+
 class Ranks:
     """``world_size`` processes of one process group."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            ours, theirs = forked.Pipe()
+            process = forked.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,12 +14,10 @@ import pytest
 
 from svite_scale.data.order import epoch_order
 from tests.data.consumer import BATCH, PATIENCE_S, SEED, Run, consume
+from tests.ranks import forked
 
 COUNT, EPOCHS = 53, 6
 COUNTS = [10, 10, 10, 10, 10, 3]
-# Each process is forked from one that has only imported, which costs more than the rest of these tests.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.data.consumer"])
 
 
 class Life:
@@ -28,7 +25,7 @@ class Life:
 
     def __init__(self, log: Path, run: Run) -> None:
         self.logs = [log.with_suffix(f".{rank}") for rank in range(run.world)]
-        self.ranks = [CONTEXT.Process(target=consume, args=(run, rank, path)) for rank, path in enumerate(self.logs)]
+        self.ranks = [forked.Process(target=consume, args=(run, rank, path)) for rank, path in enumerate(self.logs)]
         for rank in self.ranks:
             rank.start()
 

@@ -6,7 +6,6 @@ The processes are forked from a server that has imported what takes seconds.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port
+from tests.ranks import forked, free_port
 
 DEADLINE_S = 200
 """A job that takes longer is stuck."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.train.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Job:
         options = {"resume": resume, "auto_resume": False, "dry_run": False, "ranks": None}
         arguments = argparse.Namespace(config=str(config), overrides=list(overrides), **options)
         self.processes = [
-            _context.Process(target=_rank, args=(rank, world_size, port, log, arguments, fault))
+            forked.Process(target=_rank, args=(rank, world_size, port, log, arguments, fault))
             for rank, log in enumerate(self.logs)
         ]
         for process in self.processes:
