@@ -1,5 +1,5 @@
 # make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml
-# make test         sets up .venv, runs the tests; PYTEST_ARGS="-k config" picks some
+# make test         sets up .venv, runs the tests, two files at a time; PYTEST_ARGS="-k config" picks some
 # make lint         sets up .venv, checks style and types
 #
 # PYTHON is the interpreter .venv is made from, RANKS the number of processes that train, RUN_DIR where the run goes.
@@ -23,7 +23,7 @@ quickstart: compiler $(SHARDS)/.made
 	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
 
 test: compiler $(VENV)/.installed-test
-	$(IN_VENV) python -m pytest $(PYTEST_ARGS)
+	$(IN_VENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) ruff check .

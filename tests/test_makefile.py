@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INSTALL = "python -m pip install -c constraints.txt -e .[{}]"
 SHARDS = "python launch/make_shards.py --source mnist5k --out data/mnist5k"
+TEST = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 TRAIN = "deepspeed --num_gpus {} launch/train.py --config configs/quickstart.yaml run_dir={}"
 
 # Serves as python3, as .venv's python and as its deepspeed, ruff and mypy.
@@ -93,11 +94,11 @@ def test_what_failed_midway_is_repaired_by_running_again(clone: Path, step: str)
 
 def test_tests_and_lint_install_their_own_extras_once(clone: Path) -> None:
     assert make(clone, "test", "PYTEST_ARGS=-k config").returncode == 0
-    assert calls(clone) == ["base -m venv .venv", INSTALL.format("test"), "python -m pytest -k config"]
+    assert calls(clone) == ["base -m venv .venv", INSTALL.format("test"), f"{TEST} -k config"]
     assert make(clone, "lint").returncode == 0
     assert calls(clone) == [INSTALL.format("dev"), "ruff check .", "ruff format --check .", "mypy"]
     assert make(clone, "test", "lint").returncode == 0
-    assert calls(clone) == ["python -m pytest", "ruff check .", "ruff format --check .", "mypy"]
+    assert calls(clone) == [TEST, "ruff check .", "ruff format --check .", "mypy"]
 
 
 def test_a_change_of_the_dependencies_installs_again(clone: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_change_of_the_dependencies_installs_again(clone: Path) -> None:
     later = (clone / ".venv" / ".installed-test").stat().st_mtime + 10
     os.utime(clone / "constraints.txt", (later, later))
     make(clone, "test")
-    assert calls(clone) == [INSTALL.format("test"), "python -m pytest"]
+    assert calls(clone) == [INSTALL.format("test"), TEST]
 
 
 @pytest.mark.parametrize("goal", ["quickstart", "test"])
