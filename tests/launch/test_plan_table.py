@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from svite_scale.errors import ConfigError
 from svite_scale.train.paper_table import paper_table
+from tests.train.command_line import ROOT, run_here
 
-ROOT = Path(__file__).parents[2]
-
-
-def answer(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/plan.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+SCRIPT = ROOT / "launch" / "plan.py"
 
 
-def test_the_table_has_every_config_and_agrees_with_the_paper() -> None:
-    done = answer("--paper")
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+def test_the_table_has_every_config_and_agrees_with_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "--paper", script=SCRIPT)
+    assert (answer.status, answer.err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines()[1:]}
     assert set(rows) == {path.stem for path in (ROOT / "configs").glob("deit_*.yaml")}
 
     sparse, dense, saved, published, params, dense_params, published_params = rows["deit_tiny_s30"]
@@ -37,12 +31,12 @@ def test_the_table_has_every_config_and_agrees_with_the_paper() -> None:
     assert float(saved.rstrip("%")) == pytest.approx(49.32, abs=0.15)
 
 
-def test_a_file_that_is_not_there_is_named() -> None:
-    done = answer("configs/nothing.yaml")
-    assert done.returncode == 2
-    assert done.stderr.startswith("config error: ")
-    assert "configs/nothing.yaml" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run_here(capsys, "configs/nothing.yaml", script=SCRIPT)
+    assert answer.status == 2
+    assert answer.err.startswith("config error: ")
+    assert "configs/nothing.yaml" in answer.err
+    assert len(answer.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
