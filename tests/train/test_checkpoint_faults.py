@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,12 @@ def saves_around_a_fault(directory: Path, saving: CheckpointConfig, fault: str) 
     return outcome
 
 
-@pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("on_error", ["continue", "stop"])
-@pytest.mark.parametrize("fault", FAULTS)
+SAVING = [(("continue", True), ("stop", False)), (("continue", False), ("stop", True))]
+CASES = [(fault, *saving) for fault, savings in zip(FAULTS, cycle(SAVING), strict=False) for saving in savings]
+"""Each pair of fault, ``on_error`` and ``background``."""
+
+
+@pytest.mark.parametrize(("fault", "on_error", "background"), CASES)
 def test_a_save_that_fails_is_one_error_on_all_ranks_and_harms_nothing(
     small_disk: Path, fault: str, on_error: str, background: bool
 ) -> None:

@@ -47,8 +47,16 @@ def ended(folder: Path, engine: str, world_size: int, *overrides: str) -> tuple[
     return states, losses_of(run_dir)
 
 
-@pytest.mark.parametrize(("engine", "world_size"), SHARED)
-@pytest.mark.parametrize("override", ["", "train.accumulation_steps=2", "sparsity.structured.grow=paper"])
+ACCUMULATING, PAPER = "train.accumulation_steps=2", "sparsity.structured.grow=paper"
+CASES = [
+    *((*engine, "") for engine in SHARED),
+    *((*engine, ACCUMULATING) for engine in (("ddp", 2), ("zero1", 2), ("fsdp2", 3), ("zero3", 2))),
+    *((*engine, PAPER) for engine in (("fsdp2", 2), ("zero2", 2), ("zero3", 3))),
+]
+"""What doesn't come on each engine comes on each kind of sharding."""
+
+
+@pytest.mark.parametrize(("engine", "world_size", "override"), CASES)
 def test_masks_and_losses_are_those_of_one_process(folder: Path, engine: str, world_size: int, override: str) -> None:
     overrides = (override,) if override else ()
     (single, *_), losses = ended(folder, "single", 1, *overrides)
