@@ -10,6 +10,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 # In the recipes' PATH, so that DeepSpeed finds ninja there and starts its ranks with this Python.
 IN_VENV := PATH="$(BIN):$$PATH"
 SHARDS := data/mnist5k
+# A process that hangs ends itself (faulthandler_timeout); another one would hang in the same test.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Both are expanded where a recipe uses them, after .venv is ready: at most 2 GPUs, or 2 processes where there is none;
 # the first free one of runs/quickstart, runs/quickstart-2, ...
@@ -23,7 +25,7 @@ quickstart: compiler $(SHARDS)/.made
 	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
 
 test: compiler $(VENV)/.installed-test
-	$(IN_VENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(IN_VENV) python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) ruff check .

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INSTALL = "python -m pip install -c constraints.txt -e .[{}]"
 SHARDS = "python launch/make_shards.py --source mnist5k --out data/mnist5k"
-TEST = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+TEST = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
 TRAIN = "deepspeed --num_gpus {} launch/train.py --config configs/quickstart.yaml run_dir={}"
 
 # Serves as python3, as .venv's python and as its deepspeed, ruff and mypy.
@@ -48,7 +48,7 @@ def make(clone: Path, *arguments: str, **environment: str) -> subprocess.Complet
         env={"CXX": "true", **inherited, **environment},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
         check=False,
     )
 

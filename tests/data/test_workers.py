@@ -14,7 +14,7 @@ import pytest
 from svite_scale.data.loader import WARNINGS
 from svite_scale.train.signals import STOP_SIGNALS
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 PROGRAM = """
 import os, signal, sys, time
 import torch

@@ -44,7 +44,7 @@ def run_here(
     return Answer(end.value.code, captured.out, captured.err)
 
 
-def run_command(*command: str, timeout: float = 300.0) -> Answer:
+def run_command(*command: str, timeout: float = 600.0) -> Answer:
     """Runs a command on CPUs, with this Python's programs first in the path and one thread in each process."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
