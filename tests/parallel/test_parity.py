@@ -139,15 +139,13 @@ def test_two_ranks_that_see_the_same_samples(kind: str) -> None:
     assert_parity(Run(kind, 2), 1e-5)
 
 
-@pytest.mark.parametrize("kind", SHARED)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+SPLIT = [*((kind, 1) for kind in SHARED), ("ddp", 2), ("fsdp2", 4), ("zero1", 3), ("zero2", 2), ("zero3", 4)]
+"""Each engine on one rank and on several; split further below, over two and three ranks, in micro-batches."""
+
+
+@pytest.mark.parametrize(("kind", "world_size"), SPLIT)
 def test_the_global_batch_split_over_ranks(kind: str, world_size: int) -> None:
     assert_parity(Run(kind, world_size, split=True), 1e-3)
-
-
-@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_the_global_batch_split_over_four_ranks(kind: str) -> None:
-    assert_parity(Run(kind, 4, split=True), 1e-3)
 
 
 @pytest.mark.parametrize("kind", SHARED)
@@ -173,11 +171,6 @@ def assert_bf16_is_close(run: Run) -> None:
     assert_parity(run, 5e-2)
 
 
-@pytest.mark.parametrize("kind", SHARED)
-def test_bf16_is_close_to_fp32(kind: str) -> None:
-    assert_bf16_is_close(Run(kind, 2, bf16=True))
-
-
 MIXED = TopologyOptions(method="mixed", seed=1, grow_window=3, grow_by="magnitude", grown_warmup_steps=4, grown_moments="zero")
 
 
@@ -191,9 +184,13 @@ def test_the_same_split_over_three_ranks_in_micro_batches(kind: str) -> None:
     assert_parity(Run(kind, 3, split=True, accumulation=2, options=MIXED), 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
-def test_warm_up_in_bf16(kind: str) -> None:
-    assert_bf16_is_close(Run(kind, 2, bf16=True, options=MIXED))
+BF16 = {"ddp": DEFAULTS, "fsdp2": MIXED, "zero1": MIXED, "zero2": DEFAULTS, "zero3": MIXED}
+"""With a warm-up on each kind of sharding."""
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_bf16_is_close_to_fp32(kind: str) -> None:
+    assert_bf16_is_close(Run(kind, 2, bf16=True, options=BF16[kind]))
 
 
 def test_window_random_share_and_warm_up_each_make_a_difference() -> None:
@@ -207,5 +204,5 @@ def test_window_random_share_and_warm_up_each_make_a_difference() -> None:
 
 def test_bf16_computes_in_bf16() -> None:
     for kind in ("single", "fsdp2", "zero1"):
-        run = Run(kind, 1 if kind == "single" else 2, bf16=True)
+        run = Run(kind, 1 if kind == "single" else 2, bf16=True, options=MIXED)
         assert results_of(run)[0].losses != pytest.approx(results_of(run.on_one_process)[0].losses, abs=1e-6)
