@@ -10,7 +10,7 @@ import yaml
 
 from tests.launch.test_launchers import on_cpus
 from tests.ranks import free_port
-from tests.train.command_line import ROOT, run_command
+from tests.train.command_line import ROOT, run_command, run_here
 from tests.train.runs import losses_of
 from tests.train.tiny import write_config_file
 
@@ -24,13 +24,13 @@ def accelerate(config: str, *arguments: str) -> tuple[str, ...]:
 
 
 @on_cpus
-def test_two_processes_train_under_ddp(digits: Path, tmp_path: Path) -> None:
+def test_two_processes_train_under_ddp(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
-    train = ("launch/train.py", "--config", str(config), "train.max_steps=3")
-    answer = run_command(*accelerate("two_processes", *train), "parallel.backend=ddp")
+    train = ("--config", str(config), "train.max_steps=3")
+    answer = run_command(*accelerate("two_processes", "launch/train.py", *train), "parallel.backend=ddp")
     assert answer.status == 0, answer.err
     assert '"world_size": 2' in (tmp_path / "run" / "summary.json").read_text()
-    alone = run_command("python", *train, "parallel.backend=single", f"run_dir={tmp_path / 'alone'}")
+    alone = run_here(capsys, *train, "parallel.backend=single", f"run_dir={tmp_path / 'alone'}")
     assert alone.status == 0, alone.err
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "alone"), abs=1e-4)
 
