@@ -76,11 +76,17 @@ def test_the_first_one_is_told_once(damaged: str, workers: int, caplog: pytest.L
     assert "another one of its shard stands in for it" in record.message
 
 
+def one_line(pattern: str) -> str:
+    """A pattern for the whole of a message. A test that kept the error would keep the stream too, and torch waits 5 s for each
+    worker of one that only the garbage collector finds.
+    """
+    return rf"\A[^\n]*{pattern}[^\n]*\Z"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_where_none_is_allowed_the_first_one_ends_the_stream(damaged: str, workers: int) -> None:
-    with pytest.raises(DataError, match=r"train-00000[0-2]\.tar: the image of sample 'sample-0\d\d' at byte \d+") as caught:
+    with pytest.raises(DataError, match=one_line(r"train-00000[0-2]\.tar: the image of sample 'sample-0\d\d' at byte \d+")):
         list(train_data(config_of(damaged, workers, max_damaged=0.0), COUNT).batches(0, 1))
-    assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="the image of sample 'sample-004'"):
         list(eval_data(config_of(damaged, workers, max_damaged=0.0), 4))
 
@@ -88,9 +94,8 @@ def test_where_none_is_allowed_the_first_one_ends_the_stream(damaged: str, worke
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_of_broken_samples_only(tmp_path: Path, workers: int) -> None:
     write_shards([Sample(f"s{i}", b"junk", "png", 0) for i in range(4)], tmp_path, "t", 9)
-    with pytest.raises(DataError, match=r"t-000000\.tar: .* nor any other of that shard") as caught:
+    with pytest.raises(DataError, match=one_line(r"t-000000\.tar: .* nor any other of that shard")):
         list(train_data(config_of(str(tmp_path), workers), 4).batches(0, 1))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,9 +105,8 @@ def test_a_shard_that_cannot_be_read_is_fatal_at_once(tmp_path: Path, workers: i
     data = train_data(config_of(str(tmp_path), workers), 20)
     with open(shards[1], "r+b") as file:
         file.truncate(6000)
-    with pytest.raises(DataError, match=r"t-000001\.tar ends before byte") as caught:
+    with pytest.raises(DataError, match=one_line(r"t-000001\.tar ends before byte")):
         next(data.batches())
-    assert "\n" not in str(caught.value)
 
 
 def test_a_shard_that_vanished(tmp_path: Path) -> None:
