@@ -4,16 +4,17 @@
 
 Held bytes are the storages of the engine's own tensors between two steps, on rank 0; gradients are those of the parameters,
 and what else is alive before the optimizer's step and no longer after it. Buffers are what the engine holds besides, to reuse.
-Sent bytes are what the kernel counted on the loopback interface, over all ranks, divided by ranks and steps; give the
-benchmark a loopback of its own where others use it: ``unshare --net sh -c 'ip link set lo up && python benchmarks/bytes.py'``.
+Sent bytes are what the kernel counted on the ranks' own TCP connections in a step, divided by ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
+import socket
+import struct
 import sys
-import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -47,7 +48,9 @@ BACKENDS = {
 }
 STATE = ("values", "master values", "mask", "gradients", "moments", "statistics")
 KINDS = (*STATE, "buffers")
-BATCH_SIZE, WARMUP_STEPS, MEASURED_STEPS = 2, 2, 3
+BATCH_SIZE, WARMUP_STEPS = 2, 2
+BYTES_RECEIVED = 128
+"""Where Linux's ``struct tcp_info`` has them."""
 
 
 def measure(backend_name: str, model_name: str, density: float, precision: str) -> dict[str, float]:
@@ -62,19 +65,19 @@ def measure(backend_name: str, model_name: str, density: float, precision: str) 
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
     for _ in range(WARMUP_STEPS):
         one_step(backend, topology)
-    # The least of some steps, for loopback may carry what others send, too.
-    sent = min(sent_bytes(backend, topology) for _ in range(MEASURED_STEPS))
+    sent = sent_bytes(backend, topology)
     return held_bytes(backend, topology, earlier) | {"wire": sent / dist.get_world_size()}
 
 
 def sent_bytes(backend: Backend, topology: TopologyEngine) -> int:
     """What all ranks send in a step."""
     dist.barrier()
-    before = loopback_bytes()
-    dist.barrier()
+    before = received_bytes()
     one_step(backend, topology)
     dist.barrier()
-    return loopback_bytes() - before
+    received = torch.tensor(received_bytes() - before)
+    dist.all_reduce(received)
+    return int(received)
 
 
 def one_step(backend: Backend, topology: TopologyEngine) -> None:
@@ -153,10 +156,16 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
-def loopback_bytes() -> int:
-    """Bytes that the loopback interface has carried."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
-    return int(line.split()[1])
+def received_bytes() -> int:
+    """What this process's open TCP connections have received: unlike the loopback interface, nothing of other processes'."""
+    received = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_RECEIVED + 8)
+                    received += struct.unpack_from("Q", info, BYTES_RECEIVED)[0]
+    return received
 
 
 def print_table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> None:
@@ -178,10 +187,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     arguments = parser.parse_args()
     print(describe_machine())
-    idle = loopback_bytes()
-    time.sleep(1.0)
     print(f"{arguments.model}, density {arguments.density}, {arguments.precision}; state = {' + '.join(STATE)}, of rank 0")
-    print(f"loopback carried {loopback_bytes() - idle} bytes in an idle second")
     rows = []
     for world_size in arguments.world_sizes:
         for backend in arguments.backends:
