@@ -9,7 +9,6 @@ import argparse
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,6 +103,7 @@ def _rank(rank: int, world_size: int, port: int, log: Path, arguments: Any, faul
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     from svite_scale.data import Batch, TrainData
     from svite_scale.train.command import main
+    from svite_scale.train.ending import run_process
 
     batches = TrainData.batches
 
@@ -114,4 +114,4 @@ def _rank(rank: int, world_size: int, port: int, log: Path, arguments: Any, faul
             yield batch
 
     TrainData.batches = faulty  # type: ignore[method-assign]
-    sys.exit(main(arguments))
+    run_process(lambda: main(arguments))
