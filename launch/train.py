@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from svite_scale.train.command import main
+from svite_scale.train.ending import run_process
 from svite_scale.train.rank_log import run_logged
 
 
@@ -26,4 +26,5 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_logged(main, arguments()))
+    given = arguments()
+    run_process(lambda: run_logged(main, given))

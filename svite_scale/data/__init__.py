@@ -29,7 +29,17 @@ from __future__ import annotations
 
 from svite_scale.data.device import DeviceTransform
 from svite_scale.data.index import ShardIndex, load_indexes
-from svite_scale.data.loader import Batch, EvalData, TrainData
+from svite_scale.data.loader import Batch, EvalData, TrainData, explained
 from svite_scale.data.shards import Sample, write_shards
 
-__all__ = ["Batch", "DeviceTransform", "EvalData", "Sample", "ShardIndex", "TrainData", "load_indexes", "write_shards"]
+__all__ = [
+    "Batch",
+    "DeviceTransform",
+    "EvalData",
+    "Sample",
+    "ShardIndex",
+    "TrainData",
+    "explained",
+    "load_indexes",
+    "write_shards",
+]

@@ -33,10 +33,21 @@ def shared_slots(count: int, batch_shape: tuple[int, int, int, int]) -> Tensor:
 
     Returns:
         uint8 ``[count, B, C, H, W]``, in memory pixel by pixel, as images come from Pillow.
+
+    Raises:
+        DataError: there isn't so much memory.
     """
     batch_size, channels, height, width = batch_shape
     shape = (count, batch_size, height, width, channels)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)
+    size = math.prod(shape)
+    try:
+        memory = mmap.mmap(-1, size)
+    except OSError as error:
+        raise DataError(
+            f"{count} batches of {batch_size} images need {size} bytes of memory, which can't be had ({error}); lower "
+            "data.workers, or raise train.accumulation_steps, or for evaluation lower train.eval_batch_size"
+        ) from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)
 
 
 class BatchDataset(Dataset[LoadedBatch]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count, cycle
 from typing import NamedTuple
 
@@ -31,6 +34,11 @@ PREFETCH = 2
 
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems send before they kill; ``STOP_SIGNALS`` of ``train``, which this layer doesn't import."""
+
+PR_SET_PDEATHSIG = 1
+"""From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
+
+MORE_ROOM = "give the job more memory, and more of /dev/shm (docker run --shm-size), or lower data.workers; 0 starts none"
 
 
 class Batch(NamedTuple):
@@ -203,6 +211,9 @@ def load(
 
     Returns:
         Images, labels and marks of damage, as in :class:`Batch`, and what is to be said of the damage.
+
+    Raises:
+        DataError: a sample can't be read; or a loader process not be started, or is gone.
     """
     # One that is being taken, and those that are made or wait meanwhile.
     slots = shared_slots(1 + PREFETCH * workers, batch_shape)
@@ -213,16 +224,34 @@ def load(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=partial(serve_trainer, os.getpid()),
         # The loader draws a base seed; without a generator of its own that would advance the training process's.
         generator=torch.Generator(),
     )
     try:
-        for slot, labels, damaged, reports in batches:
+        stream = iter(batches)
+    except OSError as error:
+        raise DataError(f"data.workers = {workers}: loader processes can't be started ({error}); {MORE_ROOM}") from error
+    try:
+        for slot, labels, damaged, reports in stream:
             yield taken(slots[slot]), torch.tensor(labels), torch.tensor(damaged), reports
     except DataError as error:
         # A worker's error arrives as the text of its traceback, of which the last line is the message.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
+    except RuntimeError as error:
+        raise explained(error) from error
+
+
+def explained(error: BaseException) -> BaseException:
+    """What torch raises where a loader process is gone, as a :class:`DataError`; any other error as it is.
+
+    torch raises it in a signal handler, so from wherever the main thread is.
+    """
+    if not (type(error) is RuntimeError and str(error).startswith("DataLoader worker ")):
+        return error
+    found, _, _ = str(error).partition(". ")
+    cause = "killed for want of memory, unless somebody ended it"
+    return DataError(f"data.workers: a loader process is gone ({found}): {cause}; {MORE_ROOM}")
 
 
 def taken(images: Tensor) -> Tensor:
@@ -230,15 +259,23 @@ def taken(images: Tensor) -> Tensor:
     return images.pin_memory() if torch.cuda.is_available() else images.clone()
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Has a loader process ignore the warnings of a scheduler, and end at a SIGTERM of the training process.
+def serve_trainer(trainer: int, worker: int) -> None:
+    """Has a loader process end with the training process, however that ends, or at a SIGTERM of it; and ignore Ctrl-C and the
+    warnings of a scheduler.
 
-    Those warnings may go to every process of a job, and the training process needs its workers to finish the step. It ends
-    those that are left when it exits by SIGTERM, and then waits for them; an uncaught error, whose traceback holds the
-    iterator, leaves some.
+    Those may go to every process of a job, and the training process needs its workers to finish the step.
+
+    Args:
+        trainer: process that forked this one, from a thread that lives as long as it does.
+        worker: number of this process.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer:
+        os._exit(1)  # it ended before it could be bound to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
-    threading.Thread(target=end_with_trainer, args=(os.getppid(),), name="signals", daemon=True).start()
+    threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
 
 
 def end_with_trainer(trainer: int) -> None:

@@ -31,8 +31,7 @@ class DeepSpeedBackend:
         self.optimizer = build_optimizer(model)
         # DeepSpeed tells every step of its set-up at its own default level.
         logger.setLevel(logging.WARNING)
-        # On the CPU it counts devices by running numactl, many times a step, unless this says how many there are.
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        join_process_group()
         for unit in options.units:
             # ZeRO-3 then gathers a unit's parameters in one go, not those of each of its submodules.
             set_z3_leaf_module(unit, True)
@@ -58,6 +57,16 @@ class DeepSpeedBackend:
         # DeepSpeed always computes the norm, and skips the step where it isn't finite.
         self.wrapped.step()
         return StepResult(torch.as_tensor(self.wrapped.get_global_grad_norm()), self.wrapped.was_step_applied())
+
+
+def join_process_group() -> None:
+    """Has DeepSpeed use the process group that there is. A collective."""
+    # On the CPU, where this is the world size, each rank makes a buffer of 69 MB for inference in /dev/shm. A rank that is
+    # killed leaves it there, and one that finds less room crashes.
+    local_size = os.environ.pop("LOCAL_SIZE", None)
+    deepspeed.init_distributed(verbose=False)
+    # On the CPU it counts devices by running numactl, many times a step, unless this says how many there are.
+    os.environ["LOCAL_SIZE"] = local_size or os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 
 def deepspeed_config(stage: int, model: nn.Module, options: EngineOptions) -> dict[str, Any]:

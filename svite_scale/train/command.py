@@ -16,20 +16,19 @@ from svite_scale.config import Config
 from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
 from svite_scale.distributed import World
-from svite_scale.errors import ConfigError, DivergedError, SviteScaleError
+from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.models.teacher import check_teacher
 from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
 from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
+from svite_scale.train.ending import EXIT_FAILED, Failure, reporting
 from svite_scale.train.plan import describe
 from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
 from svite_scale.train.signals import StopSignals
 from svite_scale.train.topology import check_topology
 from svite_scale.train.tracking import METRICS
 from svite_scale.train.watchdog import Watchdog
-
-EXIT_CONFIG, EXIT_FAILED = 2, 1
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -39,27 +38,21 @@ def main(arguments: argparse.Namespace) -> int:
         arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
 
     Returns:
-        The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after another
-        error. A mistake in the config is the same on all ranks of a machine, so the first of them prints it; other errors are
-        printed where they happen.
+        The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
+        other error, which is printed where it happens.
     """
-    world = World()
+    failure = Failure()
     try:
-        world = World.from_environment()
+        failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.
         logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
         with StopSignals() as signals:
-            return train(config, world, signals, resume=arguments.resume, auto_resume=arguments.auto_resume)
-    except ConfigError as error:
-        if world.local_rank == 0:
-            print(f"config error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except SviteScaleError as error:
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+            return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
+    except BaseException as error:
+        return failure.report(error)
 
 
 def dry_run(config: Config, world_size: int, world: World) -> int:
@@ -75,13 +68,14 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     return 0
 
 
-def train(config: Config, world: World, signals: StopSignals, *, resume: bool, auto_resume: bool) -> int:
+def train(config: Config, world: World, signals: StopSignals, failure: Failure, *, resume: bool, auto_resume: bool) -> int:
     """Checks all that can be checked, then joins the process group and trains.
 
     Args:
         config: of the run.
         world: this rank.
         signals: that ask the run to stop.
+        failure: is told of an error.
         resume: go on from the newest checkpoint, which must be there.
         auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
     """
@@ -96,36 +90,54 @@ def train(config: Config, world: World, signals: StopSignals, *, resume: bool, a
     try:
         if auto_resume:
             resume = distributed.main_says(world.is_main and has_saved(Path(config.run_dir)))
-        return supervise(config, world, device, store, signals, resume=resume)
+        return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
-        distributed.stop()
+        # After an error other ranks may be anywhere, and to leave the group would wait for them.
+        if world.size == 1:
+            distributed.stop()
 
 
 def supervise(
-    config: Config, world: World, device: torch.device, store: dist.Store, signals: StopSignals, *, resume: bool
+    config: Config,
+    world: World,
+    device: torch.device,
+    store: dist.Store,
+    signals: StopSignals,
+    failure: Failure,
+    *,
+    resume: bool,
 ) -> int:
-    """Trains under the watchdog, until the end or until a signal."""
+    """Trains under the watchdog, until this rank has left the process group; after an error, until that is told."""
     # Imported once the config is known to be good: an answer about a typing error shouldn't wait for it.
     from svite_scale.train.trainer import Trainer
 
     activity, timeout = Activity(), config.guard.hang_timeout_s
-    with nullcontext() if timeout is None else Watchdog(store, world, activity, timeout):
+    watchdog = None if timeout is None else Watchdog(store, world, activity, timeout)
+
+    def report(error: BaseException) -> None:
+        if watchdog:
+            watchdog.find_gone(error)
+        failure.report(error, activity)
+        activity.leave()
+
+    with watchdog or nullcontext():
         asked_to_stop = StopAgreement(signals, store, device)
         status = 0
         try:
-            Trainer(config, world, device, resume=resume, activity=activity, asked_to_stop=asked_to_stop).run()
+            with reporting(report):
+                Trainer(
+                    config, world, device, resume=resume, activity=activity, asked_to_stop=asked_to_stop, on_error=report
+                ).run()
         except Preempted as stop:
             signals.saved_status = status = EXIT_PREEMPTED
             if world.is_main:
                 print(stop, file=sys.stderr)
-        except DivergedError as error:
+        except DivergedError:
             status = EXIT_FAILED
-            if world.is_main:
-                print(f"error: {error}", file=sys.stderr)
-        activity.enter("leaving")
-        # Together, for when one rank has left, some launchers end the others, and so does the store. Meanwhile gloo's threads
-        # let go of their last tensors, which after Python's end aborts the process (pytorch/pytorch#179291).
+        activity.leave(status or EXIT_FAILED)
+        # Together, for when one rank has left, some launchers end the others, and so does the store.
         dist.barrier()
+        distributed.stop()
         return status
 
 

@@ -19,12 +19,18 @@ class Beat:
 
     rank: int
     host: str
+    pid: int
     sequence: int
     step: int
     phase: str
     progress: int
     timed: bool
     finished: bool = False
+
+    @property
+    def process(self) -> tuple[str, int]:
+        """Host, and number there."""
+        return self.host, self.pid
 
     def encode(self) -> str:
         return json.dumps(asdict(self))

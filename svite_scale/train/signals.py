@@ -54,8 +54,10 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)
         _active = None
-        self._writer.close()
+        # Processes that were forked meanwhile, such as a loader's, hold the socket too, so closing it alone ends nothing.
+        self._writer.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+        self._writer.close()
         self._reader.close()
 
     def _listen(self) -> None:

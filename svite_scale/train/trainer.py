@@ -24,6 +24,7 @@ from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint import Checkpoint
 from svite_scale.train.checkpoint.directory import CHECKPOINTS
 from svite_scale.train.ema import Ema
+from svite_scale.train.ending import leave_to_the_caller, reporting
 from svite_scale.train.evaluate import evaluate, evaluate_ema
 from svite_scale.train.guard import Guard, spread_nonfinite
 from svite_scale.train.loss import TrainingLoss
@@ -49,6 +50,7 @@ class Trainer:
         resume: bool,
         activity: Activity | None = None,
         asked_to_stop: Callable[[], bool] = never,
+        on_error: Callable[[BaseException], object] = leave_to_the_caller,
     ) -> None:
         """Builds everything.
 
@@ -59,13 +61,14 @@ class Trainer:
             resume: load the newest checkpoint.
             activity: is told what this rank is doing.
             asked_to_stop: called before the first step and after each; whether to save and stop there, the same on all ranks.
+            on_error: called with what ends training, before anything is closed, which may wait for other ranks.
 
         Raises:
             ConfigError, DataError, CheckpointError: what the config names can't be used.
         """
         self.config, self.world, self.device = config, world, device
         self.activity = activity or Activity()
-        self.asked_to_stop = asked_to_stop
+        self.asked_to_stop, self.on_error = asked_to_stop, on_error
         self.run_dir = Path(config.run_dir)
         self.train_data, self.eval_data = open_data(config, world)
         self.train_transform = DeviceTransform(config.data, config.model.num_classes, device, training=True)
@@ -107,8 +110,9 @@ class Trainer:
         started = time.perf_counter()
         with (
             Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker,
-            Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
             closing(self.checkpoint),
+            reporting(self.on_error),
+            Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
         ):
             if self.resumed_step is None:
                 tracker.log_topology(self.step, self.topology.unit_masks())

@@ -13,6 +13,7 @@ import pytest
 
 from svite_scale.data.loader import WARNINGS
 from svite_scale.train.signals import STOP_SIGNALS
+from tests.processes import members
 
 PATIENCE_S = 300
 PROGRAM = """
@@ -90,16 +91,3 @@ def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> Non
             os.kill(pid, signal.SIGKILL)
     assert (process.returncode, err.splitlines()[-1]) == (1, 'KeyError: "an error of the trainer\'s"')
     assert not members(process.pid)
-
-
-def members(group: int) -> list[int]:
-    """The living processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(process_group) == group and state != "Z":
-            found.append(int(path.parent.name))
-    return found

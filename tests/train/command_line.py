@@ -13,6 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
+from svite_scale.train import ending
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID")
@@ -35,6 +37,8 @@ def run_here(
     capsys.readouterr()
     with (
         patch.object(sys, "argv", [str(script), *arguments]),
+        # The last call of a training process would end this one.
+        patch.object(ending, "end_process", sys.exit),
         patch.dict(os.environ, {**plain, **(launcher or {})}, clear=True),
         pytest.raises(SystemExit) as end,
     ):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,14 +51,23 @@ class Job:
     """Ranks of one training command; none but the first writes a metric."""
 
     def __init__(
-        self, world_size: int, config: Path, *overrides: str, fault: Fault | None = None, resume: bool = False
+        self,
+        world_size: int,
+        config: Path,
+        *overrides: str,
+        fault: Fault | None = None,
+        inject: Callable[[], None] | None = None,
+        resume: bool = False,
     ) -> None:
+        """``inject`` is called in the last rank's process, before it does anything else."""
         self.logs = [config.with_suffix(f".rank{rank}.err") for rank in range(world_size)]
         port = free_port()
         options = {"resume": resume, "auto_resume": False, "dry_run": False, "ranks": None}
         arguments = argparse.Namespace(config=str(config), overrides=list(overrides), **options)
         self.processes = [
-            forked.Process(target=_rank, args=(rank, world_size, port, log, arguments, fault))
+            forked.Process(
+                target=_rank, args=(rank, world_size, port, log, arguments, fault, inject if rank == world_size - 1 else None)
+            )
             for rank, log in enumerate(self.logs)
         ]
         for process in self.processes:
@@ -93,13 +101,23 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _rank(rank: int, world_size: int, port: int, log: Path, arguments: Any, fault: Fault | None) -> None:
-    """One rank's process."""
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path,
+    arguments: Any,
+    fault: Fault | None,
+    inject: Callable[[], None] | None,
+) -> None:
+    """One rank's process, in a group of its own, by which its loader's are found."""
+    os.setpgrp()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     from svite_scale.data import Batch, TrainData
     from svite_scale.train.command import main
+    from svite_scale.train.ending import run_process
 
     batches = TrainData.batches
 
@@ -110,4 +128,6 @@ def _rank(rank: int, world_size: int, port: int, log: Path, arguments: Any, faul
             yield batch
 
     TrainData.batches = faulty  # type: ignore[method-assign]
-    sys.exit(main(arguments))
+    if inject is not None:
+        inject()
+    run_process(lambda: main(arguments))

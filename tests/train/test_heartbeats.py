@@ -12,6 +12,7 @@ def beat(rank: int, sequence: int, progress: int, *, finished: bool = False, tim
     return Beat(
         rank=rank,
         host=f"node-{rank}",
+        pid=rank,
         sequence=sequence,
         step=7,
         phase="forward",

@@ -36,11 +36,10 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_others_end_and_name_the_rank(config_path: Path, name: str) -> None:
     fault, cause = FAULTS[name]
-    others = [rank for rank in range(3) if rank != fault.rank]
-    # A rank whose threads still run ends itself.
-    ranks = range(3) if fault.kind == "sleep" else others
-    ended = Job(3, config_path, *OVERRIDES, fault=fault).wait(*ranks)
-    assert {one.status for one in ended} == {1}, ended
+    ended = Job(3, config_path, *OVERRIDES, fault=fault).wait()
+    # A rank whose threads still run ends itself; one that is stopped is killed.
+    itself = 1 if fault.kind == "sleep" else -signal.SIGKILL
+    assert [one.status for one in ended] == [itself if rank == fault.rank else 1 for rank in range(3)], ended
     lines = [line for one in ended for line in one.err.splitlines() if line.startswith("error: ")]
     (line,) = lines
     found = re.fullmatch(r"error: rank (\d) on \S+ \((.*?)\): (.*); rank \d on \S+ \((.*?)\) ends the job", line)

@@ -124,9 +124,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: as :meth:`save`.
+            Exception: the thread failed on this rank, with an error that isn't one of writing files.
         """
         if self._running is not None:
-            done = torch.tensor(int(self._running.done()))
+            is_done = self._running.done()
+            if is_done and not isinstance(self._running.exception(), CheckpointError | None):
+                # Of a mistake other ranks know nothing, and may wait for this one.
+                self._settle()
+            done = torch.tensor(int(is_done))
             dist.all_reduce(done, dist.ReduceOp.MIN)
             if done.item():
                 self._settle()

@@ -34,6 +34,10 @@ FIXED_FIELDS = (
 )
 """Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
 
+FREE_FIELDS = ("model.activation_checkpointing", "sparsity.masks")
+"""Fields of those sections that change no number: how much is kept for backward, and where the masks of the start are, in whose
+place the checkpoint's come."""
+
 PACKAGES = ("svite_scale", "torch", "deepspeed", "timm")
 
 logger = logging.getLogger("svite_scale")
@@ -45,12 +49,18 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
     Raises:
         CheckpointError: names the field and both values.
     """
-    now, then = flatten_config(to_dict(config)), flatten_config(saved)
-    for field in now:
-        if field.startswith(FIXED_FIELDS) and then.get(field) != now[field]:
+    # A version that didn't know a field yet computed what its default does.
+    then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
+    for field, value in flatten_config(to_dict(config)).items():
+        if is_fixed(field) and then[field] != value:
             raise CheckpointError(
-                f"{path} was saved with {field} = {then.get(field)!r}, not {now[field]!r}; restore it, or start a new run"
+                f"{path} was saved with {field} = {then[field]!r}, not {value!r}; restore it, or start a new run"
             )
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a field of the config, by its dotted name, must stay at a resume."""
+    return field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS
 
 
 def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, object] | None, path: Path) -> None:
