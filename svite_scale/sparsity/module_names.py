@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """What torch.compile, activation checkpointing and FSDP1 call the module that they wrap."""
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The names of ``model.named_modules()``, each module once, without those parts that engines' wrappers add to them.
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without those parts of names that engines' wrappers add.
 
     So ``0.fc`` is what ``module._orig_mod.0.fc`` is in a DDP of a compiled model. A user's own wrapper is part of the model.
     """
-    yield from _walk(model, "", set())
+    names: dict[str, tuple[str, nn.Module]] = {"": ("", model)}
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if path:
+            parent_path, _, child = path.rpartition(".")
+            parent_name, parent = names[parent_path]
+            is_wrapped = child in WRAPPED or (child == "module" and is_engine(parent))
+            names[path] = parent_name if is_wrapped else f"{parent_name}.{child}".lstrip("."), module
+        yield names[path]
 
 
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen:
-        return
-    seen.add(module)
-    yield name, module
-    for child_name, child in module.named_children():
-        is_wrapped = child_name in WRAPPED or (child_name == "module" and _is_engine(module))
-        yield from _walk(child, name if is_wrapped else f"{name}.{child_name}".lstrip("."), seen)
-
-
-def _is_engine(module: nn.Module) -> bool:
+def is_engine(module: nn.Module) -> bool:
+    """Whether a module is what an engine wraps a model in that it has taken note of the parameters of."""
+    is_fsdp1 = "_fsdp_wrapped_module" in dict(module.named_children())
     # By name, for this part of the package knows nothing of DeepSpeed.
-    return isinstance(module, (DataParallel, DistributedDataParallel)) or type(module).__module__.startswith("deepspeed.")
+    is_deepspeed = type(module).__module__.startswith("deepspeed.") and hasattr(module, "module")
+    return isinstance(module, DistributedDataParallel) or is_fsdp1 or is_deepspeed

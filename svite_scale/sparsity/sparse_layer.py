@@ -64,7 +64,8 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: a copy isn't heard, and no engine moves it."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_sink", "engine")}
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("gradient_sink", "engine")}
 
     def name_at(self, path: str) -> str:
         """Its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
