@@ -111,8 +111,8 @@ def refuse_shared(model: nn.Module, names: set[str]) -> None:
         for parameter in module.parameters(recurse=False):
             other, owner = owners.setdefault(id(parameter), (name, module))
             if other != name and (name in names or other in names):
-                how = f"copy one, or list {other} in keep_dense" if owner is module else "untie them before making them sparse"
-                raise TopologyError(f"{other} and {name} share a parameter; {how}")
+                how = ", by copying the module that both are," if owner is module else ""
+                raise TopologyError(f"{other} and {name} share a parameter; untie them{how} before making them sparse")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
