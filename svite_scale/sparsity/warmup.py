@@ -61,8 +61,8 @@ class GrownWarmup:
         self._before.clear()
 
     def _warming(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """This rank's part of each parameter with grown weights, a view, by layer and name in it."""
+        """This rank's part of each parameter with grown weights that isn't frozen, a view, by layer and name in it."""
         for layer in self.layers:
             for name, moving in layer.moving().items():
-                if (layer.name, name) in self._grown:
+                if (layer.name, name) in self._grown and moving.parameter.requires_grad:
                     yield (layer.name, name), self.access.local_values(moving.parameter)[0]
