@@ -19,6 +19,7 @@ from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.vit import blocks
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.plain_layer import changed_call, lost_in_packing
 from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
@@ -83,6 +84,8 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     else:
         if type(module) is not Mlp or type(module.fc1) is not nn.Linear or type(module.norm) is not nn.Identity:
             problem = "is no plain MLP: it has gated or convolutional layers, a norm, or a class of its own"
+    if problem is None:
+        problem = _lost(module)
     if problem is None and not all(parameter.requires_grad for parameter in _moving(module)):
         problem = "has frozen weights, and those of units are trained"
     if problem is None and any(getattr(module, dropout).p for dropout in DROPOUTS[field]):
@@ -123,6 +126,13 @@ def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
     """Bool ``[units]``, on the CPU though the model be on meta."""
     with torch.device("cpu"):
         return random_mask(num_units, num_active, seed, name)
+
+
+def _lost(module: nn.Module) -> str | None:
+    """What the packed module wouldn't do."""
+    losses = {"": changed_call(module)} | {child: lost_in_packing(getattr(module, child)) for child in _children(module)}
+    lost = [f"{child} {loss.problem}".lstrip() for child, loss in losses.items() if loss is not None]
+    return f"would lose what was done to it ({', '.join(lost)})" if lost else None
 
 
 def _moving(dense: Attention | Mlp) -> list[nn.Parameter]:

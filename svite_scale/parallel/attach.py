@@ -11,6 +11,7 @@ from torch import nn
 from svite_scale.errors import TopologyError
 from svite_scale.parallel.torch_access import TorchAccess, check_placement
 from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.engine_checks import check_stepped, refuse_taken
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparse_layer import sparse_layers
@@ -33,9 +34,11 @@ def attach(
     """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
 
     Call ``step()`` of what it returns right after each optimizer step, once per step (not per micro-batch), on all ranks.
+    Layers are known by where they are in ``model``, without what engines' wrappers add to that.
 
     Args:
-        model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine.
+        model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine; or a submodule of one, whose
+            sparse layers alone then move.
         optimizer: the torch optimizer that steps it; not needed for a DeepSpeed engine.
         total_steps: optimizer steps of the whole training.
         update_every: optimizer steps between two topology updates.
@@ -48,20 +51,23 @@ def attach(
             :class:`~svite_scale.sparsity.options.TopologyOptions`.
 
     Raises:
-        TopologyError: the model has no sparse layers, or has some under method ``dense``; its engine, or how it places
-            parameters, isn't supported; or the optimizer steps other parameters.
+        TopologyError: the model has no sparse layers, or has some under method ``dense``, or some that another engine moves
+            already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other parameters.
         ValueError: numbers that don't fit together.
     """
-    if not sparse_layers(model):
+    layers = sparse_layers(model)
+    if not layers:
         raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
     if options is not None and options.method == "dense":
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
+    refuse_taken(layers)
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
-        for name, layer in sparse_layers(model).items():
+        for name, layer in layers.items():
             for key, parameter in layer.named_parameters():
                 check_placement(f"{name}.{key}", parameter)
-        _check_steps_values(model, access.optimizer)
+    for name, layer in layers.items():
+        check_stepped(name, layer, access, "build it after sparsify() and after the engine wrapped the model")
     schedule = UpdateSchedule(
         total_steps=total_steps,
         update_every=update_every,
@@ -88,17 +94,6 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
     # Accelerate's wrapper passes on the state of the optimizer in it, but can't be hooked.
     return TorchAccess(getattr(optimizer, "optimizer", optimizer))
-
-
-def _check_steps_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer whose moments couldn't follow the weights: one built before ``sparsify`` or ``fully_shard``."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, layer in sparse_layers(model).items():
-        for key, moving in layer.moving().items():
-            if id(moving.parameter) not in stepped:
-                raise TopologyError(
-                    f"the optimizer doesn't step {name}.{key}; build it after sparsify() and after the engine wrapped the model"
-                )
 
 
 def _zero_access(engine: Any) -> ParameterAccess:

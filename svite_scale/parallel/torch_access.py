@@ -21,6 +21,9 @@ class TorchAccess:
         """``optimizer`` steps the wrapped model's parameters."""
         self.optimizer = optimizer
 
+    def steps(self, parameter: nn.Parameter) -> bool:
+        return any(parameter is stepped for group in self.optimizer.param_groups for stepped in group["params"])
+
     def read(self, parameter: nn.Parameter) -> Tensor:
         return _full(parameter.detach())
 

@@ -38,6 +38,10 @@ class ReplicatedZeroAccess:
         """``optimizer`` is the torch optimizer that DeepSpeed steps."""
         self.optimizer = optimizer
 
+    def steps(self, parameter: nn.Parameter) -> bool:
+        # DeepSpeed leaves the attribute on what it was given to step, on ranks that hold no part of it too.
+        return hasattr(parameter, "_hp_mapping")
+
     def read(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach()
 
@@ -87,6 +91,13 @@ class PartitionedZeroAccess:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer`` is the torch optimizer that DeepSpeed steps."""
         self.optimizer = optimizer
+
+    def steps(self, parameter: nn.Parameter) -> bool:
+        try:
+            return safe_get_local_fp32_param(parameter) is not None
+        except KeyError:
+            # What wasn't trainable when DeepSpeed wrapped the model.
+            return False
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         if parameter.requires_grad:

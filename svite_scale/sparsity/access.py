@@ -11,14 +11,17 @@ from torch import Tensor, nn
 class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
 
-    Every method but :meth:`local_values` is a collective: all ranks call it with the same parameter, and get or give the same
-    full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
+    Every method but :meth:`steps` and :meth:`local_values` is a collective: all ranks call it with the same parameter, and get
+    or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
 
     Attributes:
         optimizer: the torch optimizer that steps the fp32 values, or the engine's partitions of them.
     """
 
     optimizer: torch.optim.Optimizer
+
+    def steps(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer steps a parameter, once it has a gradient. Not a collective; the same on every rank."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The full value on every rank: fp32 master values of a trainable parameter, the bytes of a mask."""

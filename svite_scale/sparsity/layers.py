@@ -11,7 +11,7 @@ from svite_scale.errors import NoWeightError, TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
 from svite_scale.sparsity.packed_weight import Convolution, PackedConv2dProduct, PackedLinearProduct
-from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read, SparseLayer
+from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read, SparseLayer, sparse_layers
 
 
 class PackedLayer(SparseLayer):
@@ -132,4 +132,4 @@ class PackedConv2d(PackedLayer):
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     """The packed layers of a model, wrapped by an engine or not, by their names in it, in order of registration."""
-    return {module.name: module for module in model.modules() if isinstance(module, PackedLayer)}
+    return {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, PackedLayer)}

@@ -29,7 +29,11 @@ class Newcomers:
         self.rank, self.world_size = rank_and_size(group)
         self.chunks: dict[str, Tensor] = {}
         for layer in layers:
-            self._write(layer, torch.zeros(layer.num_active, dtype=torch.bool, device=layer.mask.device))
+            self.clear(layer)
+
+    def clear(self, layer: SparseLayer) -> None:
+        """None of the layer's have come. Local."""
+        self._write(layer, torch.zeros(layer.num_active, dtype=torch.bool, device=layer.mask.device))
 
     def read(self, layer: SparseLayer) -> Tensor:
         """The layer's newcomers, bool ``[k]``, on every rank. A collective."""

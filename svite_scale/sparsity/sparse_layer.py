@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity.module_names import named_modules
 from svite_scale.sparsity.remap import Remap
 
 GradientSink = Callable[[Tensor], None]
@@ -41,12 +44,13 @@ class SparseLayer(nn.Module):
 
     Attributes:
         unit: what is active or not.
-        name: in the model it was made in, whatever engine wraps that model later.
+        name: in the model it was made in; once a topology engine has it, in the model that the engine was given.
         shape: of all units, N elements.
         num_active: active units, k.
         mask: frozen uint8 parameter, ``[ceil(N / 8)]``, one bit per unit.
         gradient_sink: see :data:`GradientSink`; None outside growth windows.
         update_step: the optimizer step after which the update comes that the sink hears for.
+        engine: the topology engine that moves its units, as long as there is one; None where none does.
     """
 
     unit: ClassVar[str]
@@ -56,6 +60,21 @@ class SparseLayer(nn.Module):
     mask: nn.Parameter
     gradient_sink: GradientSink | None = None
     update_step: int = 0
+    engine: ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: a copy isn't heard, and no engine moves it."""
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("gradient_sink", "engine")}
+
+    def name_at(self, path: str) -> str:
+        """Its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
+        return path or self.name
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether some of what follows the topology isn't trained, so that the topology stays too."""
+        return not all(moving.parameter.requires_grad for moving in self.moving().values())
 
     @property
     def growth_numel(self) -> int:
@@ -82,5 +101,16 @@ class SparseLayer(nn.Module):
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of a model, wrapped by an engine or not, by their names in it, in order of registration."""
-    return {module.name: module for module in model.modules() if isinstance(module, SparseLayer)}
+    """The sparse layers of a model, by where they are in it, whatever engines wrap it; in order of registration.
+
+    Raises:
+        TopologyError: two have one name.
+    """
+    layers: dict[str, SparseLayer] = {}
+    for path, module in named_modules(model):
+        if isinstance(module, SparseLayer):
+            name = module.name_at(path)
+            if name in layers:
+                raise TopologyError(f"two sparse layers of {type(model).__name__} are called {name}; rename a submodule")
+            layers[name] = module
+    return layers

@@ -8,12 +8,15 @@ from os import PathLike
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.hashing import hashed_uniform
 from svite_scale.sparsity.layer_plan import Allocation, LayerPlan, plan_layers
 from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
 from svite_scale.sparsity.mask_file import MaskFile
+from svite_scale.sparsity.module_names import named_modules
+from svite_scale.sparsity.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.update import grow
 
 PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -56,7 +59,8 @@ def sparsify(
         The plan that was carried out, layer by layer, in order of registration.
 
     Raises:
-        TopologyError: nothing is prunable, a weight is shared or frozen, or a module is packed already or can't be.
+        TopologyError: nothing is prunable, a weight is shared, sharded or frozen, or a module is packed already, or can't be,
+            or has hooks or the like that packing would lose.
         SparsifyError: patterns, masks or density don't fit the model; it is a ValueError too.
         ValueError: an argument is out of range, or not exactly one of the three is given.
     """
@@ -82,12 +86,17 @@ def sparsify(
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The modules whose weights may be pruned: exactly Linear and Conv2d, since a subclass may use its weight in ways of its
-    own.
+    own. Named as in the model without what engines' wrappers add to names.
     """
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise TopologyError("the model is packed already; sparsify a dense model")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    layers = {name: module for name, module in layers.items() if type(module) in PACKED_TYPE}
+    packed = [name for name, module in named_modules(model) if isinstance(module, PackedLayer)]
+    if packed:
+        raise TopologyError(f"the model is packed already, {packed[0] or 'itself'} among others; sparsify a dense model")
+    refuse_wrapped(model)
+    layers = {name: module for name, module in named_modules(model) if isinstance(module, (nn.Linear, nn.Conv2d))}
+    lazy = [name for name, layer in layers.items() if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()]
+    if lazy:
+        raise TopologyError(f"{lazy[0]} is lazy and has no shape yet; run the model on a batch before making it sparse")
+    layers = {name: layer for name, layer in layers.items() if plain_type(layer) in PACKED_TYPE}
     if "" in layers:
         raise TopologyError(f"the model is itself a {type(model).__name__}; put it in an nn.Sequential to make it sparse")
     if not layers:
@@ -96,19 +105,23 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def refuse_shared(model: nn.Module, names: set[str]) -> None:
-    """Refuses a model in which one of the named modules shares a parameter with another module."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    """Refuses a model in which one of the named modules shares a parameter with another module, or stands at two places."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_modules(model, remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            other = owners.setdefault(id(parameter), name)
+            other, owner = owners.setdefault(id(parameter), (name, module))
             if other != name and (name in names or other in names):
-                raise TopologyError(f"{other} and {name} share a parameter; untie them before making them sparse")
+                how = ", by copying the module that both are," if owner is module else ""
+                raise TopologyError(f"{other} and {name} share a parameter; untie them{how} before making them sparse")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts ``module`` where the submodule ``name`` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    replaced = dict(named_modules(model))[name]
+    # By identity, for wrappers may call it otherwise.
+    places = [(parent, key) for parent in model.modules() for key, child in parent.named_children() if child is replaced]
+    for parent, key in places:
+        setattr(parent, key, module)
 
 
 def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -131,9 +144,13 @@ def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch
 def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None, seed: int) -> PackedLayer:
     """The packed layer that takes the place of a dense one, which it leaves as it is."""
     weight = dense.weight
+    lost = lost_in_packing(dense)
+    if lost is not None:
+        raise TopologyError(f"{plan.name} {lost.problem}, which packing would lose; {lost.remedy}, or list it in keep_dense")
     if not weight.requires_grad:
         raise TopologyError(f"{plan.name}: its weight is frozen, and sparse weights are trained; list it in keep_dense")
     layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]
+    _carry_attributes(dense, layer, plan.name)
     if not weight.is_meta:
         if file is None:
             mask = random_mask(plan.numel, plan.num_active, seed, plan.name, weight.device)
@@ -141,6 +158,16 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None
             mask = file.read(plan.name, plan.shape).to(weight.device)
         layer.set_weight(weight, mask)
     return layer
+
+
+def _carry_attributes(dense: nn.Linear | nn.Conv2d, layer: PackedLayer, name: str) -> None:
+    """Sets on the packed layer, and on its values, what somebody set on the dense one and on its weight."""
+    for attribute, value in own_attributes(dense, PLAIN[type(dense)]).items():
+        if hasattr(layer, attribute):
+            raise TopologyError(f"{name} has an attribute {attribute!r}, which a packed layer has for itself; rename it")
+        setattr(layer, attribute, value)
+    for attribute, value in vars(dense.weight).items():
+        setattr(layer.values, attribute, value)
 
 
 def _warn_of_raised(plan: Iterable[LayerPlan]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from weakref import finalize, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
+from svite_scale.sparsity.engine_checks import check_fits, check_stepped
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.history import History
 from svite_scale.sparsity.layer_decision import decide, write_topology
@@ -35,8 +38,13 @@ class TopologyEngine:
     active weights of a layer never changes, so neither does any shape. A weight that is dropped and grown in one update keeps
     its value and moments; other grown weights start at 0.
 
+    A layer whose values are frozen, on all ranks or on none, keeps its weights where they are and isn't waited for; once
+    thawed, it has a part again in the first update in whose whole growth window it wasn't frozen.
+
+    A layer has one engine at a time: until :meth:`detach`, or until nothing refers to the engine any more.
+
     Attributes:
-        layers: the sparse layers by name.
+        layers: the sparse layers, by where they are in the model, without what engines' wrappers add to that.
         steps: optimizer steps seen so far.
         last_update: the step after which weights last moved; 0 before the first time.
         postponed: updates that were put off, or left out, because a gradient wasn't finite or the step not applied.
@@ -62,6 +70,10 @@ class TopologyEngine:
             schedule: when weights move, and how many.
             options: which weights move, and how they start.
             group: the data-parallel ranks; None where ``torch.distributed`` isn't in use.
+
+        Raises:
+            TopologyError: two layers have one name.
+            ValueError: the options' windows reach from one update to the next.
         """
         self.layers = sparse_layers(model)
         self.access = access
@@ -71,6 +83,8 @@ class TopologyEngine:
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
         self.followers: list[FollowsTopology] = []
+        for name, layer in self.layers.items():
+            layer.name = name
         self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
         self.history = History(group)
         self.newcomers = Newcomers(self.layers.values(), group)
@@ -78,6 +92,12 @@ class TopologyEngine:
         self.warmup = GrownWarmup(self.layers.values(), access, warmup_steps) if warmup_steps else None
         for layer in self.layers.values():
             self.history.begin(layer, access.read(layer.mask))
+        # Last, so that an engine that couldn't be built has no layer.
+        taken = ref(self)
+        for layer in self.layers.values():
+            layer.engine = taken
+        self._detach = finalize(self, _let_go, self.growth, self.warmup, taken)
+        self._detach.atexit = False
         self._prepare_step()
         if self._moves and not schedule.num_updates:
             logger.warning(
@@ -105,6 +125,16 @@ class TopologyEngine:
         room = max(self.options.grow_window, self.options.grown_warmup_steps)
         return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
 
+    def detach(self) -> None:
+        """Lets go of the layers, whose weights stay where they are from now on, and which another engine may then have."""
+        self._detach()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients heard since the last :meth:`step`. Call it where the optimizer's is called without a step in
+        between: after a backward for something else than training, or after an error. The same on all ranks.
+        """
+        self.growth.forget_step()
+
     def step(self, *, applied: bool = True) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
@@ -121,8 +151,11 @@ class TopologyEngine:
             What changed, or None where nothing did.
 
         Raises:
-            TopologyError: a weight is NaN, or no gradient reached a layer; the message names the layer.
+            TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, or the optimizer doesn't step a layer
+                that was thawed; the message names the layer. Or the engine was detached.
         """
+        if not self._detach.alive:
+            raise TopologyError("this topology engine was detached; attach another one, and call its step()")
         due = self.next_update == self.steps + 1
         self.steps += 1
         self.growth.end_step(applied=applied)
@@ -147,7 +180,7 @@ class TopologyEngine:
             "retry_step": self._retry_step,
             "heard_steps": self.growth.num_steps,
             "heard_ranks": self.growth.world_size,
-        }
+        } | {f"frozen/{name}": 1 for name in self.growth.frozen}
 
     def state(self) -> dict[str, tuple[Tensor, int]]:
         """The statistics: by name, this rank's chunk of a flat tensor, cut as ``Shard(0)`` cuts, and the whole's elements."""
@@ -155,7 +188,7 @@ class TopologyEngine:
         for name, layer in self.layers.items():
             state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
             state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
-            if self.growth.num_steps:
+            if self.growth.num_steps and name not in self.growth.frozen:
                 state[f"growth/{name}"] = self.growth.chunk(layer), layer.growth_numel
         return state
 
@@ -168,17 +201,18 @@ class TopologyEngine:
         self.growth.clear()
         self._prepare_step()
         if counters["heard_steps"]:
-            self.growth.resume(counters["heard_steps"], counters["heard_ranks"])
+            frozen = {name for name in self.layers if f"frozen/{name}" in counters}
+            self.growth.resume(counters["heard_steps"], counters["heard_ranks"], frozen)
 
     def load_state(self, chunks: Mapping[str, Tensor]) -> None:
         """Takes the chunks that :meth:`state` has names for. A collective."""
         for name, layer in self.layers.items():
             self.history.chunks[name] = chunks[f"history/{name}"]
             self.newcomers.chunks[name] = chunks[f"newcomers/{name}"]
-            if self.warmup:
+            if self.warmup and not layer.is_frozen:
                 self.warmup.start(layer, self.newcomers.read(layer))
         if self.growth.num_steps:
-            self.growth.load({name: chunks[f"growth/{name}"] for name in self.layers})
+            self.growth.load({name: chunks[f"growth/{name}"] for name in self.layers if name not in self.growth.frozen})
         self._prepare_step()
 
     @property
@@ -223,11 +257,16 @@ class TopologyEngine:
     def _update(self, method: Method) -> TopologyUpdate:
         rate = self.schedule.rate(self.steps)
         self.last_update = self.steps
-        layers = {name: self._update_layer(layer, method, rate) for name, layer in self.layers.items()}
+        frozen = self.growth.frozen
+        layers = {
+            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, rate)
+            for name, layer in self.layers.items()
+        }
         return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
 
     def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
         """One layer's update; the layer's dense tensors live only in here."""
+        check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
         write_topology(layer, remap, self.access, self.options.grown_moments, self.followers)
@@ -246,16 +285,26 @@ class TopologyEngine:
             grow_threshold=decision.grow_threshold,
         )
 
-
-def check_fits(options: TopologyOptions, schedule: UpdateSchedule) -> None:
-    """Refuses windows that would reach from one update to the next.
-
-    Raises:
-        ValueError: names both numbers.
-    """
-    if options.grow_window > schedule.update_every:
-        raise ValueError(f"grow_window ({options.grow_window}) is longer than update_every ({schedule.update_every})")
-    if options.grown_warmup_steps > schedule.update_every:
-        raise ValueError(
-            f"grown_warmup_steps ({options.grown_warmup_steps}) is longer than update_every ({schedule.update_every})"
+    def _keep_layer(self, layer: SparseLayer) -> LayerUpdate:
+        """What an update does to a frozen layer: nothing, but count."""
+        mask = self.access.read(layer.mask)
+        self.history.follow(layer, mask, mask)
+        self.newcomers.clear(layer)
+        return LayerUpdate(
+            unit=layer.unit,
+            numel=layer.shape.numel(),
+            num_active=layer.num_active,
+            dropped=0,
+            regrown=0,
+            grown_survival=None,
+            drop_threshold=None,
+            grow_threshold=None,
         )
+
+
+def _let_go(growth: GrowthScores, warmup: GrownWarmup | None, taken: ref[TopologyEngine]) -> None:
+    for layer in growth.layers:
+        if layer.engine is taken:
+            layer.engine = layer.gradient_sink = None
+    if warmup:
+        warmup.remove()

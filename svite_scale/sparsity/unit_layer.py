@@ -52,6 +52,9 @@ class UnitLayer(SparseLayer):
         self.candidate_std = 1.0 if incoming.is_meta else float(incoming.detach().float().std())
         self.mask = nn.Parameter(bits.pack(active).to(incoming.device), requires_grad=False)
 
+    def name_at(self, path: str) -> str:
+        return f"{path}.{self.unit}" if path else self.name
+
     def active_units(self) -> Tensor:
         """Bool ``[N]``; where the layer's own parameters are whole: inside its forward and backward."""
         return bits.unpack(self.mask, self.shape.numel())

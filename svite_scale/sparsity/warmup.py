@@ -27,8 +27,13 @@ class GrownWarmup:
         self._share = 1.0
         self._grown: dict[tuple[str, str], Tensor] = {}
         self._before: dict[tuple[str, str], Tensor] = {}
-        access.optimizer.register_step_pre_hook(self._remember)
-        access.optimizer.register_step_post_hook(self._scale)
+        optimizer = access.optimizer
+        self._hooks = [optimizer.register_step_pre_hook(self._remember), optimizer.register_step_post_hook(self._scale)]
+
+    def remove(self) -> None:
+        """Leaves the optimizer's steps alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def start(self, layer: SparseLayer, grown: Tensor) -> None:
         """From now on warms up these units of a layer, bool ``[k]``, and no others; local."""
@@ -56,8 +61,8 @@ class GrownWarmup:
         self._before.clear()
 
     def _warming(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """This rank's part of each parameter with grown weights, a view, by layer and name in it."""
+        """This rank's part of each parameter with grown weights that isn't frozen, a view, by layer and name in it."""
         for layer in self.layers:
             for name, moving in layer.moving().items():
-                if (layer.name, name) in self._grown:
+                if (layer.name, name) in self._grown and moving.parameter.requires_grad:
                     yield (layer.name, name), self.access.local_values(moving.parameter)[0]

@@ -1,0 +1,62 @@
+"""What the running backward is good for, as autograd tells it from within.
+
+Autograd has no public way to ask; what is used of it is in this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
+
+NO_BACKWARD = -1
+
+
+def reaches(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the running backward gives one of these a gradient. One that only asks for gradients of inputs doesn't.
+
+    True outside any backward.
+    """
+    if _run_number() == NO_BACKWARD:
+        return True
+    return any(_will_have_gradient(parameter) for parameter in parameters if parameter.requires_grad)
+
+
+class BackwardRuns:
+    """Notices that a backward was given up: that it raised, and another one runs."""
+
+    def __init__(self) -> None:
+        self._ends: dict[int, ref[Callable[[], None]]] = {}
+
+    def given_up(self) -> bool:
+        """Whether a backward that was seen here earlier raised; told once. Call it inside the running one."""
+        number = _run_number()
+        if number == NO_BACKWARD or number in self._ends:
+            return False
+        # A backward that raised has dropped its end without calling it; one that this one runs within still holds its own.
+        going_on = {other: end for other, end in self._ends.items() if end() is not None}
+        raised = len(going_on) < len(self._ends)
+
+        def end() -> None:
+            del self._ends[number]
+
+        Variable._execution_engine.queue_callback(end)
+        self._ends = going_on | {number: ref(end)}
+        return raised
+
+
+def _run_number() -> int:
+    """Of the running backward."""
+    return torch._C._current_graph_task_id()
+
+
+def _will_have_gradient(parameter: nn.Parameter) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:
+        # autograd.grad() asks for this very parameter's gradient.
+        return True

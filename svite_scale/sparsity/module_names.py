@@ -1,0 +1,34 @@
+"""Where the modules of a model are, whatever wraps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""What torch.compile, activation checkpointing and FSDP1 call the module that they wrap."""
+
+
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without those parts of names that engines' wrappers add.
+
+    So ``0.fc`` is what ``module._orig_mod.0.fc`` is in a DDP of a compiled model. A user's own wrapper is part of the model.
+    """
+    names: dict[str, tuple[str, nn.Module]] = {"": ("", model)}
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if path:
+            parent_path, _, child = path.rpartition(".")
+            parent_name, parent = names[parent_path]
+            is_wrapped = child in WRAPPED or (child == "module" and is_engine(parent))
+            names[path] = parent_name if is_wrapped else f"{parent_name}.{child}".lstrip("."), module
+        yield names[path]
+
+
+def is_engine(module: nn.Module) -> bool:
+    """Whether a module is what an engine wraps a model in that it has taken note of the parameters of."""
+    is_fsdp1 = "_fsdp_wrapped_module" in dict(module.named_children())
+    # By name, for this part of the package knows nothing of DeepSpeed.
+    is_deepspeed = type(module).__module__.startswith("deepspeed.") and hasattr(module, "module")
+    return isinstance(module, DistributedDataParallel) or is_fsdp1 or is_deepspeed

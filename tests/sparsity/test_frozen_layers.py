@@ -1,0 +1,285 @@
+"""Layers that are frozen and thawed, and backwards that are none of training's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import svite_scale
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity.sparse_layer import sparse_layers
+from svite_scale.sparsity.topology import TopologyEngine
+from tests.ranks import run_on_ranks
+
+UPDATE_EVERY, WINDOW, STEPS = 4, 2, 12
+"""So windows are steps 3 and 4, 7 and 8, 11 and 12."""
+
+
+def packed() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4))
+    svite_scale.sparsify(model, 0.37, distribution="uniform")
+    return model
+
+
+def freeze(model: nn.Sequential, *, thaw: bool = False) -> None:
+    """Its middle layer."""
+    model[2].values.requires_grad_(thaw)
+    model[2].bias.requires_grad_(thaw)
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, window: int = WINDOW) -> TopologyEngine:
+    options = svite_scale.TopologyOptions(grow_window=window, grown_warmup_steps=2)
+    return svite_scale.attach(model, optimizer, total_steps=100, update_every=UPDATE_EVERY, options=options)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(4, 12, generator=torch.Generator().manual_seed(step))
+
+
+def updates_of_the_middle(frozen: set[int], kind: str = "single", *, late: bool = False) -> list[int]:
+    """Trains with the middle layer frozen in some steps; those after which it moved. A collective.
+
+    Args:
+        frozen: steps.
+        kind: of engine.
+        late: freeze and thaw between backward and the topology's step.
+    """
+    model = packed()
+    # The optimizer is given the layer, though it may be frozen then.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.is_floating_point()], lr=1e-2)
+    wrapped: nn.Module = model
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for module in (model[2], model):
+            fully_shard(module)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.is_floating_point()], lr=1e-2)
+    elif kind.startswith("zero"):
+        from tests.train.test_library_use import deepspeed_engine
+
+        wrapped = deepspeed_engine(model, int(kind[-1]))
+    if 0 in frozen:
+        freeze(model)
+    topology = attach(wrapped, None if kind.startswith("zero") else optimizer)
+    moved = []
+    for step in range(1, STEPS + 1):
+        if not late:
+            freeze(model, thaw=step not in frozen)
+        loss = nn.functional.cross_entropy(wrapped(batch(step)), torch.arange(4))
+        if kind.startswith("zero"):
+            wrapped.backward(loss)  # type: ignore[operator]
+            wrapped.step()  # type: ignore[operator]
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if late:
+            freeze(model, thaw=step not in frozen)
+        mask = topology.access.read(model[2].mask).clone()
+        update = topology.step()
+        assert (update is not None) == (step % UPDATE_EVERY == 0), "nobody waits for the frozen layer"
+        if update:
+            has_moved = not torch.equal(topology.access.read(model[2].mask), mask)
+            assert has_moved == (update.layers["2"].dropped > 0)
+            assert min(update.layers[name].dropped for name in ("0", "4")) > 0
+            assert update.history["2"].ever_active >= 148, "its 148 active weights count too"
+            moved += [step] if has_moved else []
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moved"),
+    [
+        (set(), [4, 8, 12]),
+        (set(range(STEPS + 1)), []),
+        (set(range(3)), [4, 8, 12]),
+        (set(range(4)), [8, 12]),
+        (set(range(8, STEPS + 1)), [4]),
+        (set(range(5, 7)), [4, 8, 12]),
+        ({7}, [4, 12]),
+        ({8, 9, 10}, [4, 12]),
+    ],
+)
+def test_a_layer_moves_when_it_was_not_frozen_in_its_whole_window(frozen: set[int], moved: list[int]) -> None:
+    assert updates_of_the_middle(frozen) == moved
+
+
+def test_freezing_between_backward_and_step_counts_for_the_backwards_that_follow() -> None:
+    # Frozen after the backward of step 6, thawed after that of step 8: steps 7 and 8 had no gradient.
+    assert updates_of_the_middle({6, 7}, late=True) == [4, 12]
+
+
+def frozen_on_engines() -> list[list[int]]:
+    return [updates_of_the_middle({0, 1, 2, 3, 9}, kind) for kind in ("fsdp2", "zero2", "zero3")]
+
+
+def test_every_engine_lets_a_layer_be_frozen_and_thawed() -> None:
+    for found in run_on_ranks(2, frozen_on_engines):
+        assert found == [[8, 12]] * 3
+
+
+def test_all_layers_may_be_frozen() -> None:
+    model = packed()
+    for layer in sparse_layers(model).values():
+        layer.values.requires_grad_(False)  # type: ignore[operator, union-attr]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    topology = attach(model, optimizer)
+    for step in range(1, 5):
+        model(batch(step)).sum().backward()
+        update = topology.step()
+    assert update is not None
+    assert [layer.dropped for layer in update.layers.values()] == [0, 0, 0]
+
+
+def test_a_thawed_layer_that_the_optimizer_doesnt_step_is_named() -> None:
+    model = packed()
+    freeze(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    topology = attach(model, optimizer)
+    freeze(model, thaw=True)
+
+    def steps() -> None:
+        for step in range(4):
+            model(batch(step)).sum().backward()
+            optimizer.step()
+            topology.step()
+
+    with pytest.raises(TopologyError, match=r"the optimizer doesn't step 2\.values; .*add_param_group\(\) when thawing"):
+        steps()
+    model = packed()
+    freeze(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    topology = attach(model, optimizer)
+    freeze(model, thaw=True)
+    optimizer.add_param_group({"params": [model[2].values, model[2].bias]})
+    steps()
+    assert topology.last_update == 4
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_checkpoint_within_a_window_knows_what_was_frozen(resumed: bool) -> None:
+    model = packed()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.is_floating_point()], lr=0.0)
+    topology = attach(model, optimizer)
+    for step in range(1, 5):
+        freeze(model, thaw=step != 3)
+        model(batch(step)).square().sum().backward()
+        if step == 4:
+            break
+        topology.step()
+    if resumed:
+        counters, state = topology.counters(), {name: chunk.clone() for name, (chunk, _) in topology.state().items()}
+        topology.detach()
+        topology = attach(model, optimizer)
+        topology.resume(counters)
+        assert topology.state().keys() == state.keys()
+        topology.load_state(state)
+        model(batch(4)).square().sum().backward()
+    update = topology.step()
+    assert update is not None
+    assert [layer.dropped > 0 for layer in update.layers.values()] == [True, False, True]
+
+
+class Heard:
+    """A packed linear layer whose window is the step to come, and what it should have heard."""
+
+    def __init__(self, window: int = 1) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+        svite_scale.sparsify(self.model, 0.5, distribution="uniform")
+        optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
+        options = svite_scale.TopologyOptions(grow_window=window)
+        self.topology = svite_scale.attach(self.model, optimizer, total_steps=100, update_every=window, options=options)
+        self.expected = torch.zeros(3, 5)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.model(x).square().sum() / 2
+
+    def count(self, x: Tensor) -> None:
+        """A backward that counts: the last layer's gradient is its output times its input."""
+        self.loss(x).backward()
+        with torch.no_grad():
+            self.expected += self.model(x).T @ self.model[0](x)
+
+    def check(self) -> None:
+        layer = self.topology.layers["1"]
+        self.topology.growth.end_step()
+        steps = self.topology.growth.num_steps
+        torch.testing.assert_close(self.topology.growth.gather(layer).view(3, 5) * steps, self.expected.abs())
+
+
+def raising(x: Tensor) -> Tensor:
+    """Passes on, but raises in backward."""
+    y = x.clone()
+
+    def fail(_: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+    y.register_hook(fail)
+    return y
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_backward_that_raised_doesnt_count_nor_what_came_before_it_in_its_step(window: int) -> None:
+    heard = Heard(window)
+    if window == 2:
+        heard.count(torch.randn(2, 6))
+        heard.topology.step()
+    before = heard.expected.clone()
+    heard.count(torch.randn(2, 6))
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            heard.model[1](raising(heard.model[0](torch.randn(2, 6)))).sum().backward()
+    heard.expected = before
+    heard.count(torch.randn(2, 6))
+    heard.count(torch.randn(3, 6))
+    heard.check()
+
+
+def test_a_backward_within_another_one_is_no_sign_that_that_was_given_up() -> None:
+    heard = Heard()
+    x = torch.randn(2, 6, requires_grad=True)
+    hidden = checkpoint(heard.model[0], x, use_reentrant=True)
+    heard.model[1](hidden).square().sum().div(2).backward()
+    with torch.no_grad():
+        heard.expected += heard.model(x).T @ heard.model[0](x)
+    heard.count(torch.randn(2, 6))
+    heard.check()
+
+
+def test_gradients_of_inputs_alone_or_of_other_weights_arent_heard() -> None:
+    heard = Heard()
+    x = torch.randn(2, 6, requires_grad=True)
+    heard.count(torch.randn(2, 6))
+    torch.autograd.grad(heard.loss(x), x)
+    heard.loss(x).backward(inputs=[x])
+    others = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in heard.model.named_parameters()}
+    functional_call(heard.model, others, (x,)).square().sum().backward()
+    heard.check()
+
+
+def test_gradients_of_the_weights_are_heard_however_they_are_asked_for_and_in_evaluation_too() -> None:
+    heard = Heard()
+    heard.model.eval()
+    heard.count(torch.randn(2, 6))
+    x = torch.randn(2, 6)
+    torch.autograd.grad(heard.loss(x), [heard.model[1].values])
+    with torch.no_grad():
+        heard.expected += heard.model(x).T @ heard.model[0](x)
+    own = dict(heard.model.named_parameters())
+    (functional_call(heard.model, own, (x,)).square().sum() / 2).backward()
+    with torch.no_grad():
+        heard.expected += heard.model(x).T @ heard.model[0](x)
+    heard.check()
+
+
+def test_what_was_heard_for_nothing_is_forgotten_on_request() -> None:
+    heard = Heard()
+    heard.loss(torch.randn(2, 6)).backward()
+    heard.topology.zero_grad()
+    heard.count(torch.randn(2, 6))
+    heard.check()
