@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from svite_scale.sparsity.mask import plain_bits
 from svite_scale.sparsity.remap import Remap
 
 GradientSink = Callable[[Tensor], None]
@@ -56,6 +57,12 @@ class SparseLayer(nn.Module):
     mask: nn.Parameter
     gradient_sink: GradientSink | None = None
     update_step: int = 0
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As any module's, with the mask as a plain tensor, which any library can store."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}mask"] = plain_bits(self.mask)
 
     @property
     def growth_numel(self) -> int:

@@ -18,6 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.mask import Mask
 from svite_scale.sparsity.sparse_layer import SparseLayer
 
 
@@ -50,7 +51,7 @@ class UnitLayer(SparseLayer):
         self.seed, self.out_features = seed, out_features
         self.candidate_numel = incoming.numel() // active.numel()
         self.candidate_std = 1.0 if incoming.is_meta else float(incoming.detach().float().std())
-        self.mask = nn.Parameter(bits.pack(active).to(incoming.device), requires_grad=False)
+        self.mask = Mask(bits.pack(active).to(incoming.device))
 
     def active_units(self) -> Tensor:
         """Bool ``[N]``; where the layer's own parameters are whole: inside its forward and backward."""

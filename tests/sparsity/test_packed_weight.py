@@ -78,12 +78,16 @@ def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -
     assert torch.equal(heard[0][twin.active], twin.packed.values.grad), "the sink sees the very gradient that is packed"
 
 
+def options_of(packed: PackedConv2d) -> dict[str, Any]:
+    return {name: getattr(packed, name) for name in ("stride", "padding", "dilation", "groups")}
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "empty" not in case])
 def test_gradcheck(case: str) -> None:
     twin, x = case_of(case)
     packed = twin.packed
     bias = [] if packed.bias is None else [packed.bias.detach().requires_grad_()]
-    rest: tuple[Any, ...] = (packed.shape, *([packed.convolution] if isinstance(packed, PackedConv2d) else []), None)
+    rest: tuple[Any, ...] = (packed.shape, *([options_of(packed)] if isinstance(packed, PackedConv2d) else []), None)
     product = PackedLinearProduct if isinstance(packed, PackedLinear) else PackedConv2dProduct
 
     def function(x: Tensor, values: Tensor, *bias: Tensor) -> Any:
