@@ -50,24 +50,26 @@ class DenseWeight(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        weights = [argument for argument in _flat(args, kwargs) if isinstance(argument, DenseWeight)]
         with torch._C.DisableTorchFunctionSubclass():
-            if func == Tensor.data.__set__:  # type: ignore[attr-defined]
-                func = Tensor.copy_
-                args = (args[0].detach(), args[1])
-            weights = [argument for argument in _flat(args, kwargs) if isinstance(argument, DenseWeight)]
+            if func == Tensor.data.__set__ and isinstance(args[0], DenseWeight):  # type: ignore[attr-defined]
+                weights[0].data.copy_(args[1])
+                return weights[0].owner.take_active(weights[0].whole.detach())
             versions = [weight._version for weight in weights]
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as error:
+                if func.__name__.endswith("_") and torch.is_grad_enabled():
+                    raise TopologyError(
+                        f"{weights[0].owner.name}.weight: write into it under torch.no_grad(), as into any parameter"
+                    ) from error
+                raise
             for weight, version in zip(weights, versions, strict=True):
                 if weight._version != version:
-                    weight._written()
+                    weight.owner.take_active(weight.whole.detach())
             if weights and type(result) is Tensor and _shares_memory(result, weights[0].whole):
                 return cls._view(result, weights[0].owner, weights[0].whole)
             return result
-
-    def _written(self) -> None:
-        if self.requires_grad and torch.is_grad_enabled():
-            raise TopologyError(f"{self.owner.name}.weight: write into it under torch.no_grad(), as into any parameter")
-        self.owner.take_active(self.whole.detach())
 
 
 def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

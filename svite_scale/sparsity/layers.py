@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
+from svite_scale.sparsity.dense import filled
 from svite_scale.sparsity.dense_weight import DenseWeight
 from svite_scale.sparsity.kernels import compress, expand
 from svite_scale.sparsity.mask import Mask
@@ -23,12 +24,10 @@ CONVOLUTION = (
     "stride",
     "padding",
     "dilation",
-    "transposed",
-    "output_padding",
     "groups",
     "padding_mode",
 )
-"""What nn.Conv2d says about itself."""
+"""What nn.Conv2d is made from, but for its bias."""
 
 
 class PackedLayer(SparseLayer):
@@ -152,6 +151,10 @@ class PackedLinear(PackedLayer, nn.Linear):
         x = x.to(self._product_dtype(x))
         return cast(Tensor, PackedLinearProduct.apply(x, self.values, self.mask, self.bias, self.shape, self.gradient_sink))
 
+    def to_dense(self) -> nn.Linear:
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return filled(dense, self.dense_weight(), self.bias, self, self.values)
+
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """``nn.Conv2d`` with a packed weight: ``[batch, in, height, width]`` to ``[batch, out, height', width']``, or one image."""
@@ -160,6 +163,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         super().__init__(dense, num_active, name)
         for attribute in CONVOLUTION:
             setattr(self, attribute, getattr(dense, attribute))
+        self.transposed, self.output_padding = dense.transposed, dense.output_padding
         # Private, but what nn.Conv2d's inherited methods read; (left, right, top, bottom), of padding "same" too.
         self._reversed_padding_repeated_twice = dense._reversed_padding_repeated_twice
 
@@ -174,6 +178,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         options = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         sink = self.gradient_sink
         return cast(Tensor, PackedConv2dProduct.apply(x, self.values, self.mask, self.bias, self.shape, options, sink))
+
+    def to_dense(self) -> nn.Conv2d:
+        options: dict[str, Any] = {attribute: getattr(self, attribute) for attribute in CONVOLUTION}
+        dense = nn.Conv2d(**options, bias=self.bias is not None, device="meta")
+        return filled(dense, self.dense_weight(), self.bias, self, self.values)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

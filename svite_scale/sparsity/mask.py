@@ -68,6 +68,7 @@ def _whole_bytes(numbers: Tensor) -> Tensor:
     if not numbers.is_floating_point() or numbers.is_meta:
         return numbers
     rounded = numbers.round()
-    if bool(((numbers - rounded).abs() > 0.01).any()) or bool(((rounded < 0) | (rounded > 255)).any()):
+    are_bytes = ((numbers - rounded).abs() <= 0.01) & (rounded >= 0) & (rounded <= 255)
+    if not bool(are_bytes.all()):
         raise MaskError(f"numbers that are no bytes were to become a mask, as averages of two topologies are; {REMEDY}")
     return rounded.to(torch.uint8)

@@ -64,6 +64,10 @@ class SparseLayer(nn.Module):
         if not keep_vars:
             destination[f"{prefix}mask"] = plain_bits(self.mask)
 
+    def to_dense(self) -> nn.Module:
+        """A new dense module of the kind whose place this one took, with zeros for what is inactive."""
+        raise NotImplementedError
+
     @property
     def growth_numel(self) -> int:
         """Elements that the sink takes."""
