@@ -38,8 +38,8 @@ class TopologyError(SviteScaleError):
     """Sparse layers can't be built or updated: a score is NaN, a count doesn't fit, a weight is shared."""
 
 
-class NoWeightError(TopologyError, AttributeError):
-    """A packed layer is asked for its dense weight. An AttributeError too, so that to ``hasattr`` it just isn't there."""
+class MaskError(TopologyError, RuntimeError):
+    """A mask's bits are computed with, as averages of weights do. A RuntimeError too, as torch raises for bytes."""
 
 
 class DataError(SviteScaleError):

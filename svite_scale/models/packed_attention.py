@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from svite_scale.sparsity.remap import Remap
 from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read
@@ -72,6 +73,17 @@ class PackedAttention(UnitLayer):
         if self.gradient_sink is None:
             return output
         return Hearing.apply(output, x, partial(self.hear, attn_mask=attn_mask, is_causal=is_causal))
+
+    def to_dense(self) -> Attention:
+        bias = self.qkv.bias
+        if bias is not None:
+            bias = nn.Parameter(self.all_units(bias, QKV), requires_grad=bias.requires_grad)
+        columns = self.proj.weight.detach().clone() if self.keeps_columns else self.all_units(self.proj.weight)
+        dense = Attention(self.shape.numel(), self.shape.numel(), self.head_dim, device="meta")
+        dense.qkv = self.dense_linear(self.all_units(self.qkv.weight, QKV), bias, self.qkv.weight)
+        dense.proj = self.dense_linear(columns.t(), self.proj.bias, self.proj.weight)
+        dense.q_norm, dense.k_norm = copy.deepcopy((self.q_norm, self.k_norm))
+        return dense.train(self.training)
 
     def _context(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch.nn.functional as F
@@ -49,6 +50,16 @@ class PackedMlp(UnitLayer, Mlp):
         """``[..., in]`` to ``[..., out]``."""
         output: Tensor = super().forward(x)
         return output if self.gradient_sink is None else Hearing.apply(output, x, self.hear)
+
+    def to_dense(self) -> Mlp:
+        bias = self.fc1.bias
+        if bias is not None:
+            bias = nn.Parameter(self.all_units(bias), requires_grad=bias.requires_grad)
+        dense = Mlp(1, device="meta")
+        dense.fc1 = self.dense_linear(self.all_units(self.fc1.weight), bias, self.fc1.weight)
+        dense.fc2 = self.dense_linear(self.all_units(self.fc2.weight).t(), self.fc2.bias, self.fc2.weight)
+        dense.act, dense.drop1, dense.norm, dense.drop2 = copy.deepcopy((self.act, self.drop1, self.norm, self.drop2))
+        return dense.train(self.training)
 
     @property
     def growth_numel(self) -> int:

@@ -1,43 +1,90 @@
-"""The two differentiable products with a packed weight.
+"""The two differentiable products with a packed weight, and the differentiable dense weight itself.
 
 A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
-``[ceil(N / 8)]``). The dense weight exists only inside a forward or a backward of its layer: autograd keeps ``values`` and
-``mask``.
+``[ceil(N / 8)]``). In the products the dense weight exists only inside a forward or a backward of its layer: autograd keeps
+``values`` and ``mask``. All three can be differentiated again, and by ``torch.func``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 import torch.nn.grad
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
-from svite_scale.sparsity.kernels import compress, expand
+from svite_scale.sparsity.kernels.operators import compress, expand
 from svite_scale.sparsity.sparse_layer import GradientSink
+
+
+class DenseRead(Function):
+    """The dense weight, 0 where inactive."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, mask: Tensor, shape: torch.Size, sink: GradientSink | None) -> Tensor:
+        return expand(values, mask, shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, mask, _, ctx.sink = inputs
+        ctx.save_for_backward(values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _packed_gradient(gradient, *ctx.saved_tensors, ctx.sink), None, None, None
+
+
+class ActiveRead(Function):
+    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
+        return compress(dense, mask, num_active)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dense, mask, _ = inputs
+        ctx.save_for_backward(mask)
+        ctx.shape = dense.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return read_dense(gradient, *ctx.saved_tensors, ctx.shape), None, None
+
+
+def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, sink: GradientSink | None = None) -> Tensor:
+    """The dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the sink."""
+    return cast(Tensor, DenseRead.apply(values, mask, shape, sink))
 
 
 class PackedLinearProduct(Function):
     """``F.linear`` on a packed weight."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, sink: GradientSink | None
+        x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, sink: GradientSink | None
     ) -> Tensor:
-        ctx.save_for_backward(x, values, mask)
-        ctx.shape, ctx.sink = shape, sink
         return F.linear(x, expand(values.to(x.dtype), mask, shape), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, mask, _, ctx.shape, ctx.sink = inputs
+        ctx.save_for_backward(x, values, mask)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, mask = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ expand(values.to(grad.dtype), mask, ctx.shape)
+            grad_x = grad @ read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.sink)
         rows = torch.atleast_2d(grad).flatten(0, -2)
         if ctx.needs_input_grad[1]:
             grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, ctx.sink)
@@ -46,46 +93,38 @@ class PackedLinearProduct(Function):
         return grad_x, grad_values, None, grad_bias, None, None
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """The hyper-parameters of a 2-D convolution with zero padding."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
 class PackedConv2dProduct(Function):
-    """``F.conv2d`` on a packed weight."""
+    """``F.conv2d`` on a packed weight, of a batch, with ``stride``, ``padding``, ``dilation`` and ``groups`` in ``options``."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         values: Tensor,
         mask: Tensor,
         bias: Tensor | None,
         shape: torch.Size,
-        convolution: Convolution,
+        options: dict[str, Any],
         sink: GradientSink | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, mask)
-        ctx.shape, ctx.convolution, ctx.sink = shape, convolution, sink
         weight = expand(values.to(x.dtype), mask, shape)
-        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), **vars(convolution))
+        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), **options)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, mask, _, ctx.shape, ctx.options, ctx.sink = inputs
+        ctx.save_for_backward(x, values, mask)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, mask = ctx.saved_tensors
-        options = vars(ctx.convolution)
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = expand(values.to(grad.dtype), mask, ctx.shape)
-            grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, **options)
+            weight = read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.sink)
+            grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, **ctx.options)
         if ctx.needs_input_grad[1]:
-            dense = torch.nn.grad.conv2d_weight(x, ctx.shape, grad, **options)
+            dense = torch.nn.grad.conv2d_weight(x, ctx.shape, grad, **ctx.options)
             grad_values = _packed_gradient(dense, values, mask, ctx.sink)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(dim=(0, 2, 3))
@@ -95,5 +134,5 @@ class PackedConv2dProduct(Function):
 def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, sink: GradientSink | None) -> Tensor:
     """Shows the dense gradient to the sink, then keeps its active elements."""
     if sink is not None:
-        sink(dense)
-    return compress(dense, mask, values.numel()).to(values.dtype)
+        sink(dense.detach())
+    return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.mask import plain_bits
 from svite_scale.sparsity.module_names import named_modules
 from svite_scale.sparsity.remap import Remap
 
@@ -64,8 +65,7 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: a copy isn't heard, and no engine moves it."""
-        state: dict[str, Any] = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("gradient_sink", "engine")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_sink", "engine")}
 
     def name_at(self, path: str) -> str:
         """Its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
@@ -75,6 +75,16 @@ class SparseLayer(nn.Module):
     def is_frozen(self) -> bool:
         """Whether some of what follows the topology isn't trained, so that the topology stays too."""
         return not all(moving.parameter.requires_grad for moving in self.moving().values())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As any module's, with the mask as a plain tensor, which any library can store."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}mask"] = plain_bits(self.mask)
+
+    def to_dense(self) -> nn.Module:
+        """A new dense module of the kind whose place this one took, with zeros for what is inactive."""
+        raise NotImplementedError
 
     @property
     def growth_numel(self) -> int:

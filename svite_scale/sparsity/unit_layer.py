@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from svite_scale.sparsity import bits
+from svite_scale.sparsity.dense import filled
 from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.mask import Mask
 from svite_scale.sparsity.sparse_layer import SparseLayer
 
 
@@ -50,7 +52,7 @@ class UnitLayer(SparseLayer):
         self.seed, self.out_features = seed, out_features
         self.candidate_numel = incoming.numel() // active.numel()
         self.candidate_std = 1.0 if incoming.is_meta else float(incoming.detach().float().std())
-        self.mask = nn.Parameter(bits.pack(active).to(incoming.device), requires_grad=False)
+        self.mask = Mask(bits.pack(active).to(incoming.device))
 
     def name_at(self, path: str) -> str:
         return f"{path}.{self.unit}" if path else self.name
@@ -73,6 +75,19 @@ class UnitLayer(SparseLayer):
         uniform = hashed_uniform(self.seed, self.update_step, f"{self.name}/candidates", numel, units.device)
         # A uniform number of variance 1/12, moved to mean 0 and to the spread of the layer's first weights.
         return (uniform.view(-1, self.candidate_numel)[units] - 0.5) * (12**0.5 * self.candidate_std)
+
+    @torch.no_grad()
+    def all_units(self, rows: Tensor, repeats: int = 1) -> Tensor:
+        """A parameter of active units with zeros for absent ones: ``[repeats * k * any, ...]`` to ``[repeats * N * any, ...]``."""
+        active = self.active_units()
+        whole = rows.new_zeros(repeats, active.numel(), rows.numel() // (repeats * self.num_active))
+        whole[:, active] = rows.reshape(repeats, self.num_active, -1)
+        return whole.view(-1, *rows.shape[1:])
+
+    def dense_linear(self, weight: Tensor, bias: Tensor | None, trained: nn.Parameter) -> nn.Linear:
+        """A Linear of this weight, ``[out, in]``; see :func:`~svite_scale.sparsity.dense.filled`."""
+        empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        return filled(empty, weight, bias, self, trained)
 
     def hear(self, x: Tensor, gradient: Tensor) -> None:
         """Hands what growth scores are made of to the sink, inside backward.

@@ -58,6 +58,23 @@ CONVOLUTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"in_channels": 3, "out_channels": 3, "kernel_size": 3, "groups": 3, "stride": 2, "padding": 1},
         (2, 3, 7, 7),
     ),
+    "same": ({"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": "same"}, (2, 2, 5, 6)),
+    "same, even and dilated": (
+        {"in_channels": 2, "out_channels": 3, "kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
+        (2, 2, 6, 5),
+    ),
+    "valid": ({"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": "valid", "stride": 2}, (2, 2, 5, 6)),
+    "reflect": ({"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (2, 2, 5, 4)),
+    "circular, same": (
+        {"in_channels": 2, "out_channels": 2, "kernel_size": 2, "padding": "same", "padding_mode": "circular"},
+        (1, 2, 4, 5),
+    ),
+    "replicate": (
+        {"in_channels": 1, "out_channels": 2, "kernel_size": 3, "padding": (2, 1), "padding_mode": "replicate"},
+        (2, 1, 4, 5),
+    ),
+    "one image": ({"in_channels": 3, "out_channels": 4, "kernel_size": 3, "padding": 1}, (3, 5, 6)),
+    "one image, same": ({"in_channels": 3, "out_channels": 4, "kernel_size": 2, "padding": "same"}, (3, 5, 6)),
 }
 CASES = {
     **{f"linear, {name}": (nn.Linear, *case) for name, case in LINEARS.items()},

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import packed_weight
 from svite_scale.sparsity.kernels import compress, expand
-from svite_scale.sparsity.layers import PackedConv2d, PackedLinear
-from svite_scale.sparsity.packed_weight import PackedConv2dProduct, PackedLinearProduct
+from svite_scale.sparsity.layers import PackedLinear
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
 
@@ -80,16 +80,16 @@ def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -
 
 @pytest.mark.parametrize("case", [case for case in CASES if "empty" not in case])
 def test_gradcheck(case: str) -> None:
+    """Of first and of second derivatives."""
     twin, x = case_of(case)
-    packed = twin.packed
-    bias = [] if packed.bias is None else [packed.bias.detach().requires_grad_()]
-    rest: tuple[Any, ...] = (packed.shape, *([packed.convolution] if isinstance(packed, PackedConv2d) else []), None)
-    product = PackedLinearProduct if isinstance(packed, PackedLinear) else PackedConv2dProduct
+    parameters = {name: parameter for name, parameter in twin.packed.named_parameters() if name != "mask"}
 
-    def function(x: Tensor, values: Tensor, *bias: Tensor) -> Any:
-        return product.apply(x, values, packed.mask, bias[0] if bias else None, *rest)
+    def function(x: Tensor, *leaves: Tensor) -> Any:
+        return functional_call(twin.packed, dict(zip(parameters, leaves, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(function, (x.requires_grad_(), packed.values.detach().requires_grad_(), *bias))
+    inputs = (x.requires_grad_(), *(parameter.detach().clone().requires_grad_() for parameter in parameters.values()))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
@@ -188,12 +188,19 @@ def test_activation_checkpointing_changes_nothing(case: str, reentrant: bool) ->
     assert torch.equal(heard[0][twin.active], expected)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    twin, x = case_of("linear, tokens")
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(twin.packed(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, same, even and dilated"])
+def test_growth_hears_of_second_derivatives_too(case: str) -> None:
+    """Of a loss and a penalty on the gradient of its input, in one sum with the first ones."""
+    twin, x = case_of(case)
+    heard = listen(twin)
+    for module in (twin.packed, twin.dense):
+        leaf = x.clone().requires_grad_()
+        loss = module(leaf).pow(3).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+    assert twin.dense.weight.grad is not None
+    assert_exact(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
+    torch.testing.assert_close(sum(heard), twin.dense.weight.grad, rtol=1e-11, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
@@ -230,9 +237,3 @@ def test_a_mask_of_another_count_is_refused() -> None:
 def test_a_count_that_doesnt_fit_is_refused(num_active: int) -> None:
     with pytest.raises(TopologyError, match=rf"fc: {num_active} active weights don't fit a weight of shape \(2, 3\)"):
         PackedLinear(nn.Linear(3, 2), num_active, "fc")
-
-
-@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
-def test_a_padding_that_isnt_zeros_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(TopologyError, match=r"conv: can't pack a Conv2d of padding .*; list it in keep_dense"):
-        PackedConv2d(nn.Conv2d(1, 2, 3, **options), 4, "conv")

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import cpu_kernels, torch_kernels
 from svite_scale.sparsity.kernels.cpu_library import BuildError
+from svite_scale.sparsity.mask import Mask
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, nn.Parameter, Mask)
+"""Types of tensors that have memory of their own."""
 LOG = logging.getLogger("svite_scale")
 
 
@@ -100,7 +103,7 @@ def kernels_for(elements: Tensor, mask: Tensor) -> Kernels:
     device = elements.device
     if mask.device != device:
         raise ValueError(f"the mask is on {mask.device}, the elements on {device}")
-    has_memory = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (elements, mask))
+    has_memory = all(type(tensor) in PLAIN for tensor in (elements, mask))
     if has_memory and elements.dtype in FAST_DTYPES and not torch.compiler.is_compiling():
         if device.type == "cpu":
             return _cpu()

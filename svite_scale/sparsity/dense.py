@@ -1,0 +1,64 @@
+"""The way back: an ordinary dense model that computes what a sparse one does."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity.sparse_layer import SparseLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
+
+
+def to_dense(model: Model) -> Model:
+    """A copy of a sparse model in which every sparse layer is the ordinary one whose place it took, with zeros where inactive.
+
+    Parameter names, types of modules, and the state dict are those of the model before it was made sparse, so ``fuse()``,
+    quantization, exporters and other libraries take it. Dtypes, devices, ``requires_grad``, training flags, and what modules
+    share are kept; hooks of sparse layers aren't. The given model stays as it is. Not a collective.
+
+    Args:
+        model: for example a timm model after ``sparsify`` or with packed heads and neurons. A model without sparse layers is
+            copied as it is.
+
+    Raises:
+        TopologyError: the model is a wrapper of an engine, or an engine holds only parts of its parameters here.
+    """
+    _refuse_engines(model)
+    replaced = {id(module): module.to_dense() for module in model.modules() if isinstance(module, SparseLayer)}
+    return copy.deepcopy(model, replaced)
+
+
+@torch.no_grad()
+def filled(empty: Dense, weight: Tensor, bias: nn.Parameter | Tensor | None, like: SparseLayer, trained: nn.Parameter) -> Dense:
+    """A dense layer with these numbers.
+
+    Args:
+        empty: the layer, on the meta device.
+        weight: its weight, a tensor that nothing else holds.
+        bias: its bias, which is copied.
+        like: the sparse layer whose training flag it gets.
+        trained: the parameter whose ``requires_grad`` the weight gets.
+    """
+    empty.weight = nn.Parameter(weight.contiguous(), requires_grad=trained.requires_grad)
+    if bias is not None:
+        empty.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return empty.train(like.training)
+
+
+def _refuse_engines(model: nn.Module) -> None:
+    is_wrapper = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if is_wrapper or type(model).__module__.partition(".")[0] == "deepspeed":  # by name, so that nobody needs it
+        raise TopologyError(f"to_dense copies a model without its engine; give it the module of the {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "to_local") or not parameter.numel():
+            raise TopologyError(
+                f"an engine (FSDP2, ZeRO-3) holds only a part of {name} here, so the model can't be copied; load its full state "
+                "dict, as torch.distributed.checkpoint.state_dict.get_model_state_dict or DeepSpeed's zero_to_fp32 give it, into "
+                "a model made sparse in the same way, and give that to to_dense"
+            )

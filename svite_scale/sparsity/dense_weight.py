@@ -1,0 +1,84 @@
+"""The dense weight that a packed layer's ``weight`` gives out: writes into it aren't lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from svite_scale.errors import TopologyError
+
+
+class Owner(Protocol):
+    """The layer that a dense weight belongs to."""
+
+    name: str
+
+    def take_active(self, dense: Tensor) -> None: ...
+
+
+class DenseWeight(Tensor):
+    """A dense weight that exists for whoever reads it. What is written into it, or into a view or the ``data`` of it, under
+    ``torch.no_grad()``, reaches its layer's active weights: ``nn.init`` and ``copy_`` work as on a masked dense weight. What
+    is computed from it is a plain tensor.
+
+    Attributes:
+        owner: its layer.
+        whole: the dense weight, plain, of which this may be a view.
+    """
+
+    owner: Owner
+    whole: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor, owner: Owner) -> Tensor:
+        """``dense`` as a weight of ``owner``; plain in graphs and transforms, where nothing is written into weights."""
+        if torch.compiler.is_compiling() or dense.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(dense):
+            return dense
+        return cls._view(dense, owner, dense)
+
+    @classmethod
+    def _view(cls, tensor: Tensor, owner: Owner, whole: Tensor) -> DenseWeight:
+        view = tensor.as_subclass(cls)
+        view.owner, view.whole = owner, whole
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weights = [argument for argument in _flat(args, kwargs) if isinstance(argument, DenseWeight)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func == Tensor.data.__set__ and isinstance(args[0], DenseWeight):  # type: ignore[attr-defined]
+                weights[0].data.copy_(args[1])
+                return weights[0].owner.take_active(weights[0].whole.detach())
+            versions = [weight._version for weight in weights]
+            try:
+                result = func(*args, **kwargs)
+            except RuntimeError as error:
+                if func.__name__.endswith("_") and torch.is_grad_enabled():
+                    raise TopologyError(
+                        f"{weights[0].owner.name}.weight: write into it under torch.no_grad(), as into any parameter"
+                    ) from error
+                raise
+            for weight, version in zip(weights, versions, strict=True):
+                if weight._version != version:
+                    weight.owner.take_active(weight.whole.detach())
+            if weights and type(result) is Tensor and _shares_memory(result, weights[0].whole):
+                return cls._view(result, weights[0].owner, weights[0].whole)
+            return result
+
+
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments, and those in lists of them."""
+    flat: list[Any] = []
+    for argument in (*args, *kwargs.values()):
+        flat.extend(argument if isinstance(argument, (list, tuple)) else [argument])
+    return flat
+
+
+def _shares_memory(tensor: Tensor, whole: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

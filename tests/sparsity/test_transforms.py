@@ -1,0 +1,124 @@
+"""Packed models under torch.func, torch.export and torch.compile, beside their dense twins."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
+
+from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.sparsify import sparsify
+
+
+class Small(nn.Module):
+    """A model that calls its layers, and reads the weight of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding="same")
+        self.first = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(self.conv(x).flatten(2).mean(dim=2)).tanh()
+        return self.last(hidden) @ self.first.weight.t()
+
+
+class Pair:
+    """A packed float64 model and its dense twin with zeros."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.packed = Small().double()
+        self.dense = copy.deepcopy(self.packed)
+        sparsify(self.packed, 0.5, distribution="uniform")
+        with torch.no_grad():
+            for name, layer in packed_layers(self.packed).items():
+                self.dense.get_submodule(name).weight.copy_(layer.dense_weight())
+        self.x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+        self.packed_parameters = {n: p.detach() for n, p in self.packed.named_parameters() if p.requires_grad}
+        self.dense_parameters = {n: p.detach() for n, p in self.dense.named_parameters()}
+
+    def positions(self, name: str) -> Tensor:
+        """Where the active weights of a layer are in its flat weight, int64 ``[k]``."""
+        dense = packed_layers(self.packed)[name].dense_weight().flatten()
+        return dense.nonzero().squeeze(1)
+
+    def assert_same(self, packed: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
+        """Compares what was differentiated by parameters, whose dimensions are the last ones."""
+        for name, found in packed.items():
+            layer, _, key = name.rpartition(".")
+            expected = dense[f"{layer}.weight" if key == "values" else name]
+            if key == "values":
+                dims = packed_layers(self.packed)[layer].shape
+                expected = expected.flatten(-len(dims))[..., self.positions(layer)]
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_per_batch_and_per_sample_are_those_of_the_dense_model() -> None:
+    pair = Pair()
+
+    def loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    pair.assert_same(
+        grad(lambda p: loss(pair.packed, p, pair.x))(pair.packed_parameters),
+        grad(lambda p: loss(pair.dense, p, pair.x))(pair.dense_parameters),
+    )
+    pair.assert_same(
+        vmap(grad(lambda p, x: loss(pair.packed, p, x[None])), in_dims=(None, 0))(pair.packed_parameters, pair.x),
+        vmap(grad(lambda p, x: loss(pair.dense, p, x[None])), in_dims=(None, 0))(pair.dense_parameters, pair.x),
+    )
+
+
+def test_jacobians_and_hessians_are_those_of_the_dense_model() -> None:
+    pair = Pair()
+    pair.assert_same(
+        jacrev(lambda p: functional_call(pair.packed, p, (pair.x,)))(pair.packed_parameters),
+        jacrev(lambda p: functional_call(pair.dense, p, (pair.x,)))(pair.dense_parameters),
+    )
+
+    def curvature(model: nn.Module) -> Tensor:
+        return jacrev(grad(lambda x: model(x).square().sum()))(pair.x)
+
+    torch.testing.assert_close(curvature(pair.packed), curvature(pair.dense), rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="implement the jvp"):
+        hessian(lambda x: pair.packed(x).square().sum())(pair.x)  # forward over reverse
+
+
+def test_an_ensemble_runs_under_vmap_each_with_masks_of_its_own() -> None:
+    first, second = Pair(0), Pair(1)
+    parameters, buffers = stack_module_state([first.packed, second.packed])  # type: ignore[list-item]
+    base = copy.deepcopy(first.packed).to("meta")
+    outputs = vmap(lambda p, b: functional_call(base, (p, b), (first.x,)))(parameters, buffers)
+    for output, pair in zip(outputs, (first, second), strict=True):
+        torch.testing.assert_close(output, pair.dense(first.x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_computes_what_the_model_does(strict: bool) -> None:
+    pair, file = Pair(), io.BytesIO()
+    batch = torch.export.Dim("batch", min=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(pair.packed, (pair.x,), dynamic_shapes=({0: batch},), strict=strict)
+        torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for x in (pair.x, torch.cat([pair.x, -pair.x])):
+        torch.testing.assert_close(loaded(x), pair.dense(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_compiles_into_one_graph() -> None:
+    pair = Pair()
+    compiled = torch.compile(pair.packed, fullgraph=True, backend="aot_eager")
+    compiled(pair.x).square().sum().backward()
+    pair.dense(pair.x).square().sum().backward()
+    gradients = {name: p.grad for name, p in pair.packed.named_parameters() if p.grad is not None}
+    assert set(gradients) == set(pair.packed_parameters)
+    pair.assert_same(gradients, {name: p.grad for name, p in pair.dense.named_parameters() if p.grad is not None})
