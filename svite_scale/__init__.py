@@ -12,5 +12,6 @@ or a whole run from a config: ``deepspeed launch/train.py --config configs/deit_
 from svite_scale.parallel.attach import attach
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.train.ema import Ema
 
-__all__ = ["TopologyOptions", "attach", "sparsify"]
+__all__ = ["Ema", "TopologyOptions", "attach", "sparsify"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparse_layer import sparse_layers
 from svite_scale.sparsity.topology import TopologyEngine
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[Any, torch.optim.Optimizer]
+
 
 def attach(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     *,
     total_steps: int,
     update_every: int,
@@ -36,7 +39,8 @@ def attach(
 
     Args:
         model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine.
-        optimizer: the torch optimizer that steps it; not needed for a DeepSpeed engine.
+        optimizer: the torch optimizer that steps it, a wrapper of it (Accelerate's, Lookahead, SAM), or a list or dict of
+            several; not needed for a DeepSpeed engine.
         total_steps: optimizer steps of the whole training.
         update_every: optimizer steps between two topology updates.
         start_step: no update comes before this step.
@@ -49,7 +53,8 @@ def attach(
 
     Raises:
         TopologyError: the model has no sparse layers, or has some under method ``dense``; its engine, or how it places
-            parameters, isn't supported; or the optimizer steps other parameters.
+            parameters, isn't supported; or the optimizer steps other parameters, or keeps state that can't follow moving
+            weights.
         ValueError: numbers that don't fit together.
     """
     if not sparse_layers(model):
@@ -61,7 +66,7 @@ def attach(
         for name, layer in sparse_layers(model).items():
             for key, parameter in layer.named_parameters():
                 check_placement(f"{name}.{key}", parameter)
-        _check_steps_values(model, access.optimizer)
+        _check_steps_values(model, access.steppers)
     schedule = UpdateSchedule(
         total_steps=total_steps,
         update_every=update_every,
@@ -75,7 +80,7 @@ def attach(
     return TopologyEngine(model, access, schedule, options, group=group)
 
 
-def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> ParameterAccess:
+def access_for(model: Any, optimizer: Optimizers | None) -> ParameterAccess:
     """The way to a wrapped model's parameters.
 
     Raises:
@@ -86,13 +91,14 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
         return _zero_access(model)
     if optimizer is None:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
-    # Accelerate's wrapper passes on the state of the optimizer in it, but can't be hooked.
-    return TorchAccess(getattr(optimizer, "optimizer", optimizer))
+    if type(optimizer).__module__.startswith("deepspeed.runtime"):
+        raise TopologyError(f"{type(optimizer).__name__} belongs to a DeepSpeed engine; attach to that: attach(engine, ...)")
+    return TorchAccess(optimizer)
 
 
-def _check_steps_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check_steps_values(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Refuses an optimizer whose moments couldn't follow the weights: one built before ``sparsify`` or ``fully_shard``."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in sparse_layers(model).items():
         for key, moving in layer.moving().items():
             if id(moving.parameter) not in stepped:
