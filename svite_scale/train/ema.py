@@ -73,15 +73,19 @@ class Ema:
         """
         self._check_not_swapped()
         for name, parameter in self._named_trainable():
-            if parameter not in self.parts:
-                raise TopologyError(f"{name} became trainable after Ema was made, so it has no average; make Ema after thawing")
+            self._check_known(parameter, name)
         values = [self._values(parameter) for parameter in self.parts]
         torch._foreach_lerp_(list(self.parts.values()), values, 1.0 - self.decay)
         for name, average in self.buffers.items():
             average.lerp_(self._model.get_buffer(name).float(), 1.0 - self.decay)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """The full average of one parameter, fp32, shaped like it, on every rank. A collective."""
+        """The full average of one parameter, fp32, shaped like it, on every rank. A collective.
+
+        Raises:
+            TopologyError: it became trainable after this was made.
+        """
+        self._check_known(parameter, "a weight")
         # Put in the place of the values for a moment, the engine gathers it as it gathers these.
         self._exchange(parameter)
         average = self._access.read(parameter).clone()
@@ -176,6 +180,10 @@ class Ema:
                 "the averages are in the place of the weights; leave in_place_of_weights() first, or, where an error "
                 "on some rank left it, go on from a checkpoint"
             )
+
+    def _check_known(self, parameter: nn.Parameter, name: str) -> None:
+        if parameter not in self.parts:
+            raise TopologyError(f"{name} became trainable after Ema was made, so it has no average; make Ema after thawing")
 
     def _named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         self._reshard()
