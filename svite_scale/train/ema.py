@@ -104,6 +104,7 @@ class Ema:
         """The full averages by the names of the model's parameters and buffers, fp32, on the CPU of every rank: for any engine
         and number of ranks. They belong to the masks of the same step. A collective.
         """
+        self._check_not_swapped()
         averages = {name: self.read(parameter).cpu() for parameter, name in self._names.items()}
         return averages | {name: average.cpu().clone() for name, average in self.buffers.items()}
 
@@ -114,6 +115,7 @@ class Ema:
         Raises:
             TopologyError: it is of another model; names what is missing, unknown, or of another shape.
         """
+        self._check_not_swapped()
         shapes = {name: self.read(parameter).shape for parameter, name in self._names.items()}
         shapes |= {name: average.shape for name, average in self.buffers.items()}
         for name in shapes.keys() ^ state.keys():

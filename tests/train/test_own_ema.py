@@ -223,7 +223,7 @@ def fail_on_ranks() -> None:
     loop = Loop("ddp")
     with pytest.raises(EvaluationFailedError):
         fail_within(loop)
-    for use in (loop.ema.update, lambda: fail_within(loop)):
+    for use in (loop.ema.update, loop.ema.state_dict, lambda: fail_within(loop)):
         with pytest.raises(
             TopologyError, match=r"averages are in the place of the weights; leave in_place_of_weights\(\) first"
         ):
