@@ -13,5 +13,6 @@ from svite_scale.parallel.attach import attach
 from svite_scale.sparsity.dense import to_dense
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.train.ema import Ema
 
-__all__ = ["TopologyOptions", "attach", "sparsify", "to_dense"]
+__all__ = ["Ema", "TopologyOptions", "attach", "sparsify", "to_dense"]

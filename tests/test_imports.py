@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "parallel": {"errors", "config", "distributed", "sparsity"},
     "train": FOUNDATION | {"sparsity", "data", "models", "parallel"},
     "export": {"errors", "config", "config_reader", "sparsity", "data", "models", "train"},
-    "": {"sparsity", "parallel"},
+    "": {"sparsity", "parallel", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import."""
 

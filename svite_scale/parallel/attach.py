@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparse_layer import sparse_layers
 from svite_scale.sparsity.topology import TopologyEngine
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[Any, torch.optim.Optimizer]
+
 
 def attach(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     *,
     total_steps: int,
     update_every: int,
@@ -39,7 +42,8 @@ def attach(
     Args:
         model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine; or a submodule of one, whose
             sparse layers alone then move.
-        optimizer: the torch optimizer that steps it; not needed for a DeepSpeed engine.
+        optimizer: the torch optimizer that steps it, a wrapper of it (Accelerate's, Lookahead, SAM), or a list or dict of
+            several; not needed for a DeepSpeed engine.
         total_steps: optimizer steps of the whole training.
         update_every: optimizer steps between two topology updates.
         start_step: no update comes before this step.
@@ -52,7 +56,8 @@ def attach(
 
     Raises:
         TopologyError: the model has no sparse layers, or has some under method ``dense``, or some that another engine moves
-            already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other parameters.
+            already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other parameters, or
+            keeps state that can't follow moving weights.
         ValueError: numbers that don't fit together.
     """
     layers = sparse_layers(model)
@@ -81,7 +86,7 @@ def attach(
     return TopologyEngine(model, access, schedule, options, group=group)
 
 
-def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> ParameterAccess:
+def access_for(model: Any, optimizer: Optimizers | None) -> ParameterAccess:
     """The way to a wrapped model's parameters.
 
     Raises:
@@ -92,8 +97,9 @@ def access_for(model: Any, optimizer: torch.optim.Optimizer | None) -> Parameter
         return _zero_access(model)
     if optimizer is None:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
-    # Accelerate's wrapper passes on the state of the optimizer in it, but can't be hooked.
-    return TorchAccess(getattr(optimizer, "optimizer", optimizer))
+    if type(optimizer).__module__.startswith("deepspeed.runtime"):
+        raise TopologyError(f"{type(optimizer).__name__} belongs to a DeepSpeed engine; attach to that: attach(engine, ...)")
+    return TorchAccess(optimizer)
 
 
 def _zero_access(engine: Any) -> ParameterAccess:

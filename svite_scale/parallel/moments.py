@@ -10,6 +10,8 @@ from torch import Tensor
 
 from svite_scale.errors import TopologyError
 
+REMEDY = "use an optimizer with one entry per weight, such as AdamW"
+
 
 def elementwise(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
     """The tensors of one parameter's optimizer state that have an entry per weight; scalars such as ``step`` are left out.
@@ -19,15 +21,21 @@ def elementwise(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor
         shape: the parameter's own shape.
 
     Raises:
-        TopologyError: the state has a tensor of another shape (a factored moment, say), which can't follow a weight that moves.
+        TopologyError: the state has a tensor of another shape (a factored moment, say) or dtype (a quantised one), or a list of
+            tensors, which can't follow a weight that moves.
     """
+    for name, value in state.items():
+        if isinstance(value, list | tuple | dict):
+            raise TopologyError(f"optimizer state {name!r}, a {type(value).__name__}, can't follow moving weights; {REMEDY}")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
     for name, value in tensors.items():
         if value.shape != shape:
             raise TopologyError(
                 f"optimizer state {name!r} of shape {tuple(value.shape)} for a parameter of shape {tuple(shape)} can't follow "
-                "moving weights; use an optimizer with one entry per weight, such as AdamW"
+                f"moving weights; {REMEDY}"
             )
+        if not value.is_floating_point():
+            raise TopologyError(f"optimizer state {name!r} of {value.dtype} can't follow moving weights; {REMEDY}")
     return tensors
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.errors import TopologyError
-from svite_scale.parallel.moments import elementwise
+from svite_scale.parallel.moments import REMEDY, elementwise
+from svite_scale.parallel.optimizers import optimizers_in, steppers_in, stray_tensors
 from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, rank_and_size, rank_chunk
 
 
@@ -17,12 +21,23 @@ class TorchAccess:
     Under FSDP2 the next forward gathers and casts the sharded fp32 values anew, so writing these is all there is to do.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer`` steps the wrapped model's parameters."""
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Any) -> None:
+        """``optimizer`` steps the wrapped model's parameters: a torch optimizer, or what holds some.
+
+        Raises:
+            TopologyError: it holds none, or one whose state can't be found.
+        """
+        self.steppers = steppers_in(optimizer)
+        self._optimizer, self._holders = optimizer, optimizers_in(optimizer)
+        if len(_parameter_ids(self._holders)) > len(_parameter_ids(self.steppers)):
+            outer, *_ = (type(holder).__name__ for holder in self._holders)
+            raise TopologyError(
+                f"{outer} hands only some of its parameters on to the optimizer in it: this rank can't reach the state of all; "
+                "to shard it, use FSDP2's fully_shard or DeepSpeed ZeRO stage 1"
+            )
 
     def steps(self, parameter: nn.Parameter) -> bool:
-        return any(parameter is stepped for group in self.optimizer.param_groups for stepped in group["params"])
+        return id(parameter) in _parameter_ids(self.steppers)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         return _full(parameter.detach())
@@ -30,14 +45,46 @@ class TorchAccess:
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         _copy(parameter.detach(), value)
 
+    def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
+        self._holders = optimizers_in(self._optimizer)  # anew, for a wrapper may make what it wraps at its first step
+        state = self._state(parameter)
+        larger = stepped and not state
+        for stray in stray_tensors(self._optimizer, parameter, _local(parameter), larger=larger):
+            raise TopologyError(
+                f"{stray} seems to hold an entry per weight, but isn't in the optimizer's state, so it can't follow moving "
+                f"weights; {REMEDY}"
+            )
+        if stepped and not state and self._keeps_state_of_others(parameter):
+            names = ", ".join(type(optimizer).__name__ for optimizer in self.steppers)
+            raise TopologyError(f"{names} keeps state of other parameters of the group, but none of this; {REMEDY}")
+
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
-        return list(elementwise(self.optimizer.state.get(parameter, {}), parameter.shape))
+        return list(self._state(parameter))
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return _full(self.optimizer.state[parameter][name])
+        return _full(self._state(parameter)[name])
 
     def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-        _copy(self.optimizer.state[parameter][name], value)
+        _copy(self._state(parameter)[name], value)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The elementwise state of a parameter in all optimizers: a wrapper may keep some, and what it wraps some more."""
+        found: dict[str, Tensor] = {}
+        for optimizer in self._holders:
+            for name, tensor in elementwise(_state_of(optimizer, parameter), parameter.shape).items():
+                if found.setdefault(name, tensor) is not tensor:
+                    raise TopologyError(f"two optimizers keep an {name!r} of it; let one step it")
+        return found
+
+    def _keeps_state_of_others(self, parameter: nn.Parameter) -> bool:
+        groups = [(optimizer, group["params"]) for optimizer in self._holders for group in optimizer.param_groups]
+        return any(
+            isinstance(value, Tensor) and value.dim() > 0
+            for optimizer, mates in groups
+            if any(mate is parameter for mate in mates)
+            for mate in mates
+            for value in _state_of(optimizer, mate).values()
+        )
 
     def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         values = parameter.detach()
@@ -56,6 +103,19 @@ def check_placement(name: str, tensor: Tensor) -> None:
     """
     if isinstance(tensor, DTensor) and tensor.placements != (Shard(0),):
         raise TopologyError(f"{name} is placed as {tensor.placements}; shard it over one mesh axis, along dimension 0")
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
+    # By identity: a key of another type may hash alike, and tensors don't compare with it.
+    return next((state for key, state in optimizer.state.items() if key is parameter), {})
+
+
+def _parameter_ids(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+    return {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from svite_scale.errors import TopologyError
 from svite_scale.parallel.moments import elementwise
+from svite_scale.parallel.optimizers import steppers_in
 from svite_scale.sparsity.sharding import gather_equal
 
 
@@ -35,8 +37,13 @@ class ReplicatedZeroAccess:
     """A ParameterAccess for ZeRO-1 and 2: parameters are whole on every rank, master values and moments are partitioned."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer`` is the torch optimizer that DeepSpeed steps."""
+        """``optimizer`` is the torch optimizer that DeepSpeed steps.
+
+        Raises:
+            TopologyError: it wraps another.
+        """
         self.optimizer = optimizer
+        self.steppers = _unwrapped(optimizer)
 
     def steps(self, parameter: nn.Parameter) -> bool:
         # DeepSpeed leaves the attribute on what it was given to step, on ranks that hold no part of it too.
@@ -49,6 +56,9 @@ class ReplicatedZeroAccess:
         if parameter.requires_grad:
             safe_set_full_fp32_param(parameter, value)
         parameter.detach().copy_(value)
+
+    def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
+        """Its names are all that there is to check: DeepSpeed knows where it is."""
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
         return flat_moment_names(self.optimizer)
@@ -89,8 +99,13 @@ class PartitionedZeroAccess:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer`` is the torch optimizer that DeepSpeed steps."""
+        """``optimizer`` is the torch optimizer that DeepSpeed steps.
+
+        Raises:
+            TopologyError: it wraps another.
+        """
         self.optimizer = optimizer
+        self.steppers = _unwrapped(optimizer)
 
     def steps(self, parameter: nn.Parameter) -> bool:
         try:
@@ -113,6 +128,9 @@ class PartitionedZeroAccess:
             if dist.get_rank() == 0:
                 parameter.detach().copy_(value)
 
+    def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
+        """Its names are all that there is to check: DeepSpeed knows where it is."""
+
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
         return flat_moment_names(self.optimizer)
 
@@ -126,6 +144,16 @@ class PartitionedZeroAccess:
     def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         local = safe_get_local_fp32_param(parameter).detach()
         return local, dist.get_rank() * local.numel()
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    steppers = steppers_in(optimizer)
+    if steppers != [optimizer]:
+        names = ", ".join(type(inner).__name__ for inner in steppers)
+        raise TopologyError(
+            f"DeepSpeed finds no state of {names} within {type(optimizer).__name__}; initialize DeepSpeed with {names} alone"
+        )
+    return steppers
 
 
 def _mapping(parameter: nn.Parameter) -> Any:

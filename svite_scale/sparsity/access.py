@@ -15,10 +15,10 @@ class ParameterAccess(Protocol):
     or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
 
     Attributes:
-        optimizer: the torch optimizer that steps the fp32 values, or the engine's partitions of them.
+        steppers: the torch optimizers that step the fp32 values, or the engine's partitions of them.
     """
 
-    optimizer: torch.optim.Optimizer
+    steppers: list[torch.optim.Optimizer]
 
     def steps(self, parameter: nn.Parameter) -> bool:
         """Whether the optimizer steps a parameter, once it has a gradient. Not a collective; the same on every rank."""
@@ -28,6 +28,17 @@ class ParameterAccess(Protocol):
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces the full value, in the master copy and in what the next forward computes with."""
+
+    def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
+        """Refuses an optimizer whose state of a parameter that moves isn't where :meth:`read_moment` finds it. Local.
+
+        Args:
+            parameter: see above.
+            stepped: whether it has had its share of an optimizer step, so that there must be state if there is any at all.
+
+        Raises:
+            TopologyError: names the optimizer and the state.
+        """
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
         """What the optimizer calls its elementwise state of the parameter (``exp_avg``, ...), the same on every rank.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.methods import Candidates, Method, Score
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.remap import Remap, grown_moment
+from svite_scale.sparsity.remap import Remap, grown_moment, state_kind
 from svite_scale.sparsity.sparse_layer import MovingTensor, SparseLayer
 from svite_scale.sparsity.update import drop, grow
 
@@ -85,8 +85,36 @@ def decide(
     return LayerDecision(count, old_mask, bits.pack(active), drop_threshold, grow_threshold)
 
 
+def check_state(layers: Iterable[SparseLayer], access: ParameterAccess, options: TopologyOptions, *, stepped: bool) -> None:
+    """Refuses optimizer state that couldn't follow the weights, before any of them moves.
+
+    Args:
+        layers: those whose weights move.
+        access: to their parameters.
+        options: know what the state means.
+        stepped: see :meth:`~svite_scale.sparsity.access.ParameterAccess.check_state`.
+
+    Raises:
+        TopologyError: names the parameter and the state.
+    """
+    for layer in layers:
+        for key, moving in layer.moving().items():
+            if not moving.parameter.requires_grad:
+                continue
+            try:
+                access.check_state(moving.parameter, stepped=stepped)
+                for name in access.moment_names(moving.parameter):
+                    state_kind(name, options.optimizer_state)
+            except TopologyError as error:
+                raise TopologyError(f"{layer.name}.{key}: {error}") from error
+
+
 def write_topology(
-    layer: SparseLayer, remap: Remap, access: ParameterAccess, grown_moments: str, followers: Sequence[FollowsTopology] = ()
+    layer: SparseLayer,
+    remap: Remap,
+    access: ParameterAccess,
+    options: TopologyOptions,
+    followers: Sequence[FollowsTopology] = (),
 ) -> None:
     """Carries a layer's parameters, their optimizer state and what follows them to the new mask, one tensor at a time.
 
@@ -94,13 +122,13 @@ def write_topology(
     """
     births = layer.births(remap)
     for key, moving in layer.moving().items():
-        parameter = moving.parameter
+        parameter, born = moving.parameter, births.get(key, 0.0)
         for carried in (access, *followers):
-            carried.write(parameter, _carry(remap, moving, carried.read(parameter), births.get(key, 0.0)))
+            carried.write(parameter, _carry(remap, moving, carried.read(parameter), born))
         for name in access.moment_names(parameter):
             moment = access.read_moment(parameter, name)
-            moment = _carry(remap, moving, moment, grown_moment(name, moment, grown_moments))
-            access.write_moment(parameter, name, moment)
+            grown = grown_moment(name, moment, options.grown_moments, born, options.optimizer_state)
+            access.write_moment(parameter, name, _carry(remap, moving, moment, grown))
     access.write(layer.mask, remap.new)
 
 

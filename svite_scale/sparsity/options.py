@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from svite_scale.sparsity.growth import GROW_BY
 from svite_scale.sparsity.methods import METHODS, Method
+from svite_scale.sparsity.remap import STATE_KINDS
 
 GROWN_MOMENTS = ("mean", "zero")
 
@@ -23,6 +25,8 @@ class TopologyOptions:
         grow_by: ``gradient`` grows by |mean of the window's gradients|, ``magnitude`` by the mean of their magnitudes.
         grown_moments: second moment of a grown weight: its layer's ``mean``, or ``zero``. First moments start at zero.
         grown_warmup_steps: optimizer steps over which the learning rate of grown weights rises to the others'; 0 is off.
+        optimizer_state: what elementwise optimizer state of an unknown name is: by name, one of
+            :data:`~svite_scale.sparsity.remap.STATE_KINDS`.
     """
 
     method: str | Method = "svite"
@@ -32,6 +36,7 @@ class TopologyOptions:
     grow_by: str = "gradient"
     grown_moments: str = "mean"
     grown_warmup_steps: int = 0
+    optimizer_state: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("grow_by", GROW_BY), ("grown_moments", GROWN_MOMENTS)):
@@ -39,6 +44,9 @@ class TopologyOptions:
             if value not in tuple(known) and not (name == "method" and isinstance(value, Method)):
                 own = ", or a Method of your own" if name == "method" else ""
                 raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(known)}{own}")
+        for name, kind in self.optimizer_state.items():
+            if kind not in STATE_KINDS:
+                raise ValueError(f"optimizer_state {name!r} is {kind!r}; use one of {', '.join(STATE_KINDS)}")
         for name in ("seed", "grow_window", "grown_warmup_steps"):
             value = getattr(self, name)
             if not isinstance(value, Integral):

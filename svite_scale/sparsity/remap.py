@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
 
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "exp_inf"})
-"""Names that torch's Adam family gives to its running gradient magnitudes."""
+STATE_KINDS = ("gradient", "magnitude", "weight", "step_size")
+"""What an entry of an optimizer's state may be to its weight: a gradient, or an average or sum of them; an average or sum of
+their squares or magnitudes; another copy of the weight, where an average of weights begins, say; the size of its steps."""
+
+OPTIMIZER_STATE: Mapping[str, str] = {
+    **dict.fromkeys(("exp_avg", "exp_avg_slow", "exp_avg_diff", "momentum_buffer", "momentum", "grad_avg"), "gradient"),
+    **dict.fromkeys(("s", "prev", "last_grad", "neg_pre_grad", "e_w"), "gradient"),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_var", "max_exp_avg_var"), "magnitude"),
+    **dict.fromkeys(("exp_hessian_diag_sq", "sum", "square_avg", "acc_delta", "variance", "grad_sum_sq"), "magnitude"),
+    **dict.fromkeys(("lookahead_slow_buff", "ax", "x0", "z", "old_p"), "weight"),
+    "step_size": "step_size",
+}
+"""By the name that an optimizer gives it: all elementwise state of torch's and timm's optimizers, of schedule-free ones (``z``)
+and of SAM's two steps (``old_p``, ``e_w``)."""
 
 
 class Remap:
@@ -58,13 +73,42 @@ class Remap:
         return carried.view_as(packed)
 
 
-def grown_moment(name: str, moment: Tensor, grown: str) -> Tensor | float:
+def state_kind(name: str, own: Mapping[str, str]) -> str:
+    """What an entry of optimizer state is to its weight, one of :data:`STATE_KINDS`.
+
+    Args:
+        name: the optimizer's own, such as ``exp_avg``.
+        own: names that :data:`OPTIMIZER_STATE` doesn't know, or that mean something else here.
+
+    Raises:
+        TopologyError: nobody knows it.
+    """
+    kind = own.get(name) or OPTIMIZER_STATE.get(name)
+    if kind is None:
+        raise TopologyError(
+            f"optimizer state {name!r} is unknown, and so is what it starts with for a grown weight; say what it is, one of "
+            f"{', '.join(STATE_KINDS)}: TopologyOptions(optimizer_state={{{name!r}: 'gradient'}})"
+        )
+    return kind
+
+
+def grown_moment(
+    name: str, moment: Tensor, grown: str, born: Tensor | float = 0.0, own: Mapping[str, str] = OPTIMIZER_STATE
+) -> Tensor | float:
     """What one kind of optimizer state of a grown weight starts with.
 
     Args:
         name: the optimizer's own, such as ``exp_avg``.
-        moment: of the weights of the old topology, fp32.
+        moment: of the weights of the old topology, float.
         grown: ``mean`` starts a second moment at its layer's mean; ``zero`` at 0. A zero second moment makes the first Adam
             steps of the grown weight about three times too large.
+        born: what the grown weight itself starts with.
+        own: see :func:`state_kind`, whose errors this raises.
     """
-    return moment.mean() if grown == "mean" and name in SECOND_MOMENTS else 0.0
+    kind = state_kind(name, own)
+    if kind == "weight":
+        return born
+    # A step of size 0 would never grow again.
+    if kind == "step_size" or (kind == "magnitude" and grown == "mean"):
+        return moment.mean()
+    return 0.0

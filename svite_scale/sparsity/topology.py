@@ -16,7 +16,7 @@ from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.engine_checks import check_fits, check_stepped
 from svite_scale.sparsity.growth import GrowthScores
 from svite_scale.sparsity.history import History
-from svite_scale.sparsity.layer_decision import decide, write_topology
+from svite_scale.sparsity.layer_decision import check_state, decide, write_topology
 from svite_scale.sparsity.methods import Method
 from svite_scale.sparsity.newcomers import Newcomers
 from svite_scale.sparsity.options import TopologyOptions
@@ -82,6 +82,7 @@ class TopologyEngine:
         check_fits(self.options, schedule)
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
+        self._state_checked = False  # since the first step, at which optimizers make it
         self.followers: list[FollowsTopology] = []
         for name, layer in self.layers.items():
             layer.name = name
@@ -99,6 +100,7 @@ class TopologyEngine:
         self._detach = finalize(self, _let_go, self.growth, self.warmup, taken)
         self._detach.atexit = False
         self._prepare_step()
+        self._check_state(stepped=False)
         if self._moves and not schedule.num_updates:
             logger.warning(
                 "no weight will ever move: updates come every %d steps from step %d on, and stop after step %d of %d; lower "
@@ -152,10 +154,14 @@ class TopologyEngine:
 
         Raises:
             TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, or the optimizer doesn't step a layer
-                that was thawed; the message names the layer. Or the engine was detached.
+                that was thawed, or keeps state that can't follow moving weights, which the first step already tells; the
+                message names the layer. Or the engine was detached.
         """
         if not self._detach.alive:
             raise TopologyError("this topology engine was detached; attach another one, and call its step()")
+        if applied and not self._state_checked:
+            self._check_state(stepped=False)
+            self._state_checked = True
         due = self.next_update == self.steps + 1
         self.steps += 1
         self.growth.end_step(applied=applied)
@@ -255,6 +261,7 @@ class TopologyEngine:
 
     @torch.no_grad()
     def _update(self, method: Method) -> TopologyUpdate:
+        self._check_state(stepped=True)
         rate = self.schedule.rate(self.steps)
         self.last_update = self.steps
         frozen = self.growth.frozen
@@ -264,12 +271,16 @@ class TopologyEngine:
         }
         return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
 
+    def _check_state(self, *, stepped: bool) -> None:
+        if self._moves:
+            check_state(self.layers.values(), self.access, self.options, stepped=stepped)
+
     def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
         """One layer's update; the layer's dense tensors live only in here."""
         check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
-        write_topology(layer, remap, self.access, self.options.grown_moments, self.followers)
+        write_topology(layer, remap, self.access, self.options, self.followers)
         self.history.follow(layer, decision.old_mask, decision.new_mask)
         grown_survival = self.newcomers.follow(layer, remap)
         if self.warmup:

@@ -20,15 +20,15 @@ class GrownWarmup:
     """
 
     def __init__(self, layers: Iterable[SparseLayer], access: ParameterAccess, steps: int) -> None:
-        """Hooks the optimizer's step; ``steps`` is at least 1."""
+        """Hooks the optimizers' steps; ``steps`` is at least 1."""
         self.layers = list(layers)
         self.access = access
         self.steps = steps
         self._share = 1.0
         self._grown: dict[tuple[str, str], Tensor] = {}
         self._before: dict[tuple[str, str], Tensor] = {}
-        optimizer = access.optimizer
-        self._hooks = [optimizer.register_step_pre_hook(self._remember), optimizer.register_step_post_hook(self._scale)]
+        self._hooks = [optimizer.register_step_pre_hook(self._remember) for optimizer in access.steppers]
+        self._hooks += [optimizer.register_step_post_hook(self._scale) for optimizer in access.steppers]
 
     def remove(self) -> None:
         """Leaves the optimizer's steps alone from now on."""

@@ -242,9 +242,7 @@ class Trainer:
         """The average of the weights, which then follows the topology; None where the config asks for none."""
         if self.config.train.ema_decay is None:
             return None
-        ema = Ema(self.backend.model, self.backend.access, self.config.train.ema_decay)
-        self.topology.followers.append(ema)
-        return ema
+        return Ema(self.backend.model, self.topology, self.config.train.ema_decay)
 
     def _load(self) -> int:
         """Loads the newest checkpoint; returns its step."""

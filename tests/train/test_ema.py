@@ -98,8 +98,7 @@ class Averages:
 def averaged(kind: str, bf16: bool) -> Averages:
     backend = build_backend(kind, small_vit(), adamw, micro_batch_size=BATCH, bf16=bf16)
     topology = topology_of(backend, UPDATE_EVERY)
-    ema = Ema(backend.model, backend.access, DECAY)
-    topology.followers.append(ema)
+    ema = Ema(backend.wrapped, topology, DECAY)
     twin = Twin(dense_weights(backend)[0])
     timms = ModelEmaV3(twin, decay=DECAY)
     error, moved = 0.0, 0
@@ -183,8 +182,7 @@ def grown_units(kind: str) -> set[str]:
     model, _ = build_sparse_vit(config, sparsity, seed=0)
     backend = build_backend(kind, model, adamw, micro_batch_size=BATCH)
     topology = topology_of(backend, update_every=1)
-    ema = Ema(model, backend.access, DECAY)
-    topology.followers.append(ema)
+    ema = Ema(model, topology, DECAY)
     came: set[str] = set()
     for step in range(1, 9):
         train_step(backend, images(step))

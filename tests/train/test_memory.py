@@ -96,7 +96,7 @@ def held(engine: str) -> dict[str, int]:
         "gradients": sum(local_bytes(parameter.grad) for parameter in trainable if parameter.grad is not None),
         "moments": sum(map(local_bytes, state)),
         "statistics": sum(local_bytes(chunk) for chunk, _ in topology.state().values()),
-        "ema": sum(map(local_bytes, Ema(model, backend.access, 0.9).parts.values())),
+        "ema": sum(map(local_bytes, Ema(model, topology, 0.9).parts.values())),
     }
 
 
