@@ -111,17 +111,16 @@ def _check_sizes(config: ModelConfig, base: Any) -> None:
 
 def _check_layers(name: str, model: nn.Module) -> None:
     """Refuses what a run can't train, or can't make sparse."""
-    for path, module in model.named_modules():
-        problem = None
+    places: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind, problem = type(module).__name__, None
+        place = places.setdefault(module, path)
         if isinstance(module, _BatchNorm):
-            problem = (
-                f"normalises by the batch ({path} is a {type(module).__name__}), and a run neither saves running statistics "
-                "nor averages them over ranks"
-            )
+            problem = f"normalises by the batch ({path} is a {kind}), whose running statistics a run neither averages nor saves"
         elif isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase)) and type(module) not in PACKED_TYPE:
-            problem = (
-                f"isn't made of nn.Linear and nn.Conv2d alone, and others can't be sparse ({path} is a {type(module).__name__})"
-            )
+            problem = f"isn't made of nn.Linear and nn.Conv2d alone ({path} is a {kind}), and others can't be sparse"
+        elif type(module) in PACKED_TYPE and place != path:
+            problem = f"has one layer in two places ({place} and {path}), which can't be sparse, nor sharded block by block"
         if problem is not None:
             remedy = "use another model, such as convnext_tiny, or svite_scale.sparsify in a loop of your own"
             raise ConfigError("model.name", name, problem, remedy)
