@@ -53,19 +53,19 @@ def build_vit(config: ModelConfig) -> nn.Module:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """What engines gather one at a time, such as transformer blocks.
 
-    They are the items of each ModuleList or Sequential whose items, token selectors aside, are of one class of their own and
-    have several layers each. Of lists within lists the innermost count.
+    They are the items with several Linear or Conv2d layers of each ModuleList or Sequential that has more than one of them, or
+    nothing else but token selectors. Of lists within lists the innermost count.
     """
     inner = [item for child in model.children() for item in blocks(child)]
     if inner or not isinstance(model, (nn.ModuleList, nn.Sequential)):
         return inner
-    items = [item for item in model if not isinstance(item, TokenSelector)]
-    has_one_class = len({type(item) for item in items}) == 1
-    return items if has_one_class and all(_has_layers(item) for item in items) else []
+    items = [item for item in model if _has_layers(item)]
+    others = [item for item in model if not (_has_layers(item) or isinstance(item, TokenSelector))]
+    return items if len(items) > 1 or not others else []
 
 
 def _has_layers(item: nn.Module) -> bool:
-    """Whether it is no list, and has at least two Linear or Conv2d modules."""
+    """Whether it has several layers, dense or sparse, and is no list."""
     if isinstance(item, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
     return sum(type(module) in PACKED_TYPE or isinstance(module, SparseLayer) for module in item.modules()) > 1
