@@ -13,7 +13,7 @@ from svite_scale.train.rank_log import run_logged
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file; see configs/, and docs/models.md for its model.name")
     resume = parser.add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
     resume.add_argument("--auto-resume", action="store_true", help="the same where there is a checkpoint, else start anew")

@@ -10,7 +10,7 @@ from svite_scale.config.bounds import Bounds
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The dense timm VisionTransformer. A field that is null keeps what ``name`` says."""
+    """The dense timm model. A field that is null keeps what ``name`` says, and one that the model doesn't take is refused."""
 
     name: str = "deit_tiny_patch16_224"
     num_classes: Annotated[int, Bounds(low=1)] = 1000

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from svite_scale.models.token_selector import TokenSelector
 
 
-def named_selectors(model: VisionTransformer) -> list[tuple[str, TokenSelector]]:
+def named_selectors(model: nn.Module) -> list[tuple[str, TokenSelector]]:
     """The token selectors by the names that they have among the blocks, ``selector<i>`` right before block i, in order."""
-    return [(name, item) for name, item in model.blocks.named_children() if isinstance(item, TokenSelector)]
+    return [(name.rpartition(".")[2], item) for name, item in model.named_modules() if isinstance(item, TokenSelector)]
 
 
 def kept_patches(model: VisionTransformer, images: Tensor) -> Tensor:

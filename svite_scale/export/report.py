@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from timm.models import VisionTransformer
+from torch import nn
 
 from svite_scale.errors import RunError
 from svite_scale.export.densities import curves, layer_densities
@@ -42,24 +44,25 @@ def write_report(run: SavedRun, num_images: int, directory: Path) -> Path:
     return page
 
 
-def patches_section(run: SavedRun, model: VisionTransformer, num_images: int) -> Section:
+def patches_section(run: SavedRun, model: nn.Module, num_images: int) -> Section:
     """One picture per token selector: evaluation images in which what it and those before it dropped is dimmed."""
     title, selectors = "Patches kept by the token selector", named_selectors(model)
     if not selectors:
         return Section(title, [], "The run has no token selector (sparsity.tokens.keep is null): every block gets all patches.")
     images = evaluation_images(run.config, num_images)
-    kept = kept_patches(model, images.inputs).numpy()
+    vit = cast(VisionTransformer, model)
+    kept = kept_patches(vit, images.inputs).numpy()
     titles = [f"sample {sample}, label {label}" for sample, label in zip(images.samples, images.labels, strict=True)]
     pictures = []
     for (name, _), passing in zip(selectors, kept, strict=True):
-        overlaid = dimmed(images.pixels.numpy(), passing, model.patch_embed.grid_size)
+        overlaid = dimmed(images.pixels.numpy(), passing, vit.patch_embed.grid_size)
         counts = f"{passing[0].sum()} of {passing.shape[1]} patches"
         caption = f"What block {name.removeprefix('selector')} and those after it get: {counts}; the dimmed ones are dropped."
         pictures.append(Picture(f"patches-{name}", caption, draw_patches(overlaid, titles)))
     return Section(title, pictures)
 
 
-def units_section(run: SavedRun, model: VisionTransformer) -> Section:
+def units_section(run: SavedRun, model: nn.Module) -> Section:
     """One picture of all layers' heads, one of all their neurons."""
     title, histories = "Active heads and neurons", unit_histories(model, run.topology, run.run_dir / TOPOLOGY)
     if not histories:
@@ -73,7 +76,7 @@ def units_section(run: SavedRun, model: VisionTransformer) -> Section:
     return Section(title, pictures)
 
 
-def densities_section(run: SavedRun, model: VisionTransformer) -> Section:
+def densities_section(run: SavedRun, model: nn.Module) -> Section:
     """The density of each sparse layer, and what the metrics say over time."""
     pictures = []
     if densities := layer_densities(model):

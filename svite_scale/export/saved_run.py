@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from timm.models import VisionTransformer
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from svite_scale.config import Config
@@ -116,7 +116,7 @@ def damaged_line(path: Path, line: str, error: Exception) -> RunError:
     return RunError(f"{path}: {line} is damaged ({error!r}); restore the line, or delete it")
 
 
-def load_model(run: SavedRun) -> VisionTransformer:
+def load_model(run: SavedRun) -> nn.Module:
     """The checkpoint's model on the CPU, in fp32, set to evaluate. No collective: it needs no process group.
 
     Raises:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 
 from svite_scale.config import Config, ModelConfig
+from svite_scale.models.matrix_products import matrix_products
+from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.sparse_vit import plan_sparse_vit
-from svite_scale.models.token_selector import TokenSelector
-from svite_scale.models.vit import blocks, build_vit
+from svite_scale.models.token_selector import TokenSelector, token_selectors
+from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layer_plan import LayerPlan
-from svite_scale.sparsity.unit_layer import UnitLayer
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-accumulates of one layer, or of one attention's products, for one image.
+    """Multiply-accumulates of one layer, or of the products in a module that no layer's weight takes part in, for one image.
 
     Attributes:
-        name: of the layer's module, or of the attention's.
+        name: of the layer's module, or of the other one, an attention say.
         dense_macs: with all weights, heads and neurons, over all tokens.
         sparse_macs: with the active ones only, over the tokens that reach the layer.
     """
@@ -36,11 +38,12 @@ class LayerCost:
 class ModelCost:
     """Cost of one image's forward.
 
-    Multiply-accumulates of the matrix products: linear and patch layers, and attention's two products, which sparse weights
-    don't shorten. Norms, softmax, activations and the scores of token selectors are left out, as in the paper's figures.
+    Multiply-accumulates of the matrix products and convolutions: those of layers that can be made sparse, and others, such as
+    attention's two, which sparse weights don't shorten. Norms, softmax, activations, pooling and the scores of token selectors
+    are left out, as in the paper's figures.
 
     Attributes:
-        layers: the layers that can be made sparse, those kept dense included, and each block's attention.
+        layers: the layers that can be made sparse, those kept dense included, and the modules with other products.
         params_dense: parameters of the dense model.
         params_active: the same, counting active weights only; masks aren't parameters.
     """
@@ -76,53 +79,32 @@ def count(config: Config) -> ModelCost:
     return model_cost(config.model, model, plan)
 
 
-def model_cost(config: ModelConfig, model: VisionTransformer, plan: list[LayerPlan]) -> ModelCost:
+def model_cost(config: ModelConfig, model: nn.Module, plan: list[LayerPlan]) -> ModelCost:
     """Cost of a config's model that was made sparse by a plan."""
     with torch.device("meta"):
-        dense = build_vit(config)
-    all_tokens, tokens = block_tokens(dense), block_tokens(model)
+        # Without checkpointing, which computes nothing else, and doesn't know the meta device.
+        dense = build_vit(replace(config, activation_checkpointing=False))
+    size = config.image_size, config.in_channels
+    params_dense = sum(parameter.numel() for parameter in dense.parameters())
+    whole = passing = matrix_products(dense, *size)
+    if token_selectors(model):
+        passing = matrix_products(_with_selectors_of(model, dense), *size)
     layers = [
-        LayerCost(
-            entry.name,
-            entry.numel * _applications(dense, entry.name, all_tokens),
-            entry.num_active * _applications(dense, entry.name, tokens),
-        )
+        LayerCost(entry.name, entry.numel * whole.applications[entry.name], entry.num_active * passing.applications[entry.name])
         for entry in plan
     ]
-    layers += _attention_costs(dense, model, all_tokens, tokens)
+    for name, macs in whole.others.items():
+        attention = model.get_submodule(name)
+        absent = 1 - attention.num_active / attention.shape.numel() if isinstance(attention, PackedAttention) else 0
+        layers.append(LayerCost(name, macs, passing.others[name] - round(absent * passing.others[name])))
     active = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ModelCost(tuple(layers), sum(parameter.numel() for parameter in dense.parameters()), active)
+    return ModelCost(tuple(layers), params_dense, active)
 
 
-def block_tokens(model: VisionTransformer) -> list[int]:
-    """Tokens that reach each block: patches and prefix (class, distillation, registers), less those that selectors drop."""
-    found, tokens = [], model.patch_embed.num_patches + model.num_prefix_tokens
-    for item in model.blocks:
-        if not isinstance(item, TokenSelector):
-            found.append(tokens)
-        elif item.mode == "gather":
-            tokens = item.num_tokens
-    return found
-
-
-def _attention_costs(
-    dense: VisionTransformer, model: VisionTransformer, all_tokens: list[int], tokens: list[int]
-) -> Iterator[LayerCost]:
-    """Queries times keys, and attention times values, of each block."""
-    pairs: Iterator[tuple[Any, Any]] = zip(blocks(dense), blocks(model), strict=True)
-    for index, (whole, block) in enumerate(pairs):
-        # Of a head's values; differential attention splits queries and keys further, into pairs of half that width.
-        width, attn = whole.attn.proj.in_features // whole.attn.num_heads, block.attn
-        active = attn.num_active if isinstance(attn, UnitLayer) else attn.num_heads
-        yield LayerCost(
-            f"blocks.{index}.attn",
-            2 * all_tokens[index] ** 2 * width * whole.attn.num_heads,
-            2 * tokens[index] ** 2 * width * active,
-        )
-
-
-def _applications(model: VisionTransformer, name: str, tokens: list[int]) -> int:
-    """How many times a forward of one image applies the layer's weight."""
-    if name.startswith("patch_embed."):
-        return model.patch_embed.num_patches
-    return tokens[int(name.split(".")[1])] if name.startswith("blocks.") else 1
+def _with_selectors_of(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """The dense model with copies of a sparse one's token selectors, on the meta device."""
+    items = OrderedDict(cast(nn.Module, model.blocks).named_children())
+    copies = {name: deepcopy(item).to("meta") for name, item in items.items() if isinstance(item, TokenSelector)}
+    own = dict(cast(nn.Module, dense.blocks).named_children())
+    dense.blocks = nn.Sequential(OrderedDict((name, copies.get(name) or own[name]) for name in items))
+    return dense

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.models import VisionTransformer
+from torch import nn
 
 from svite_scale.config import ModelConfig, SparsityConfig
 from svite_scale.errors import ConfigError, SparsifyError
@@ -14,7 +14,7 @@ from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.sparsify import prunable_layers, sparsify
 
 
-def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) -> tuple[VisionTransformer, list[LayerPlan]]:
+def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) -> tuple[nn.Module, list[LayerPlan]]:
     """The model before any engine wraps it, and what is sparse in it. The same on every rank.
 
     Weights are drawn from torch's global generator, which this seeds; masks from (seed, layer name), or from a file.
@@ -23,30 +23,30 @@ def build_sparse_vit(model: ModelConfig, sparsity: SparsityConfig, seed: int) ->
         ConfigError: the model can't be built, or what ``sparsity`` says doesn't fit its layers.
     """
     torch.manual_seed(seed)
-    vit = build_vit(model)
-    plan = sparsify(vit, 1.0) if sparsity.method == "dense" else _sparsified(vit, sparsity, seed)
+    built = build_vit(model)
+    plan = sparsify(built, 1.0) if sparsity.method == "dense" else _sparsified(built, sparsity, seed)
     if sparsity.tokens.keep is not None:
         # Last, so that all other weights are drawn as without it.
-        insert_token_selectors(vit, sparsity.tokens)
-    return vit, plan
+        insert_token_selectors(built, sparsity.tokens)
+    return built, plan
 
 
-def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[VisionTransformer, list[LayerPlan]]:
+def plan_sparse_vit(model: ModelConfig, sparsity: SparsityConfig) -> tuple[nn.Module, list[LayerPlan]]:
     """The same on the meta device: shapes and counts only, at no cost in memory."""
     with torch.device("meta"):
         return build_sparse_vit(model, sparsity, seed=0)
 
 
-def _sparsified(vit: VisionTransformer, sparsity: SparsityConfig, seed: int) -> list[LayerPlan]:
+def _sparsified(model: nn.Module, sparsity: SparsityConfig, seed: int) -> list[LayerPlan]:
     """Packs the model's layers in place, by heads and neurons, and the others by density, densities or masks."""
-    order = list(prunable_layers(vit))
-    in_units = pack_units(vit, sparsity.structured, seed)
+    order = list(prunable_layers(model))
+    in_units = pack_units(model, sparsity.structured, seed)
     names = {entry.name for entry in in_units}
     refuse_packed_twice(sparsity, names)
     is_spread = not sparsity.densities and sparsity.masks is None
     try:
         weights = sparsify(
-            vit,
+            model,
             sparsity.density if is_spread else None,
             distribution=sparsity.distribution,
             power_scale=sparsity.power_scale,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention, Mlp
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.config import SparsityConfig, StructuredConfig
@@ -16,7 +15,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.field_types import read_section
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
-from svite_scale.models.vit import blocks
+from svite_scale.models.token_selector import TokenSelector, refuse_other_models
 from svite_scale.sparsity.layer_plan import LayerPlan
 from svite_scale.sparsity.layers import PackedLayer
 from svite_scale.sparsity.plain_layer import changed_call, lost_in_packing
@@ -29,7 +28,7 @@ DROPOUTS = {"heads": ("attn_drop", "proj_drop"), "neurons": ("drop1", "drop2")}
 """The dropouts in it."""
 
 
-def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
+def pack_units(model: nn.Module, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
     """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active: all of
     them, or none on an error. The model may have token selectors already, or get them later.
 
@@ -39,16 +38,16 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
         One entry per weight that became smaller, named as in the dense model.
 
     Raises:
-        ConfigError: a value of ``structured`` is no such value, or a layer can't be packed, or would keep no unit.
+        ConfigError: a value of ``structured`` is no such value, the model is no VisionTransformer of timm, or a layer can't be
+            packed, or would keep no unit.
         TopologyError: a weight is shared.
     """
     structured = read_section("sparsity.structured", structured)
+    densities = {field: getattr(structured, field) for field in PARTS if getattr(structured, field) < 1.0}
     chosen: list[tuple[str, str, Any, Tensor]] = []
-    for index, block in enumerate(blocks(model)):
-        for field, part in PARTS.items():
-            density, dense, name = getattr(structured, field), getattr(block, part), f"blocks.{index}.{part}"
-            if density == 1.0:
-                continue
+    for index, block in enumerate(_blocks(model, densities)):
+        for field, density in densities.items():
+            dense, name = getattr(block, PARTS[field], None), f"blocks.{index}.{PARTS[field]}"
             num_units = check_packable(field, density, dense, name)
             active = _initial(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
             chosen.append((field, name, dense, active))
@@ -59,6 +58,13 @@ def pack_units(model: VisionTransformer, structured: StructuredConfig, seed: int
         packed_type = PackedAttention if field == "heads" else PackedMlp
         replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
     return plan
+
+
+def _blocks(model: nn.Module, densities: Mapping[str, float]) -> list[nn.Module]:
+    """The transformer blocks, in which something is to be packed; none where nothing is."""
+    for field, density in densities.items():
+        refuse_other_models(model, f"sparsity.structured.{field}", density)
+    return [block for block in cast(Any, model).blocks if not isinstance(block, TokenSelector)] if densities else []
 
 
 def count_active(field: str, density: float, num_units: int) -> int:
@@ -76,7 +82,9 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
         ConfigError: the module isn't one that can be packed, or holds packed weights.
     """
     problem = None
-    if any(isinstance(child, PackedLayer) for child in module.children()):
+    if module is None:
+        problem = "isn't there: these blocks have no such part of their own"
+    elif any(isinstance(child, PackedLayer) for child in module.children()):
         problem = "holds layers packed by weights, and a weight is packed in one way only"
     elif field == "heads":
         if type(module) is not Attention or module.gate is not None or type(module.norm) is not nn.Identity:

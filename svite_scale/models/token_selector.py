@@ -124,7 +124,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 def insert_token_selectors(
-    model: VisionTransformer, tokens: TokensConfig, generator: torch.Generator | None = None
+    model: nn.Module, tokens: TokensConfig, generator: torch.Generator | None = None
 ) -> list[TokenSelector]:
     """Puts a selector before each block that ``tokens.blocks`` names, in place; call it before an engine wraps the model.
 
@@ -133,7 +133,7 @@ def insert_token_selectors(
     FSDP2 gathers it with the root's parameters and ZeRO-3 by itself.
 
     Args:
-        model: its weights stay as they are; the selectors' are drawn from torch's global generator.
+        model: timm's VisionTransformer; its weights stay as they are, the selectors' are drawn from torch's global generator.
         tokens: ``keep`` must not be None.
         generator: see :class:`TokenSelector`.
 
@@ -141,8 +141,8 @@ def insert_token_selectors(
         The selectors in order.
 
     Raises:
-        ConfigError: ``tokens`` holds what no config may, there is no such block, or not so many tokens, or no patch token would
-            be left.
+        ConfigError: ``tokens`` holds what no config may, the model is no VisionTransformer, there is no such block, or not so
+            many tokens, or no patch token would be left.
         ValueError: the model has selectors already; or a generator, where activation checkpointing would draw other noise from
             it for the backward.
     """
@@ -152,21 +152,22 @@ def insert_token_selectors(
     check_tokens(tokens)
     if tokens.keep is None:
         raise ConfigError("sparsity.tokens.keep", None, "lets all tokens pass", "say how many pass, 0.9 say")
-    if generator is not None and model.grad_checkpointing:
+    vit = refuse_other_models(model, "sparsity.tokens.keep", tokens.keep)
+    if generator is not None and vit.grad_checkpointing:
         raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
-    depth, num_tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens
+    depth, num_tokens = len(vit.blocks), vit.patch_embed.num_patches + vit.num_prefix_tokens
     if not set(tokens.blocks) <= set(range(depth)):
         raise ConfigError(
             "sparsity.tokens.blocks", list(tokens.blocks), f"the model has {depth} blocks", f"use 0 to {depth - 1}"
         )
     items: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(vit.blocks):
         if index in tokens.blocks:
-            kept = kept_tokens(tokens, num_tokens, model.num_prefix_tokens)
+            kept = kept_tokens(tokens, num_tokens, vit.num_prefix_tokens)
             items[f"selector{index}"] = TokenSelector(
-                model.embed_dim,
+                vit.embed_dim,
                 kept,
-                model.num_prefix_tokens,
+                vit.num_prefix_tokens,
                 mode=tokens.mode,
                 temperature=tokens.temperature,
                 final_temperature=tokens.final_temperature,
@@ -174,8 +175,25 @@ def insert_token_selectors(
             )
             num_tokens = kept if tokens.mode == "gather" else num_tokens
         items[str(index)] = block
-    model.blocks = nn.Sequential(items)
+    vit.blocks = nn.Sequential(items)
     return token_selectors(model)
+
+
+def refuse_other_models(model: nn.Module, field: str, value: object) -> VisionTransformer:
+    """The model, if it is timm's VisionTransformer, whose blocks are alike and take any tokens, in any number.
+
+    Raises:
+        ConfigError: it isn't; ``field`` asks for what only such a model can have.
+    """
+    if isinstance(model, VisionTransformer):
+        return model
+    raise ConfigError(
+        field,
+        value,
+        f"needs the blocks of timm's VisionTransformer, which take any tokens; those of a {type(model).__name__} have other "
+        "parts, or go by the places of tokens",
+        "leave it out, or use a VisionTransformer, such as deit_tiny_patch16_224",
+    )
 
 
 def kept_tokens(tokens: TokensConfig, num_tokens: int, num_prefix: int) -> int:

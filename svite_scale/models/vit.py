@@ -1,7 +1,9 @@
-"""timm VisionTransformers from a config."""
+"""timm models from a config."""
 
 from __future__ import annotations
 
+import difflib
+from functools import cache
 from typing import Any, cast
 
 import timm
@@ -9,64 +11,144 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from svite_scale.config import ModelConfig
 from svite_scale.errors import ConfigError
+from svite_scale.models.matrix_products import matrix_products
 from svite_scale.models.token_selector import TokenSelector
+from svite_scale.sparsity.sparse_layer import SparseLayer
+from svite_scale.sparsity.sparsify import PACKED_TYPE
+
+FIELDS = {
+    "num_classes": "num_classes",
+    "img_size": "image_size",
+    "in_chans": "in_channels",
+    "drop_path_rate": "drop_path",
+    "patch_size": "patch_size",
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+}
+"""By timm's name of an option, the config's field of it."""
+
+LEFT_OUT = {"img_size": None, "drop_path_rate": 0.0}
+"""Options that a model needn't take, with the value at which that changes nothing; None is any value."""
 
 
-def build_vit(config: ModelConfig) -> VisionTransformer:
+def build_vit(config: ModelConfig) -> nn.Module:
     """The dense model, randomly initialised from torch's global generator, on torch's default device.
 
     Raises:
-        ConfigError: timm has no such VisionTransformer, or the sizes don't fit together.
+        ConfigError: timm has no such model, a run can't train it, or the sizes don't fit together.
     """
     check_model(config)
-    model = cast(VisionTransformer, timm.create_model(config.name, pretrained=False, **_options(config)))
-    model.set_grad_checkpointing(config.activation_checkpointing)
+    model = _create(config)
+    if config.activation_checkpointing:
+        cast(Any, model).set_grad_checkpointing(True)
     return model
 
 
-def blocks(model: VisionTransformer) -> list[nn.Module]:
-    """The transformer blocks, which FSDP2 gathers one at a time, without the token selectors between them."""
-    return [block for block in model.blocks if not isinstance(block, TokenSelector)]
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What engines gather one at a time, such as transformer blocks.
+
+    They are the items with several Linear or Conv2d layers of each ModuleList or Sequential that has more than one of them, or
+    nothing else but token selectors. Of lists within lists the innermost count.
+    """
+    inner = [item for child in model.children() for item in blocks(child)]
+    if inner or not isinstance(model, (nn.ModuleList, nn.Sequential)):
+        return inner
+    items = [item for item in model if _has_layers(item)]
+    others = [item for item in model if not (_has_layers(item) or isinstance(item, TokenSelector))]
+    return items if len(items) > 1 or not others else []
 
 
+def _has_layers(item: nn.Module) -> bool:
+    """Whether it has several layers, dense or sparse, and is no list."""
+    if isinstance(item, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return False
+    return sum(type(module) in PACKED_TYPE or isinstance(module, SparseLayer) for module in item.modules()) > 1
+
+
+@cache
 def check_model(config: ModelConfig) -> None:
-    """Checks that the model exists and its sizes fit, on the meta device.
+    """Checks that a run can train the model and that its sizes fit, on the meta device.
 
     Raises:
         ConfigError: names the field and the remedy.
     """
-    if config.name not in timm.list_models("*vit*") + timm.list_models("deit*"):
-        raise ConfigError("model.name", config.name, "is no VisionTransformer that timm knows", _nearest(config.name))
+    if not timm.is_model(config.name):
+        raise ConfigError("model.name", config.name, "is no model that timm knows", _nearest(config.name))
     with torch.device("meta"):
-        base = timm.create_model(config.name, pretrained=False)
-    if not isinstance(base, VisionTransformer):
-        raise ConfigError(
-            "model.name", config.name, f"is a {type(base).__name__}", "use a VisionTransformer, such as deit_tiny_patch16_224"
-        )
-    if base.attn_pool is not None or not isinstance(base.patch_embed, PatchEmbed):
-        raise ConfigError(
-            "model.name", config.name, "has a convolutional stem or attention pooling", "use a plain VisionTransformer"
-        )
-    if not (hasattr(base.blocks[0], "attn") and hasattr(base.blocks[0], "mlp")):
-        raise ConfigError(
-            "model.name",
-            config.name,
-            f"has blocks without an attention and an MLP of their own ({type(base.blocks[0]).__name__})",
-            "use a plain VisionTransformer",
-        )
-    patch_size = config.patch_size or base.patch_embed.patch_size[0]
-    if config.image_size % patch_size:
-        raise ConfigError(
-            "model.image_size", config.image_size, f"is not divisible by the patch size ({patch_size})", "use a multiple"
-        )
-    embed_dim, num_heads = config.embed_dim or base.embed_dim, config.num_heads or base.blocks[0].attn.num_heads
-    if embed_dim % num_heads:
-        raise ConfigError("model.num_heads", num_heads, f"does not divide model.embed_dim ({embed_dim})", "use a divisor of it")
-    with torch.device("meta"):
-        create("model.name", config.name, _options(config), "use another model, or leave out some of the sizes")
+        base = create("model.name", config.name, {}, "use another model")
+        _check_sizes(config, base)
+        model = _create(config)
+    _check_layers(config.name, model)
+    _check_products(config, model)
+    if config.activation_checkpointing:
+        _check_checkpointing(config.name, model)
+
+
+def _check_sizes(config: ModelConfig, base: Any) -> None:
+    """Refuses sizes that don't fit together, where timm would give no reason, or train on parts of images.
+
+    Args:
+        config: to check.
+        base: the model with its own sizes.
+    """
+    if isinstance(getattr(base, "patch_embed", None), PatchEmbed):
+        patch_size = config.patch_size or base.patch_embed.patch_size[0]
+        if config.image_size % patch_size:
+            problem = f"is not divisible by the patch size ({patch_size})"
+            raise ConfigError("model.image_size", config.image_size, problem, "use a multiple")
+    if isinstance(base, VisionTransformer) and hasattr(base.blocks[0], "attn"):
+        embed_dim, num_heads = config.embed_dim or base.embed_dim, config.num_heads or base.blocks[0].attn.num_heads
+        if embed_dim % num_heads:
+            problem = f"does not divide model.embed_dim ({embed_dim})"
+            raise ConfigError("model.num_heads", num_heads, problem, "use a divisor of it")
+
+
+def _check_layers(name: str, model: nn.Module) -> None:
+    """Refuses what a run can't train, or can't make sparse."""
+    places: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind, problem = type(module).__name__, None
+        place = places.setdefault(module, path)
+        if isinstance(module, _BatchNorm):
+            problem = f"normalises by the batch ({path} is a {kind}), whose running statistics a run neither averages nor saves"
+        elif isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase)) and type(module) not in PACKED_TYPE:
+            problem = f"isn't made of nn.Linear and nn.Conv2d alone ({path} is a {kind}), and others can't be sparse"
+        elif type(module) in PACKED_TYPE and place != path:
+            problem = f"has one layer in two places ({place} and {path}), which can't be sparse, nor sharded block by block"
+        if problem is not None:
+            remedy = "use another model, such as convnext_tiny, or svite_scale.sparsify in a loop of your own"
+            raise ConfigError("model.name", name, problem, remedy)
+
+
+def _check_products(config: ModelConfig, model: nn.Module) -> None:
+    """Refuses images that the model doesn't take, and a model whose answer isn't one number per class."""
+    try:
+        products = matrix_products(model, config.image_size, config.in_channels)
+    except Exception as error:  # whatever a model raises
+        known = timm.get_pretrained_cfg(config.name)
+        size = "another" if known is None else f"another, such as {known.input_size[-1]}"
+        problem = f"{config.name} can't take such images ({str(error) or type(error).__name__})"
+        raise ConfigError("model.image_size", config.image_size, problem, f"use {size}") from error
+    shape = getattr(products.output, "shape", None)
+    if shape != (1, config.num_classes):
+        raise ConfigError("model.name", config.name, "gives no logits, one number per class", "use a model that classifies")
+    for layer, applications in products.applications.items():
+        if not applications:
+            problem = f"has a layer that its forward never applies, and so could never train ({layer})"
+            raise ConfigError("model.name", config.name, problem, "use another model")
+
+
+def _check_checkpointing(name: str, model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise ConfigError("model.activation_checkpointing", True, f"isn't supported by {name}", "set it to false") from error
 
 
 def create(field: str, name: str, options: dict[str, Any], remedy: str) -> nn.Module:
@@ -79,24 +161,42 @@ def create(field: str, name: str, options: dict[str, Any], remedy: str) -> nn.Mo
         return cast(nn.Module, timm.create_model(name, pretrained=False, **options))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         sizes = ", ".join(f"{option}={value}" for option, value in options.items())
-        raise ConfigError(field, name, f"can't be built with {sizes} ({str(error) or type(error).__name__})", remedy) from error
+        problem = f"can't be built with {sizes or 'its own sizes'} ({str(error) or type(error).__name__})"
+        raise ConfigError(field, name, problem, remedy) from error
 
 
+def _create(config: ModelConfig) -> nn.Module:
+    """The model, asked for what it takes of the config."""
+    return create("model.name", config.name, _options(config), "use another model, or leave out some of the sizes")
+
+
+@cache
 def _options(config: ModelConfig) -> dict[str, Any]:
-    """What timm is asked for; a size that is None is left to the model."""
-    overrides = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    return {
-        "num_classes": config.num_classes,
-        "img_size": config.image_size,
-        "in_chans": config.in_channels,
-        "drop_path_rate": config.drop_path,
-        **{name: size for name, size in overrides.items() if size is not None},
-    }
+    """What timm is asked for; a size that is None is left to the model.
+
+    Raises:
+        ConfigError: a field is given that the model doesn't take.
+    """
+    options = {option: getattr(config, field) for option, field in FIELDS.items() if getattr(config, field) is not None}
+    while untaken := _untaken(config.name, options):
+        value = options.pop(untaken)
+        if untaken not in LEFT_OUT or LEFT_OUT[untaken] not in (None, value):
+            raise ConfigError(f"model.{FIELDS[untaken]}", value, f"isn't taken by {config.name}", "leave it out")
+    return options
+
+
+def _untaken(name: str, options: dict[str, Any]) -> str | None:
+    """An option that the model doesn't take, which the error quotes; None where it takes all, or fails for another reason."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, **options)
+    except TypeError as error:
+        return next((option for option in options if f"'{option}'" in str(error)), None)
+    except (AssertionError, RuntimeError, ValueError):
+        pass
+    return None
 
 
 def _nearest(name: str) -> str:
-    import difflib
-
-    known = [known for known in timm.list_models() if "vit" in known or known.startswith("deit")]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else "see timm.list_models('*vit*')"
+    near = difflib.get_close_matches(name, timm.list_models(), n=1)
+    return f"did you mean {near[0]}?" if near else "see timm.list_models()"

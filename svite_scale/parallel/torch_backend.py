@@ -29,6 +29,10 @@ def wrap_fsdp2(model: nn.Module, options: EngineOptions) -> nn.Module:
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if options.bf16 else MixedPrecisionPolicy()
     )
     model.to(options.device)
+    if options.bf16:
+        # The policy leaves buffers alone; EVA's and BEiT's zero bias of keys would make the bias of queries and values fp32.
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(torch.bfloat16) if buffer.is_floating_point() else buffer.data
     for module in (*options.units, model):
         # The root too reshards after forward, so that parameters are sharded whenever no forward or backward runs.
         fully_shard(module, mp_policy=policy, reshard_after_forward=True)

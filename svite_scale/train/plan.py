@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from timm.models import VisionTransformer
+from torch import nn
 
 from svite_scale.config import Config
 from svite_scale.models.flops import ModelCost, model_cost
@@ -72,11 +75,14 @@ def _costs(config: Config, cost: ModelCost) -> list[str]:
     ]
 
 
-def _tokens(model: VisionTransformer) -> list[str]:
+def _tokens(model: nn.Module) -> list[str]:
     """A line on the tokens of an image, where selectors let not all of them pass."""
     selectors = token_selectors(model)
+    if not selectors:
+        return []
+    vit = cast(VisionTransformer, model)
     passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
-    return [f"tokens              {model.patch_embed.num_patches + model.num_prefix_tokens:,}{passing}"] if selectors else []
+    return [f"tokens              {vit.patch_embed.num_patches + vit.num_prefix_tokens:,}{passing}"]
 
 
 def _teacher(config: Config) -> list[str]:

@@ -48,14 +48,13 @@ MISTAKES = {
     "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(32\); use a divisor of it"),
     "patches": (["model.patch_size=3"], r"model.image_size = 8: is not divisible by the patch size \(3\); use a multiple"),
     "model": (["model.name=deit_tinny_patch16_224"], "model.name = .*did you mean deit_tiny_patch16_224"),
-    "another kind of model": (["model.name=convit_tiny"], "model.name = 'convit_tiny': is a ConVit; use a VisionTransformer"),
-    "attention pooling": (
-        ["model.name=vit_base_patch16_siglip_224", "model.num_heads=null", "model.patch_size=null"],
-        "model.name = 'vit_base_patch16_siglip_224': has a convolutional stem or attention pooling; use a plain Vision",
+    "another kind of model": (
+        ["model.name=resnet18", "model.patch_size=null", "model.embed_dim=null", "model.depth=null", "model.num_heads=null"],
+        r"model.name = 'resnet18': normalises by the batch \(bn1 is a BatchNorm2d\), .*; use another model, such as",
     ),
-    "parallel blocks": (
-        ["model.name=vit_pwee_patch16_reg1_gap_256", "model.num_heads=null", "model.patch_size=null"],
-        "model.name = 'vit_pwee_patch16_reg1_gap_256': has blocks without an attention and an MLP of their own .*; use a plain",
+    "sizes of another kind of model": (
+        ["model.name=convnext_atto"],
+        "model.embed_dim = 32: isn't taken by convnext_atto; leave it out",
     ),
     "sizes that timm can't bring together": (
         ["model.name=vit_giant_patch14_dinov2", "model.embed_dim=64"],
