@@ -142,8 +142,9 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
         (photograph(mode="L")[:-20], "image file is truncated"),
         (encoded(Image.fromarray(NOISE), "png")[:-40], "."),
         (encoded(Image.fromarray(NOISE), "png").replace(b"IDAT", b"IDAX"), "."),
-        (bomb(30000, 30000), "decompression bomb"),
-        (bomb(10000, 10000), "10000 x 10000 pixels are more than the 89,478,485 that Pillow allows"),
+        (bomb(30000, 30000), "30000 x 30000 pixels are more than data.max_pixels = 100,000,000 allows"),
+        (bomb(10001, 10000), "10001 x 10000 pixels are more than data.max_pixels = 100,000,000 allows"),
+        (bomb(1, 2_000_000), "1 x 2000000 pixels are more than"),
         (encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "tiff"), "mode 'F' has 32 bits"),
     ],
 )

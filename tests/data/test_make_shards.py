@@ -100,7 +100,7 @@ def test_what_makes_no_sample_is_counted(command: ModuleType, tmp_path: Path, ca
 
     members = [f"{folder}/{file}" for folder in "ab" for file in ("1.jpg", "2.webp", "1.seg.png", "1.\udce9\n")]
     shards = [make_tar(tmp_path / name, [(member, b"x") for member in members]) for name in ("a.tar", "b.tar")]
-    make_tar(tmp_path / "c.tar", [("a/1.jpg", b"x"), ("a/1.png", b"x")])
+    make_tar(tmp_path / "c.tar", [("a/1.jpg", b"x"), ("a/1.jpg", b"x")])
     (tmp_path / "classes.txt").write_text("a\nb\n")
     assert command.main(["--index", str(tmp_path), "--classes", f"{tmp_path}/classes.txt", "--workers", "2"]) == 2
     summary = r"2 indexes are written: 4 samples; left out: 4 .seg.png, 4 .webp, 4 .\udce9\n"
