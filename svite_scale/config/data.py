@@ -50,6 +50,9 @@ class DataConfig:
     """An epoch's last samples that don't fill a global batch: left out, or first in the next epoch's first batch."""
     max_damaged: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.001
     """Largest share of samples that can't be decoded, of those seen, but of 10,000 at least; 0 makes the first one fatal."""
+    max_pixels: Annotated[int, Bounds(low=1)] = 100_000_000
+    """Pixels of the largest image that is decoded, where a row counts as 64 at least; a larger one counts as damaged. A loader
+    process takes up to 10 bytes for each."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

@@ -19,10 +19,11 @@ What it guarantees
 
 How it is laid out
     ``command``, ``output``, ``shards``, ``processes`` and ``files`` write; ``source``, ``builtin``, ``folder`` and ``labels``
-    are what they write from; ``patterns``, ``info``, ``scan`` and ``index`` find it again; ``urls``, ``fetch``, ``cache``,
-    ``cache_folder`` and ``fetch_ahead`` bring remote shards here; ``order`` and ``steps`` hold the pure functions; ``reader``,
-    ``decode``, ``dataset``, ``transforms`` and ``randomness`` make one sample; ``batches``, ``damage``, ``loader`` and
-    ``device`` make batches.
+    are what they write from; ``patterns``, ``info``, ``scan`` ``index`` and ``index_time`` find it again; ``rule`` and
+    ``left_out`` tell samples from other files, in folders and tars alike; ``urls``, ``fetch``, ``cache``, ``cache_folder`` and
+    ``fetch_ahead`` bring remote shards here; ``order`` and ``steps`` hold the pure functions; ``reader``, ``decode``,
+    ``dataset``, ``transforms`` and ``randomness`` make one sample; ``batches``, ``damage``, ``loader`` and ``device`` make
+    batches.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 from svite_scale.data.builtin import mnist5k, photographs
-from svite_scale.data.folder import image_folder, labelled_files
-from svite_scale.data.index import build_index, damage, is_indexed, save_index
+from svite_scale.data.folder import image_folder, labelled_files, numbered_as_text
+from svite_scale.data.index import build_index, confirm, damage, has_index, is_indexed, save_index
 from svite_scale.data.info import check_classes, write_info
 from svite_scale.data.labels import LabelRule, read_classes, read_labels
 from svite_scale.data.left_out import in_words
@@ -76,7 +76,10 @@ def sources(arguments: argparse.Namespace) -> dict[str, Source]:
         return {prefix: photographs(arguments.count or 1000, prefix)}
     classes = None if arguments.classes is None else read_classes(arguments.classes)
     if arguments.labels is None:
-        return {prefix: image_folder(arguments.source, classes)}
+        source = image_folder(arguments.source, classes)
+        if classes is None and (note := numbered_as_text(list(source.classes or ()))):
+            print(f"warning: {note}", file=sys.stderr)
+        return {prefix: source}
     names = None if classes is None else list(classes)
     return {prefix: labelled_files(arguments.source, read_labels(arguments.labels, classes), names)}
 
@@ -96,12 +99,15 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     write_info(output.shards, output.counts, prefix, source.classes)
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
-    print(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}{but(source.left_out)}")
-    print(f"for a config: data.{split}='{out / shard_pattern(prefix, len(output.shards))}'")
+    print(printable(f"{done}: {total} images in {output.shards[0]} to {output.shards[-1].name}{but(source.left_out)}"))
+    print(printable(f"for a config: data.{split}='{out / shard_pattern(prefix, len(output.shards))}'"))
 
 
 def index(arguments: argparse.Namespace) -> None:
-    """Indexes the shards that have no index, or a stale or unreadable one; all of them, where a rule for labels is given."""
+    """Indexes the shards that have no index, or a stale or unreadable one; all of them, where a rule for labels is given.
+
+    Where times don't tell whether an index is stale, as after a copy without them, the tar is compared with its checksum.
+    """
     classes = None if arguments.classes is None else read_classes(arguments.classes)
     rule = LabelRule(arguments.label_key, classes)
     shards = find_shards(arguments.index, "--index")
@@ -112,9 +118,15 @@ def index(arguments: argparse.Namespace) -> None:
         print("every shard has its index already")
         return
     done = with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index")
-    written = [shard for shard in done if not shard.problem]
+    written = [shard for shard in done if not shard.problem and not shard.is_kept]
+    if not written and not any(shard.problem for shard in done):
+        print("every shard has its index already")
+        return
     left_out = sum((shard.left_out for shard in written), Counter[str]())
     print(f"{len(written)} indexes are written: {sum(shard.num_samples for shard in written)} samples{but(left_out)}")
+    changed = [name for shard in written if (name := shard.changed)]
+    if changed:
+        print(f"{len(changed)} of them had an index of the same size but another content, {printable(changed[0])} the first")
     refuse([shard.problem for shard in done], "can't be indexed")
 
 
@@ -126,11 +138,18 @@ class Indexed(NamedTuple):
     num_samples: int
     left_out: Counter[str]
     """Its other members, by kind."""
+    changed: str = ""
+    """Its name, where it had an index that fitted but for the checksum."""
+    is_kept: bool = False
+    """It had an index that is right."""
 
 
 def index_shard(shard: Path, rule: LabelRule) -> Indexed:
     """Indexes one shard."""
     try:
+        if rule == LabelRule() and confirm(shard):
+            return Indexed("", 0, Counter(), is_kept=True)
+        changed = shard.name if rule == LabelRule() and has_index(shard) else ""
         index, left_out = build_index(shard, rule)
         save_index(index)
     except DataError as error:
@@ -138,7 +157,12 @@ def index_shard(shard: Path, rule: LabelRule) -> Indexed:
     except OSError as error:
         problem = f"{shard} can't be read, or its index can't be written beside it ({error}); mend that"
         return Indexed(problem, 0, Counter())
-    return Indexed("", index.count, left_out)
+    return Indexed("", index.count, left_out, changed)
+
+
+def printable(text: str) -> str:
+    """A text whose names may be of any bytes, as stdout takes it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def but(left_out: Mapping[str, int]) -> str:
@@ -166,7 +190,7 @@ def refuse(found: Sequence[str], failure: str) -> None:
     """
     problems = sorted(text for text in found if text)
     for text in problems:
-        print(text)
+        print(printable(text))
     if problems:
         raise DataError(f"{len(problems)} of {len(found)} shards {failure}; see above")
 

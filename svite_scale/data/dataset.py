@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
+from svite_scale.config import DataConfig
 from svite_scale.data.decode import UndecodableError, decode
 from svite_scale.data.index import ShardIndex, largest_label
 from svite_scale.data.randomness import restored, seed_sample
@@ -30,14 +31,23 @@ class ShardDataset:
         transform: what it draws from Python's, numpy's and torch's global generators depends on the seed and the row alone.
         in_channels: 3 decodes to RGB, 1 to grey.
         seed: of the run.
+        max_pixels: of the largest image that is decoded.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex], transform: Transform, in_channels: int, seed: int) -> None:
+    def __init__(
+        self,
+        indexes: Sequence[ShardIndex],
+        transform: Transform,
+        in_channels: int,
+        seed: int,
+        max_pixels: int = DataConfig.max_pixels,
+    ) -> None:
         self.indexes = list(indexes)
         self._starts = np.cumsum([0, *self.counts])
         self._reader = ShardReader([index.path for index in indexes])
         self._transform = transform
         self._channels = in_channels
+        self._max_pixels = max_pixels
         self._seed = seed
 
     @property
@@ -71,7 +81,7 @@ class ShardDataset:
         offset = int(index.offsets[position])
         data = self._reader.read(shard, offset, int(index.lengths[position]))
         try:
-            pixels = decode(data, self._channels)
+            pixels = decode(data, self._channels, self._max_pixels)
         except UndecodableError as error:
             raise DamagedSampleError(
                 f"{index.path}: the image of sample {index.key(position)!r} at byte {offset} can't be decoded ({error})"

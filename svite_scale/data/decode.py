@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from svite_scale.config import DataConfig
+
 MODES = {1: "L", 3: "RGB"}
 """Pillow's name for pixels of so many channels."""
 COLOR_SPACES = {1: "GRAY", 3: "RGB"}
 """That of simplejpeg."""
+LEAST_ROW = 64
+"""Pixels that a row of an image counts as, at least: Pillow takes memory for each row too."""
+STRIP = 1 << 22
+"""Pixels that are converted at a time."""
 
 
 class UndecodableError(Exception):
     """An image file can't be decoded; the message is one line that says why."""
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+def decode(data: bytes, channels: int, max_pixels: int = DataConfig.max_pixels) -> Tensor:
     """Decodes the first frame of an image file of any kind that Pillow reads.
 
     Colours become grey and grey colours as Pillow converts them; 16 bits become 8 by the nearest value where the image is grey
@@ -32,31 +40,57 @@ def decode(data: bytes, channels: int) -> Tensor:
     Args:
         data: the file's content.
         channels: 3 decodes to RGB, 1 to grey.
+        max_pixels: of the largest image that is decoded; takes the place of Pillow's limit.
 
     Returns:
         uint8 ``[channels, H, W]``, in memory row by row and pixel by pixel.
 
     Raises:
         UndecodableError: the content is empty, damaged, cut off, of an unknown kind or a mode without a defined scale
-            (32-bit), or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+            (32-bit), or has more pixels than ``max_pixels``.
     """
     try:
-        image = Image.open(BytesIO(data))
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise UndecodableError(f"{image.width} x {image.height} pixels are more than the {limit:,} that Pillow allows")
-        pixels = None
-        if image.format == "JPEG" and image.mode == MODES[channels]:
-            # What it finds fault with is left to Pillow, which puts up with a little more.
-            with suppress(ValueError):
-                pixels = decode_jpeg(data, colorspace=COLOR_SPACES[channels])
-        if pixels is None:
-            pixels = np.array(to_mode(image, MODES[channels]))
+        with no_limit_of_pillow():
+            image = Image.open(BytesIO(data))
+            if max(image.width, LEAST_ROW) * image.height > max_pixels:
+                raise UndecodableError(
+                    f"{image.width} x {image.height} pixels are more than data.max_pixels = {max_pixels:,} allows"
+                )
+            pixels = None
+            if image.format == "JPEG" and image.mode == MODES[channels]:
+                # What it finds fault with is left to Pillow, which puts up with a little more.
+                with suppress(ValueError):
+                    pixels = decode_jpeg(data, colorspace=COLOR_SPACES[channels])
+            if pixels is None:
+                pixels = converted(image, channels)
     except UndecodableError:
         raise
     except Exception as error:  # the decoders of damaged files raise many kinds
         raise UndecodableError(reason(error)) from error
-    return torch.from_numpy(pixels.reshape(image.height, image.width, channels)).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextmanager
+def no_limit_of_pillow() -> Iterator[None]:
+    """Has Pillow neither warn of many pixels nor refuse them within the block, which isn't for several threads at once."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def converted(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
+    """The pixels, ``[H, W, channels]``, converted some rows at a time, so that a large image isn't there in several modes."""
+    image.load()
+    pixels = np.empty((image.height, image.width, channels), dtype=np.uint8)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = pixels[top : top + rows]
+        strip = image.crop((0, top, image.width, top + len(part))) if len(part) < image.height else image
+        part[...] = np.asarray(to_mode(strip, MODES[channels])).reshape(part.shape)
+    return pixels
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

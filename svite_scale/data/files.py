@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 CHUNK = 1 << 20
 
@@ -34,10 +36,21 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file to read it, and nothing else: a pipe would keep its reader waiting for ever.
+
+    Raises:
+        OSError: it can't be opened, or is a folder, a pipe, a socket or a device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no ordinary file")
+    return open(path, "rb")
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal; reads all of it."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

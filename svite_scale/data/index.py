@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import numpy.typing as npt
 
 from svite_scale.config import DataConfig
 from svite_scale.data.cache import RemoteShard, ShardCache
-from svite_scale.data.files import replacing, sha256_of
+from svite_scale.data.files import open_regular, replacing, sha256_of
+from svite_scale.data.index_time import give_time, is_as_indexed, is_newer, warn_of_newer
 from svite_scale.data.labels import LabelRule
 from svite_scale.data.patterns import find_shards, find_urls
 from svite_scale.data.scan import scan_tar
@@ -80,11 +83,15 @@ def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> t
         The index, and the members that belong to no sample, counted by kind.
 
     Raises:
-        DataError: the tar is damaged or compressed, or a sample has no image or no label.
+        DataError: the tar is damaged or compressed, or a sample has no image or no label, or the tar changes meanwhile.
     """
-    size = shard.stat().st_size
+    before = shard.stat()
     samples, left_out = scan_tar(shard, rule)
-    return index_of(shard, size, sha256_of(shard), plan, *zip(*samples, strict=True)), left_out
+    index = index_of(shard, before.st_size, sha256_of(shard), plan, *zip(*samples, strict=True))
+    after = shard.stat()
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise DataError(f"{shard} changes while it is read; index it when it is complete")
+    return index, left_out
 
 
 def index_of(
@@ -110,7 +117,7 @@ def index_of(
 
 
 def save_index(index: ShardIndex) -> Path:
-    """Writes the sidecar in one step and returns its path."""
+    """Writes the sidecar in one step and returns its path; it gets the tar's time of change, see ``index_time``."""
     record = {
         "format": FORMAT,
         "size": index.size,
@@ -125,6 +132,7 @@ def save_index(index: ShardIndex) -> Path:
     path = sidecar_path(index.path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
+        give_time(temporary, index.path)
     return path
 
 
@@ -145,16 +153,30 @@ def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
         if record["format"] != FORMAT:
             raise DataError(f"{source} has format {record['format']!r}, this version reads {FORMAT}; {remedy}")
         columns = [record[name] for name in ("keys", "offsets", "lengths", "labels")]
+        require([record["size"]], int)
+        for column, kind in zip(columns, (str, int, int, int), strict=True):
+            require(column, kind)
         if len({len(column) for column in columns}) != 1:
             raise ValueError("columns of unequal length")
-        index = index_of(shard, int(record["size"]), str(record["sha256"]), str(record["plan"]), *columns)
-        if (index.offsets + index.lengths).max(initial=0) > index.size:
-            raise ValueError("an image beyond the tar's end")
+        if any("\0" in key for key in columns[0]):
+            raise ValueError("a key with a zero byte")
+        index = index_of(shard, record["size"], str(record["sha256"]), str(record["plan"]), *columns)
         if min(int(column.min(initial=0)) for column in (index.offsets, index.lengths, index.labels)) < 0:
             raise ValueError("a negative number")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        if (index.offsets > index.size - index.lengths.astype(np.int64)).any():
+            raise ValueError("an image beyond the tar's end")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{source} is not a readable index ({error!r}); {remedy}") from error
     return index
+
+
+def require(column: object, kind: type) -> None:
+    """Raises ValueError for what isn't a list of nothing but ``kind``; numpy would take a text or a fraction for a number."""
+    if not isinstance(column, list):
+        raise ValueError(f"{str(column)[:40]!r} for a list")
+    if set(map(type, column)) - {kind}:
+        wrong = next(element for element in column if type(element) is not kind)
+        raise ValueError(f"{str(wrong)[:40]!r} where only {kind.__name__} may stand")
 
 
 def load_index(shard: Path) -> ShardIndex:
@@ -168,13 +190,18 @@ def load_index(shard: Path) -> ShardIndex:
     if not path.exists():
         raise DataError(f"{shard} has no index ({path.name}); {remedy}")
     try:
-        text, size = path.read_text(), shard.stat().st_size
+        with open_regular(path) as file:
+            text = file.read().decode()
+        found = shard.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{shard} is no ordinary file")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shard} or {path.name} can't be read ({error}); restore the tar, or {remedy}") from error
     index = parse_index(text, shard, str(path), remedy)
-    if size != index.size:
+    if found.st_size != index.size:
         raise DataError(
-            f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {size}; restore the tar, or {remedy}"
+            f"{path} is stale: it describes a tar of {index.size} bytes, {shard.name} has {found.st_size}; "
+            f"restore the tar, or {remedy}"
         )
     return index
 
@@ -186,6 +213,8 @@ def index_again(shard: Path) -> str:
 def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None = None) -> list[ShardIndex]:
     """The indexes of all shards that ``pattern`` names, sorted by path or URL; the same list on every rank.
 
+    Warns where a tar is newer than its index.
+
     Args:
         pattern: brace pattern, glob, or folder; or a brace pattern of URLs.
         field: what the pattern is called where the user wrote it, for example ``data.train``.
@@ -195,7 +224,10 @@ def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None 
         DataError: the pattern is empty or matches nothing, or an index is missing, unreadable or stale.
     """
     if not is_remote(pattern):
-        return [load_index(shard) for shard in find_shards(pattern, field)]
+        shards = find_shards(pattern, field)
+        indexes = [load_index(shard) for shard in shards]
+        warn_of_newer([shard for shard in shards if is_newer(shard, sidecar_path(shard))], pattern, field)
+        return indexes
     used = cache or ShardCache.of(DataConfig())
     pool = ThreadPoolExecutor(FETCHES)
     try:
@@ -220,12 +252,28 @@ def load_remote_index(url: str, cache: ShardCache) -> ShardIndex:
     return replace(index, path=cache.shard(url, index.size, index.sha256))
 
 
-def is_indexed(shard: Path) -> bool:
-    """Whether ``shard`` has an index that can be used."""
+def has_index(shard: Path) -> bool:
+    """Whether ``shard`` has an index that can be read, and is of the size that it tells."""
     try:
         load_index(shard)
     except DataError:
         return False
+    return True
+
+
+def is_indexed(shard: Path) -> bool:
+    """Whether ``shard`` has an index that can be used, and is of the time that this was given."""
+    return has_index(shard) and is_as_indexed(shard, sidecar_path(shard))
+
+
+def confirm(shard: Path) -> bool:
+    """Whether ``shard`` is as its index says, by its time or else its checksum; then the index is given its time anew."""
+    if is_indexed(shard):
+        return True
+    if damage(shard):
+        return False
+    with suppress(OSError):  # in a folder that is only for reading the checksum is compared each time
+        give_time(sidecar_path(shard), shard)
     return True
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from svite_scale.data.files import replacing
+from svite_scale.data.files import open_regular, replacing
 from svite_scale.errors import DataError
 
 NAME = "_info.json"
@@ -90,7 +90,8 @@ def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        splits = dict(json.loads(path.read_text())["splits"])
+        with open_regular(path) as file:
+            splits = dict(json.load(file)["splits"])
         if all(is_split(info) for info in splits.values()):
             return splits
         problem = "a split is no mapping, or its filenames or classes are no list"

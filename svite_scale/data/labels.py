@@ -10,9 +10,10 @@ from pathlib import Path
 
 from svite_scale.errors import DataError
 
-LABEL = re.compile(r"\d{1,9}")
+LABEL = re.compile(r"([0-9]{1,9})(\.0*)?")
+"""A whole number, also as programs write it that keep it among real ones: ``3.0``."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 DEFAULT_KEY = "label"
-ELSEWHERE = "write the shard again with it, or say with --label-key or --classes where else it stands"
 
 
 def read_classes(path: str | Path) -> dict[str, int]:
@@ -57,10 +58,15 @@ def read_labels(path: str | Path, classes: Mapping[str, int] | None) -> list[tup
 
 
 def lines_of(path: str | Path) -> list[str]:
+    """Lines of a text, which may begin with a byte order mark; names in it may be of any bytes, as those of files."""
     try:
-        return [line.strip().replace("\t", " ") for line in Path(path).read_text().rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read ({error}); give a text file") from error
+        content = Path(path).read_bytes()
+        if content.startswith(UTF_16) or b"\0" in content:
+            raise ValueError("it is UTF-16 or no text at all")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read ({error}); give a text file in UTF-8") from error
+    text = content.decode("utf-8-sig", errors="surrogateescape").rstrip()
+    return [line.strip().replace("\t", " ") for line in text.split("\n")] if text else []
 
 
 def label_number(value: object, classes: Mapping[str, int] | None) -> int | None:
@@ -68,12 +74,13 @@ def label_number(value: object, classes: Mapping[str, int] | None) -> int | None
 
     None if it is neither, or no class among ``classes`` has that number.
     """
-    if type(value) not in (int, str):
+    if type(value) not in (int, float, str):
         return None
     text = str(value).strip()
     if classes and text in classes:
         return classes[text]
-    label = int(text) if LABEL.fullmatch(text) else None
+    number = LABEL.fullmatch(text)
+    label = int(number[1]) if number else None
     return None if label is None or (classes and label >= len(classes)) else label
 
 
@@ -87,23 +94,27 @@ class LabelRule:
     key: str | None = None
     """Field of ``.json`` to take instead, from every sample."""
     classes: Mapping[str, int] | None = None
-    """Labels by class: of the folder in a sample's name (``n01440764/xyz.JPEG``); with ``key``, of what the field holds."""
+    """Labels by class: of the folder in a sample's name (``n01440764/xyz.JPEG``), or in a shard without such folders of what
+    ``.cls`` or ``.json`` holds, which must be a name then; with ``key``, of what the field holds, a name or a number."""
 
-    def label(self, key: str, members: Mapping[str, bytes]) -> int | None:
-        """The label of the sample ``key``, whose ``.cls`` and ``.json`` are in ``members``; None if it has none.
+    @property
+    def by_folder(self) -> bool:
+        """Whether labels are looked for in the samples' names first."""
+        return self.key is None and self.classes is not None
+
+    def label(self, members: Mapping[str, bytes]) -> int | None:
+        """The label of the sample whose ``.cls`` and ``.json`` are in ``members``; None if they have none.
 
         Raises:
             DataError: where it should stand is something else.
         """
         if self.key is not None:
             return self._field(members, self.key)
-        if self.classes is not None:
-            return self._folder(key)
         if "cls" not in members:
             return self._field(members, DEFAULT_KEY)
-        label = label_number(members["cls"].decode(errors="replace"), None)
+        label = self._number(members["cls"].decode("utf-8-sig", errors="surrogateescape"))
         if label is None:
-            raise DataError(f".cls holds {members['cls'][:20]!r}; a label is a class number from 0, as text; {ELSEWHERE}")
+            raise DataError(f".cls holds {members['cls'][:20]!r}, which {self._problem()}")
         return label
 
     def _field(self, members: Mapping[str, bytes], field: str) -> int | None:
@@ -113,24 +124,32 @@ class LabelRule:
             raise DataError(f".json is not JSON ({error}); mend it") from error
         if not isinstance(record, dict) or field not in record:
             return None
-        label = label_number(record[field], self.classes)
+        label = self._number(record[field])
         if label is None:
-            remedy = (
-                f"is no class of --classes, nor the number of one, from 0 to {len(self.classes) - 1}; correct one of them"
-                if self.classes
-                else "is no class number from 0; name the classes with --classes"
-            )
-            raise DataError(f".json has {field} = {str(record[field])[:40]!r}, which {remedy}")
+            raise DataError(f".json has {field} = {str(record[field])[:40]!r}, which {self._problem()}")
         return label
 
-    def _folder(self, key: str) -> int | None:
+    def _number(self, value: object) -> int | None:
+        """The label that ``value`` stands for.
+
+        Where classes take the place of folders, numbers aren't taken: the shard may number more classes, or in another order.
+        """
+        if not self.by_folder:
+            return label_number(value, self.classes)
         assert self.classes is not None, "the rule has classes"
-        folder = Path(key).parent.name
-        if folder not in self.classes:
-            raise DataError(f"lies in the folder {folder!r}, which is no class of --classes; add it there")
-        return self.classes[folder]
+        return self.classes.get(value.strip()) if isinstance(value, str) else None
+
+    def _problem(self) -> str:
+        if self.by_folder:
+            return "is no class of --classes (numbers are read without it); correct one of them"
+        if self.classes is not None:
+            return f"is no class of --classes, nor the number of one, from 0 to {len(self.classes) - 1}; correct one of them"
+        return (
+            "is no class number from 0; if it is the name of a class, name the classes with --classes; else write the shard "
+            "again with numbers, or say with --label-key or --classes where else the label stands"
+        )
 
     def __str__(self) -> str:
         if self.key is not None:
             return f"a field {self.key!r} in .json"
-        return "a class folder" if self.classes is not None else f".cls, or a field {DEFAULT_KEY!r} in .json"
+        return f".cls, or a field {DEFAULT_KEY!r} in .json"

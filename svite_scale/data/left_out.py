@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 SHOWN = 10
+HIDDEN = "hidden"
+CONVERT = "convert them to PNG or JPEG (ImageMagick: mogrify -format png FILES)"
+SPECIAL = "special (pipe, socket or device)"
 
 
-def kind_of(name: str, extension: str) -> str:
-    """What the file ``name`` is counted as: its extension, which is given without the dot, or what it has instead."""
-    if name.startswith("."):
-        return "hidden"
+def kind_of(extension: str) -> str:
+    """What a file is counted as: its extension, which is given without the dot, or what it has instead."""
     return f".{extension}" if extension else "without extension"
 
 

@@ -89,7 +89,7 @@ class TrainData:
         transform = train_transform(config, image_size)
         indexes = load_indexes(config.train, "data.train", ShardCache.of(config))
         check_window(config, [index.size for index in indexes if isinstance(index.path, RemoteShard)])
-        self._samples = ShardDataset(indexes, transform, in_channels, seed)
+        self._samples = ShardDataset(indexes, transform, in_channels, seed, config.max_pixels)
         self._batch_shape = (global_batch_size // (world_size * accumulation_steps), in_channels, image_size, image_size)
         self._config = config
         self._accumulation_steps = accumulation_steps
@@ -169,7 +169,8 @@ class EvalData:
         self, config: DataConfig, *, image_size: int, in_channels: int, batch_size: int, rank: int, world_size: int
     ) -> None:
         indexes = load_indexes(config.val, "data.val", ShardCache.of(config))
-        self._samples = ShardDataset(indexes, eval_transform(config, image_size), in_channels, seed=0)
+        transform = eval_transform(config, image_size)
+        self._samples = ShardDataset(indexes, transform, in_channels, seed=0, max_pixels=config.max_pixels)
         if not len(self._samples):
             raise DataError(f"data.val = {config.val!r} holds no samples; write shards that do")
         self._batch_shape = (batch_size, in_channels, image_size, image_size)

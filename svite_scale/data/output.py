@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from svite_scale.data.files import remove_leftovers
-from svite_scale.data.index import load_index, sidecar_path
+from svite_scale.data.index import confirm, load_index, sidecar_path
 from svite_scale.data.processes import in_processes
 from svite_scale.data.shards import refuse_longer, shard_name, write_shard
 from svite_scale.data.source import Source
@@ -75,7 +75,7 @@ class Output:
             index = load_index(shard)
         except DataError:
             return number, False
-        return number, index.plan == self._plan(number)
+        return number, index.plan == self._plan(number) and confirm(shard)
 
     def _write(self, number: int) -> int:
         plan = self._plan(number)  # first: a file that changes meanwhile has the shard written again the next time

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from svite_scale.data.files import open_regular
 from svite_scale.data.labels import LabelRule
-from svite_scale.data.left_out import in_words, kind_of
+from svite_scale.data.left_out import CONVERT, HIDDEN, SPECIAL, in_words, kind_of
+from svite_scale.data.rule import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    NO_CLASS,
+    class_folders,
+    extension,
+    images_among,
+    is_hidden,
+    parts_of,
+    split_name,
+)
 from svite_scale.errors import DataError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
+EXTENSIONS = " or ".join(sorted(IMAGE_EXTENSIONS))
 LABEL_EXTENSION = "cls"
 LABEL_MEMBERS = frozenset({LABEL_EXTENSION, "json"})
+MAX_LABEL_BYTES = 1 << 24
+"""A larger ``.json`` is no label."""
 BLOCK = 512
 """Tar headers and members start at multiples of this many bytes."""
-METADATA = re.compile(r"__[^/]*__($|/)")
-"""Members that WebDataset sets apart from samples."""
+VOLUME_LABEL = b"V"
+"""GNU's type of a member that is a tar's name (``tar -V``)."""
+FOLDER_LIST = b"D"
+"""GNU's type of a folder with a list of its files (``tar --incremental``)."""
 COMPRESSED = {
     b"\x1f\x8b": ("gunzip", ".gz"),
     b"BZh": ("bunzip2", ".bz2"),
@@ -46,24 +61,14 @@ class Scan(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a tar holds, by the samples' keys."""
+    """What a tar holds, in its order; names begin with no ``./``."""
 
-    images: dict[str, tuple[int, int]]
-    """First byte and length."""
+    places: dict[str, tuple[int, int]]
+    """First byte and length of each file that isn't hidden, by name."""
     label_members: dict[str, dict[str, bytes]]
-    """``cls`` and ``json``."""
-    others: dict[str, list[str]]
-    """Extensions of all other members."""
+    """``cls`` and ``json``, by the samples' keys."""
     left_out: Counter[str]
-    """The same by kind, and hidden members, which have no key."""
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension as WebDataset splits them: at the first dot of the file name; ``a/b.seg.PNG`` gives
-    ``("a/b", "seg.png")``."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return folder + slash + stem, extension.lower()
+    """Members that are no such files, counted by kind."""
 
 
 def scan_tar(shard: Path, rule: LabelRule | None = None) -> Scan:
@@ -80,84 +85,159 @@ def scan_tar(shard: Path, rule: LabelRule | None = None) -> Scan:
     """
     contents = read_tar(shard)
     rule = rule or LabelRule()
+    try:
+        if rule.by_folder and (found := in_class_folders(contents, rule)).samples:
+            return found
+        return by_keys(contents, rule)
+    except DataError as error:
+        raise DataError(f"{shard}: {error}") from error
+
+
+def in_class_folders(contents: Contents, rule: LabelRule) -> Scan:
+    """The samples where each image is one, and its class the folder that it lies in, as in a folder of images."""
+    assert rule.classes is not None, "the rule has classes"
+    images, left_out = images_among(list(contents.places))
+    samples = []
+    for name, folder in zip(images, class_folders(images, rule.classes), strict=True):
+        if folder is None:
+            left_out[kind_of(extension(name)) + NO_CLASS] += 1
+        else:
+            samples.append(sample_at(name.rpartition(".")[0], contents.places[name], rule.classes[folder]))
+    return Scan(samples, contents.left_out + left_out)
+
+
+def by_keys(contents: Contents, rule: LabelRule) -> Scan:
+    """The samples where members of one key make up one of them, label included, as in WebDataset."""
+    images: dict[str, str] = {}
+    others = defaultdict(list)
+    left_out = contents.left_out.copy()
+    for name in contents.places:
+        key, kind = split_name(name)
+        if kind in IMAGE_EXTENSIONS:
+            if key in images:
+                raise DataError(f"sample {key!r} has two images; keep one")
+            images[key] = name
+        elif kind not in contents.label_members.get(key, {}):
+            others[key].append(kind)
+            left_out[kind_of(kind)] += 1
     labels: dict[str, int | None] = {}
-    for key in {**contents.images, **contents.label_members}:
+    for key in {**images, **contents.label_members}:
         try:
-            labels[key] = rule.label(key, contents.label_members.get(key, {}))
+            labels[key] = rule.label(contents.label_members.get(key, {}))
         except DataError as error:
-            raise DataError(f"{shard}: sample {key!r}: {error}") from error
-    unlabelled = [key for key in contents.images if labels[key] is None]
-    if unlabelled:
+            raise DataError(f"sample {key!r}: {error}") from error
+    for key in images:
+        if labels[key] is None:
+            raise DataError(without_label(key, rule))
+    for key in sorted(labels.keys() | others.keys()):
+        if key not in images:
+            refuse_lost(key, others.get(key, []), labelled=labels.get(key) is not None)
+    if not images:
+        found = in_words(left_out) or "nothing"
+        raise DataError(f"it has no image ({EXTENSIONS}), but {found}; {CONVERT} and pack them again, or leave the shard out")
+    samples = [
+        sample_at(key, contents.places[name], label) for key, name in images.items() if (label := labels[key]) is not None
+    ]
+    return Scan(samples, left_out)
+
+
+def sample_at(key: str, place: tuple[int, int], label: int) -> TarSample:
+    if place[1] > MAX_IMAGE_BYTES:
         raise DataError(
-            f"{shard}: sample {unlabelled[0]!r} has no label ({rule}); say where it stands, or write the shard again"
+            f"the image of sample {key!r} has {place[1]:,} bytes, and one has {MAX_IMAGE_BYTES:,} at most; "
+            "write the shard again without it"
         )
-    extensions = " or ".join(sorted(IMAGE_EXTENSIONS))
-    for key in sorted(contents.others.keys() - contents.images.keys()):
-        for extension in contents.others[key]:
-            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
-                problem = f"sample {key!r} has no image ({extensions}) but {f'.{extension}'!r}, which begins at the first dot"
-                raise DataError(f"{shard}: {problem}; write the shard again with no other dots in names")
-    blind = sorted(key for key, label in labels.items() if label is not None and key not in contents.images)
-    if blind:
-        raise DataError(f"{shard}: sample {blind[0]!r} has no image ({extensions}); write the shard again with it")
-    if not contents.images:
-        found = in_words(contents.left_out) or "nothing"
-        raise DataError(f"{shard} has no image ({extensions}), but {found}; convert the images, or leave the shard out")
-    samples = [TarSample(key, *place, label) for key, place in contents.images.items() if (label := labels[key]) is not None]
-    return Scan(samples, contents.left_out)
+    return TarSample(key, *place, label)
+
+
+def without_label(key: str, rule: LabelRule) -> str:
+    """What is wrong with an image that has no label, and what to do."""
+    if rule.by_folder:
+        return (
+            f"sample {key!r} lies in the folder {'/'.join(parts_of(key)[:-1])!r}, which is no class of --classes, and so does "
+            f"every other image; nor has it {rule} with the name of one; give --classes the names of the class folders"
+        )
+    return f"sample {key!r} has no label ({rule}); say where it stands (--label-key, --classes), or write the shard again"
+
+
+def refuse_lost(key: str, others: list[str], *, labelled: bool) -> None:
+    """Refuses the members of a key without an image, if they are of a sample."""
+    for kind in others:
+        if kind.rpartition(".")[2] in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
+            problem = f"sample {key!r} has no image ({EXTENSIONS}) but {f'.{kind}'!r}, which begins at the first dot"
+            raise DataError(f"{problem}; write the shard again with no other dots in names")
+    if labelled and others:
+        raise DataError(
+            f"sample {key!r} has no image ({EXTENSIONS}) but {f'.{others[0]}'!r}; {CONVERT} and write the shard again"
+        )
+    if labelled:
+        raise DataError(f"sample {key!r} has no image ({EXTENSIONS}); write the shard again with it")
 
 
 def read_tar(shard: Path) -> Contents:
-    """Images and labels of ``shard``.
+    """What ``shard`` holds.
 
     Raises:
-        DataError: the tar is damaged or compressed, two members are the same part of a sample, or one is a link.
+        DataError: the tar is damaged or compressed, two members are the same part of a sample, or one has no content there.
     """
-    contents = Contents({}, defaultdict(dict), defaultdict(list), Counter())
+    contents = Contents({}, defaultdict(dict), Counter())
     try:
-        with open(shard, "rb") as file:
+        with open_regular(shard) as file:
             refuse_compressed(file, shard)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in regular_members(tar, file, shard):
+                for member in members(tar, file, shard):
                     add_member(contents, tar, member, shard)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise DataError(f"{shard} is not a readable, uncompressed tar ({error}); write it again") from error
     return contents
 
 
 def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
-    key, extension = split_name(member.name)
-    file = member.name.rpartition("/")[2]
-    if file.startswith("."):
-        contents.left_out[kind_of(file, extension)] += 1
-    elif extension in IMAGE_EXTENSIONS:
-        if key in contents.images:
-            raise DataError(f"{shard}: sample {key!r} has two images; keep one")
-        contents.images[key] = (member.offset_data, member.size)
-    elif extension in LABEL_MEMBERS:
-        if extension in contents.label_members[key]:
-            raise DataError(f"{shard}: sample {key!r} has two .{extension} members; keep one")
+    name = "/".join(parts_of(member.name))
+    if is_hidden(parts_of(name)):
+        contents.left_out[HIDDEN] += 1
+        return
+    if member.type == VOLUME_LABEL:
+        contents.left_out["volume label"] += 1
+        return
+    if member.isfifo() or member.isdev():
+        contents.left_out[SPECIAL] += 1
+        return
+    place = place_of(member, contents)
+    key, kind = split_name(name)
+    if place is None:
+        raise DataError(
+            f"{shard}: {member.name!r} is a link, sparse or in parts, so that its content isn't there in one piece; "
+            "pack the shard again (tar --dereference --hard-dereference, and no --sparse), or without it"
+        )
+    if name in contents.places and kind in IMAGE_EXTENSIONS:
+        raise DataError(f"{shard}: sample {key!r} has two images; keep one")
+    contents.places[name] = place
+    if kind in LABEL_MEMBERS and place[1] <= MAX_LABEL_BYTES:
+        if kind in contents.label_members[key]:
+            raise DataError(f"{shard}: sample {key!r} has two .{kind} members; keep one")
         content = tar.extractfile(member)
-        assert content is not None, "only regular members are read"
-        contents.label_members[key][extension] = content.read()
-    else:
-        contents.others[key].append(extension)
-        contents.left_out[kind_of(file, extension)] += 1
+        assert content is not None, "the member has a content"
+        contents.label_members[key][kind] = content.read()
 
 
-def regular_members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of ``tar`` that are files of a sample, up to a proper end of the archive."""
-    end = 0
+def place_of(member: tarfile.TarInfo, contents: Contents) -> tuple[int, int] | None:
+    """First byte and length of a member's content, which that of a hard link has under its first name; None if it has none."""
+    if member.islnk():
+        return contents.places.get("/".join(parts_of(member.linkname)))
+    return (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
+
+
+def members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of ``tar`` that are no folders, up to a proper end of the archive."""
     for member in tar:
-        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        if member.isdir() or METADATA.match(member.name):
-            continue
-        if not member.isreg() or member.issparse():
+        if member.size < 0:
             raise DataError(
-                f"{shard}: {member.name!r} is a link, a sparse or a special file; write the shard again with its content"
+                f"{shard} is damaged near byte {member.offset}: {member.name!r} has a negative size; write it again"
             )
-        yield member
-    check_end(file, end, shard)
+        if not member.isdir() and member.type != FOLDER_LIST:
+            yield member
+    check_end(file, tar.offset, shard)
 
 
 def refuse_compressed(file: IO[bytes], shard: Path) -> None:

@@ -12,9 +12,12 @@ from webdataset import TarWriter
 
 from svite_scale.data.files import replacing
 from svite_scale.data.index import build_index, save_index, sidecar_path
-from svite_scale.data.scan import IMAGE_EXTENSIONS, LABEL_EXTENSION, METADATA
+from svite_scale.data.rule import IMAGE_EXTENSIONS
+from svite_scale.data.scan import LABEL_EXTENSION
 from svite_scale.errors import DataError
 
+METADATA = re.compile(r"__[^/]*__($|/)")
+"""Keys that WebDataset takes for no samples."""
 STORED_EXTENSION = {"jpeg": "jpg"}
 MAX_KEY_BYTES = 90
 """A portable tar header holds names of 100 bytes, extension included."""

@@ -18,6 +18,10 @@ from svite_scale.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]
 """uint8 ``[C, any height, any width]``, as :func:`~svite_scale.data.decode.decode` gives it, to uint8 ``[C, size, size]``."""
+LONGEST_SIDE = 1 << 16
+"""Pixels of a side, more than a JPEG can have, of which resizing looks at each; of a longer one at every second, third ..."""
+THINNEST = 64
+"""How many times as long as wide an image is at most when it is resized by its short side."""
 
 
 def train_transform(data: DataConfig, image_size: int) -> Transform:
@@ -34,9 +38,9 @@ def train_transform(data: DataConfig, image_size: int) -> Transform:
         return deit_transform(augment.auto_augment, data.mean, image_size)
     resize = Resize((image_size, image_size), InterpolationMode.BICUBIC)
     if augment.recipe == "none":
-        return Compose([to_pil, resize, PILToTensor()])
+        return Compose([thinned_out, to_pil, resize, PILToTensor()])
     affine = RandomAffine(degrees=5, translate=(0.04, 0.04), scale=(0.95, 1.05), interpolation=InterpolationMode.BILINEAR)
-    return Compose([to_pil, resize, affine, PILToTensor()])
+    return Compose([thinned_out, to_pil, resize, affine, PILToTensor()])
 
 
 def eval_transform(data: DataConfig, image_size: int) -> Transform:
@@ -45,7 +49,7 @@ def eval_transform(data: DataConfig, image_size: int) -> Transform:
     An image that already has the size, with ``eval_crop`` 1.0, keeps its pixels.
     """
     resize = Resize(math.floor(image_size / data.eval_crop), InterpolationMode.BICUBIC)
-    return Compose([to_pil, resize, CenterCrop(image_size), PILToTensor()])
+    return Compose([without_ends, to_pil, resize, CenterCrop(image_size), PILToTensor()])
 
 
 def deit_transform(auto_augment: str, mean: tuple[float, ...], image_size: int) -> Transform:
@@ -79,6 +83,22 @@ def with_a_bit_at_least(transform: Compose) -> Compose:
         if op.name.startswith("Posterize"):
             op.level_fn = partial(at_least_one_bit, op.level_fn)
     return transform
+
+
+def thinned_out(pixels: Tensor) -> Tensor:
+    """An image without most rows or columns where it has more than ``LONGEST_SIDE``; resizing takes memory for each."""
+    rows, columns = (-(-side // LONGEST_SIDE) for side in pixels.shape[1:])
+    return pixels[:, ::rows, ::columns]
+
+
+def without_ends(pixels: Tensor) -> Tensor:
+    """The middle of an image that is longer than ``THINNEST`` times its width, of which evaluation only sees the centre.
+
+    Resized as a whole by its short side, 2 x 100,000 pixels would become 256 x 12,800,000.
+    """
+    longest = THINNEST * min(pixels.shape[1:])
+    top, left = (max(0, side - longest) // 2 for side in pixels.shape[1:])
+    return pixels[:, top : top + longest, left : left + longest]
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

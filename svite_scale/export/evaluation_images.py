@@ -40,7 +40,8 @@ def evaluation_images(config: Config, count: int) -> EvaluationImages:
     """
     data, model = config.data, config.model
     indexes = load_indexes(data.val, "data.val", ShardCache.of(data))
-    dataset = ShardDataset(indexes, eval_transform(data, model.image_size), model.in_channels, seed=0)
+    transform = eval_transform(data, model.image_size)
+    dataset = ShardDataset(indexes, transform, model.in_channels, seed=0, max_pixels=data.max_pixels)
     if not len(dataset):
         raise DataError(f"data.val = {data.val!r} holds no samples; write shards that do")
     samples = np.arange(min(count, len(dataset))) * len(dataset) // min(count, len(dataset))

@@ -142,8 +142,9 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
         (photograph(mode="L")[:-20], "image file is truncated"),
         (encoded(Image.fromarray(NOISE), "png")[:-40], "."),
         (encoded(Image.fromarray(NOISE), "png").replace(b"IDAT", b"IDAX"), "."),
-        (bomb(30000, 30000), "decompression bomb"),
-        (bomb(10000, 10000), "10000 x 10000 pixels are more than the 89,478,485 that Pillow allows"),
+        (bomb(30000, 30000), "30000 x 30000 pixels are more than data.max_pixels = 100,000,000 allows"),
+        (bomb(10001, 10000), "10001 x 10000 pixels are more than data.max_pixels = 100,000,000 allows"),
+        (bomb(1, 2_000_000), "1 x 2000000 pixels are more than"),
         (encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "tiff"), "mode 'F' has 32 bits"),
     ],
 )
@@ -153,3 +154,35 @@ def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> N
         decode(content, channels)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_image_is_converted_in_strips() -> None:
+    """What Pillow only warns of; the strips are those of a conversion at once."""
+    colours = np.random.default_rng(1).integers(0, 256, (2100, 2000, 3), dtype=np.uint8)
+    for image in (
+        Image.fromarray(colours).quantize(7),
+        Image.fromarray(colours).convert("CMYK"),
+        Image.fromarray(colours[..., 0]),
+    ):
+        content = encoded(image, "png" if image.mode != "CMYK" else "tiff")
+        np.testing.assert_array_equal(pixels(content), np.array(Image.open(BytesIO(content)).convert("RGB")))
+    wide = np.linspace(0, 65535, 2100 * 2000).astype(np.uint16).reshape(2100, 2000)
+    np.testing.assert_array_equal(
+        pixels(encoded(Image.fromarray(wide), "png"), 1)[..., 0], np.round(wide / 257).astype(np.uint8)
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_pixels_is_ours_and_not_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    content = photograph(64, 48)
+    assert decode(content, 3).shape == (3, 48, 64)
+    assert decode(content, 3, max_pixels=64 * 48).shape == (3, 48, 64)
+    with pytest.raises(UndecodableError, match=r"64 x 48 pixels are more than data\.max_pixels = 3,071 allows"):
+        decode(content, 3, max_pixels=64 * 48 - 1)
+    narrow = encoded(Image.new("L", (1, 48)), "png")
+    assert decode(narrow, 3, max_pixels=64 * 48).shape == (3, 48, 1)
+    with pytest.raises(UndecodableError, match="1 x 48 pixels"):
+        decode(narrow, 3, max_pixels=64 * 48 - 1)
+    assert Image.MAX_IMAGE_PIXELS == 100

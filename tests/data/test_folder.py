@@ -48,7 +48,7 @@ def test_what_is_hidden_makes_no_class_and_no_sample(tmp_path: Path) -> None:
     source = image_folder(tmp_path)
     assert source.classes == ["ant"]
     assert [sample.image for sample in source.samples] == [contents["ant/a.png"]]
-    assert source.left_out == {"hidden": 1}
+    assert source.left_out == {"hidden": 3}
 
 
 def test_a_list_of_classes_picks_and_numbers_them(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from svite_scale.data import load_indexes, write_shards
 from svite_scale.data.index import (
     build_index,
     check_contents,
+    confirm,
     damage,
     is_indexed,
     largest_label,
@@ -23,6 +27,8 @@ from svite_scale.data.index import (
     save_index,
     sidecar_path,
 )
+from svite_scale.data.index_time import DAY_NS
+from svite_scale.data.patterns import find_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered
 from tests.data.tars import make_tar, overwrite
@@ -140,6 +146,19 @@ def changed(tmp_path: Path, **fields: Any) -> str:
         ({"labels": ["a", "b"]}, "ValueError"),
         ({"lengths": [5, 2**40]}, "OverflowError"),
         ({"size": "many"}, "ValueError"),
+        ({"offsets": [2**63 - 1, 512]}, "beyond the tar's end"),
+        ({"offsets": [2**63, 512]}, "OverflowError"),
+        ({"offsets": [512.5, 1024]}, "512.5' where only int may stand"),
+        ({"offsets": ["512", 1024]}, "'512' where only int"),
+        ({"offsets": {"a": 1, "b": 2}}, "for a list"),
+        ({"labels": [True, 0]}, "'True' where only int"),
+        ({"labels": [2**31, 0]}, "OverflowError"),
+        ({"labels": [float("nan"), 0]}, "'nan' where only int"),
+        ({"labels": [[0], [1]]}, "where only int"),
+        ({"keys": [1, 2]}, "'1' where only str"),
+        ({"keys": ["a\0b", "c"]}, "zero byte"),
+        ({"size": 10**30}, "OverflowError"),
+        ({"size": -1}, "beyond the tar's end"),
     ],
 )
 def test_texts_that_are_no_index(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -148,7 +167,9 @@ def test_texts_that_are_no_index(tmp_path: Path, fields: dict[str, Any], message
         parse_index(text, tmp_path / "a.tar", "the index", "again")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "7", '{"format": 2, "size":'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "7", '{"format": 2, "size":', "[" * 200_000, '{"format": 2, "size": 1' + "0" * 5000 + "}"]
+)
 def test_texts_that_are_no_record(text: str) -> None:
     with pytest.raises(DataError, match=r"the index is not a readable index .*; again"):
         parse_index(text, Path("a.tar"), "the index", "again")
@@ -190,3 +211,88 @@ def test_indexes_are_compact_in_memory(tmp_path: Path) -> None:
     index = load_index(shard)
     assert index.offsets.nbytes + index.lengths.nbytes + index.labels.nbytes == 16 * 200
     assert len(index.packed_keys) < 5 * 200  # of 10 each
+
+
+def write_labels(shard: Path, labels: list[int], seconds: int) -> None:
+    """A tar of samples with these labels, changed at so many seconds."""
+    make_tar(shard, [part for i, n in enumerate(labels) for part in ((f"{i}.jpg", b"x"), (f"{i}.cls", str(n).encode()))])
+    os.utime(shard, ns=(seconds * 10**9 + 123456789,) * 2)
+
+
+@pytest.mark.parametrize("later", [-100, 100])
+def test_a_tar_that_changed_at_equal_size_is_indexed_anew(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], later: int
+) -> None:
+    """Also by one that is older."""
+    changed, kept = tmp_path / "a.tar", tmp_path / "b.tar"
+    for shard in (changed, kept):
+        write_labels(shard, [1, 2], 10**9)
+    assert command.main(["--index", str(tmp_path)]) == 0
+    index = sidecar_path(kept).read_bytes()
+    write_labels(changed, [0, 1], 10**9 + later)
+    os.utime(kept, ns=(2 * 10**18, 2 * 10**18))  # touched only
+    capsys.readouterr()
+    assert command.main(["--index", str(tmp_path), "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "1 indexes are written: 2 samples",
+        "1 of them had an index of the same size but another content, a.tar the first",
+    ]
+    assert load_index(changed).labels.tolist() == [0, 1]
+    assert sidecar_path(kept).read_bytes() == index
+    assert command.main(["--index", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "every shard has its index already\n"
+
+
+def copy_with_times(source: Path, target: Path) -> None:
+    for path in filter(Path.is_file, list(source.iterdir())):
+        shutil.copy2(path, target / path.name)
+
+
+def copy_with_whole_seconds(source: Path, target: Path) -> None:
+    copy_with_times(source, target)
+    for path in target.iterdir():
+        seconds = path.stat().st_mtime_ns // 10**9 * 10**9
+        os.utime(path, ns=(seconds, seconds))
+
+
+def copy_without_times(source: Path, target: Path) -> None:
+    """The indexes first, the tars an hour later."""
+    for hours, ending in enumerate((".json", ".tar")):
+        for path in source.glob(f"*{ending}"):
+            shutil.copyfile(path, target / path.name)
+            time = 10**18 + hours * 3600 * 10**9 + 987654321
+            os.utime(target / path.name, ns=(time, time))
+
+
+@pytest.mark.parametrize("copy", [None, copy_with_times, copy_with_whole_seconds, copy_without_times])
+def test_a_start_warns_of_a_tar_that_is_newer_than_its_index_and_of_no_copy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, copy: Callable[[Path, Path], None] | None
+) -> None:
+    shards = write_shards(numbered(6), tmp_path, "train", 2)
+    if copy is not None:
+        (tmp_path / "copy").mkdir()
+        copy(tmp_path, tmp_path / "copy")
+        shards = [tmp_path / "copy" / shard.name for shard in shards]
+    load_indexes(str(shards[0].parent), "data.train")
+    assert not caplog.records
+    for shard in shards[1:]:
+        later = shard.stat().st_mtime_ns + 2 * DAY_NS
+        os.utime(shard, ns=(later, later))
+    load_indexes(str(shards[0].parent), "data.train")
+    (record,) = caplog.records
+    assert "2 shards are newer than their indexes (train-000001.tar is the first)" in record.getMessage()
+    assert f"make_shards.py --index '{shards[0].parent}'" in record.getMessage()
+    assert all(confirm(shard) for shard in shards)
+    caplog.clear()
+    load_indexes(str(shards[0].parent), "data.train")
+    assert not caplog.records
+
+
+def test_indexes_that_are_no_files(tmp_path: Path) -> None:
+    (shard,) = write_shards(numbered(2), tmp_path, "train", 2)
+    sidecar_path(shard).unlink()
+    os.mkfifo(sidecar_path(shard))
+    with pytest.raises(DataError, match="is no ordinary file"):
+        load_index(shard)
+    os.mkfifo(tmp_path / "_info.json")
+    assert find_shards(str(tmp_path), "data.train") == [shard]

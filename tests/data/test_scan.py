@@ -44,7 +44,7 @@ def test_tars_of_other_tools(tmp_path: Path, format: int) -> None:
     found, left_out = scan_tar(shard)
     assert [(sample.key, sample.label) for sample in found] == [(long, 12), ("zwei-ü", 3), ("empty", 4)]
     assert [content[sample.offset :][: sample.length] for sample in found] == [first, second, b""]
-    assert left_out == {".seg.png": 1, ".txt": 1}
+    assert left_out == {".seg.png": 1, ".txt": 1, "without extension": 1}
 
 
 def test_labels_in_json(tmp_path: Path) -> None:
@@ -71,11 +71,12 @@ def test_a_label_of_its_own_comes_before_json_unless_a_field_is_named(tmp_path: 
 def test_labels_in_class_folders(tmp_path: Path) -> None:
     names = ["n01443537/xyz.JPEG", "train/n01440764/abc.v2.jpeg", "n01440764/d.png"]
     shard = make_tar(tmp_path / "nested.tar", [(name, b"x") for name in names])
-    expected = {"n01443537/xyz": 1, "n01440764/d": 0}
-    with pytest.raises(DataError, match=r"sample 'train/n01440764/abc' has no image"):
-        labels(make_tar(tmp_path / "dots.tar", [(names[1], b"x"), ("train/n01440764/abc.cls", b"3")]), LabelRule(None, SYNSETS))
-    shard = make_tar(tmp_path / "nested.tar", [(name, b"x") for name in (names[0], names[2], "n01440764/notes.txt")])
+    expected = {"n01443537/xyz": 1, "train/n01440764/abc.v2": 0, "n01440764/d": 0}
     assert labels(shard, LabelRule(None, SYNSETS)) == expected
+    shard = make_tar(tmp_path / "more.tar", [(name, b"x") for name in (*names, "n01440764/d.cls", "n01440764/d.seg.png")])
+    found, left_out = scan_tar(shard, LabelRule(None, SYNSETS))
+    assert {sample.key: sample.label for sample in found} == expected
+    assert left_out == {".cls": 1, ".seg.png": 1}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_labels_in_class_folders(tmp_path: Path) -> None:
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], None, "'a' has two images"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"1"), ("a.png", b"x")], None, "'a' has two images"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.CLS", b"2")], None, "'a' has two .cls members"),
-        ([("a.png", b"x"), ("a.cls", b"cat")], None, "'a': .cls holds b'cat'; .* or say with --label-key or"),
+        ([("a.png", b"x"), ("a.cls", b"cat")], None, "'a': .cls holds b'cat', which .* or say with --label-key or"),
         ([("a.png", b"x"), ("a.cls", b"-1")], None, "class number from 0"),
         ([("a.png", b"x"), ("a.cls", b"1" * 30)], None, "class number from 0"),
         ([("a.png", b"x"), ("a.cls", b"\xff\xfe")], None, "class number from 0"),

@@ -13,7 +13,7 @@ from torchvision.transforms import Resize
 
 from svite_scale.config import AugmentConfig, DataConfig
 from svite_scale.data.randomness import seeded
-from svite_scale.data.transforms import augment_ops, eval_transform, to_pil, train_transform
+from svite_scale.data.transforms import augment_ops, eval_transform, thinned_out, to_pil, train_transform, without_ends
 from svite_scale.errors import ConfigError
 
 
@@ -151,3 +151,44 @@ def test_an_empty_policy_only_crops_and_flips() -> None:
 def test_a_policy_that_timm_does_not_know(policy: str) -> None:
     with pytest.raises(ConfigError, match=rf"data.augment.auto_augment = '{policy}'"):
         train_transform(config("deit", auto_augment=policy), 24)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("recipe", ["eval", "none", "affine", "deit"])
+def test_a_thin_image_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch, recipe: str, transpose: bool) -> None:
+    """Resized as a whole by its short side it would take gigabytes. Some of its pixels are looked at, here of one colour."""
+    resized: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, size: tuple[int, int], *args: object, **options: object) -> Image.Image:
+        resized.append(max(size[0] * size[1], size[0] * self.height))
+        return resize(self, size, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    image = torch.tensor([9, 80, 200], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 1_000_000)
+    image = image.transpose(1, 2) if transpose else image
+    trains = recipe != "eval"
+    transform = train_transform(config(recipe, auto_augment=""), 224) if trains else eval_transform(DataConfig(), 224)
+    with seeded(0):
+        found = transform(image)
+    assert found.shape == (3, 224, 224)
+    assert found[:, 112, 112].tolist() == [9, 80, 200]
+    assert max(resized, default=0) <= 224 * 2**16
+
+
+def test_evaluation_of_a_thin_image_takes_its_centre() -> None:
+    """As the whole would be resized, which is small enough at this size."""
+    image = smooth(8 * 700, 8, "RGB")
+    whole = to_pil(image).resize((256 * 700, 256), Image.Resampling.BICUBIC)
+    left = round((whole.width - 224) / 2)
+    expected = torch.from_numpy(np.array(whole.crop((left, 16, left + 224, 240)))).permute(2, 0, 1)
+    assert (eval_transform(DataConfig(), 224)(image).int() - expected.int()).abs().max() <= 1
+
+
+def test_ordinary_images_are_seen_whole() -> None:
+    """Up to the largest side of a JPEG, and to 64 times as long as wide."""
+    for height, width in ((1, 64), (64, 1), (300, 500)):
+        assert without_ends(noise(width, height)).shape == (3, height, width)
+    for height, width in ((1, 65535), (65535, 1)):
+        assert thinned_out(torch.zeros(3, height, width)).shape == (3, height, width)
+    assert thinned_out(torch.zeros(3, 2, 2**16 + 1)).shape == (3, 2, 2**15 + 1)
