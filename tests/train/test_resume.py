@@ -78,18 +78,6 @@ WINDOW = ("sparsity.grow_window=3", "sparsity.grown_warmup_steps=4", "sparsity.m
 """The window of the update after step 8 begins with step 6, and the weights grown after step 4 warm up until then."""
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero2", 2), ("zero3", 3)])
-def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both(
-    tmp_path: Path, digits: Path, engine: str, world_size: int
-) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *WINDOW))
-    saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *WINDOW))
-    assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
-    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *WINDOW))
-    assert_same_state(ended, resumed)
-
-
 def postponed(config: Config, resume: bool) -> State:
     """Trains on a rank, with a gradient in the fourth step that isn't finite."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=resume)
@@ -122,15 +110,16 @@ def test_a_postponed_update_is_counted_in_the_metrics_and_comes_after_a_resume(t
 TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
-def test_a_run_with_a_token_selector_draws_the_same_tokens_after_a_resume(
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero2", 2), ("zero3", 3)])
+def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both_and_draws_the_same_tokens(
     tmp_path: Path, digits: Path, engine: str, world_size: int
 ) -> None:
-    """And the temperature is that of the step."""
+    """And the temperature of the token selector is that of the step."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *TOKENS))
-    run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *TOKENS))
-    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *TOKENS))
+    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *WINDOW, *TOKENS))
+    saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *WINDOW, *TOKENS))
+    assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *WINDOW, *TOKENS))
     assert_same_state(ended, resumed)
     assert losses_of(stopped) == losses_of(straight)
     assert np.abs(resumed[0].tensors["blocks.selector0.weight:exp_avg"]).max() > 0
