@@ -100,7 +100,7 @@ class TopologyEngine:
         self._detach = finalize(self, _let_go, self.growth, self.warmup, taken)
         self._detach.atexit = False
         self._prepare_step()
-        self._check_state(stepped=False)
+        self._check_state()
         if self._moves and not schedule.num_updates:
             logger.warning(
                 "no weight will ever move: updates come every %d steps from step %d on, and stop after step %d of %d; lower "
@@ -160,7 +160,7 @@ class TopologyEngine:
         if not self._detach.alive:
             raise TopologyError("this topology engine was detached; attach another one, and call its step()")
         if applied and not self._state_checked:
-            self._check_state(stepped=False)
+            self._check_state()
             self._state_checked = True
         due = self.next_update == self.steps + 1
         self.steps += 1
@@ -261,23 +261,26 @@ class TopologyEngine:
 
     @torch.no_grad()
     def _update(self, method: Method) -> TopologyUpdate:
-        self._check_state(stepped=True)
+        frozen = self.growth.frozen
+        moving = [layer for name, layer in self.layers.items() if name not in frozen]
+        for layer in moving:
+            check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
+        check_state(moving, self.access, self.options, stepped=True)
         rate = self.schedule.rate(self.steps)
         self.last_update = self.steps
-        frozen = self.growth.frozen
         layers = {
             name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, rate)
             for name, layer in self.layers.items()
         }
         return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
 
-    def _check_state(self, *, stepped: bool) -> None:
+    def _check_state(self) -> None:
+        """Refuses an optimizer that the weights can't move under, as soon as it can be known."""
         if self._moves:
-            check_state(self.layers.values(), self.access, self.options, stepped=stepped)
+            check_state(self.layers.values(), self.access, self.options, stepped=False)
 
     def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
         """One layer's update; the layer's dense tensors live only in here."""
-        check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
         decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
         remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
         write_topology(layer, remap, self.access, self.options, self.followers)

@@ -117,6 +117,25 @@ def frozen_on_engines() -> list[list[int]]:
     return [updates_of_the_middle({0, 1, 2, 3, 9}, kind) for kind in ("fsdp2", "zero2", "zero3")]
 
 
+def stepped_by_engines() -> list[list[bool]]:
+    """Whether ZeRO steps the first layer, and the middle one, which was frozen when it wrapped the model."""
+    from tests.train.test_library_use import deepspeed_engine
+
+    found = []
+    for stage in (2, 3):
+        model = packed()
+        freeze(model)
+        access = attach(deepspeed_engine(model, stage)).access
+        freeze(model, thaw=True)
+        found.append([access.steps(model[index].values) for index in (0, 2)])
+    return found
+
+
+def test_zero_tells_what_it_steps() -> None:
+    for found in run_on_ranks(2, stepped_by_engines):
+        assert found == [[True, False]] * 2
+
+
 def test_every_engine_lets_a_layer_be_frozen_and_thawed() -> None:
     for found in run_on_ranks(2, frozen_on_engines):
         assert found == [[8, 12]] * 3
