@@ -193,7 +193,7 @@ def read_tar(shard: Path) -> Contents:
 
 
 def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
-    name = "/".join(parts_of(member.name))
+    name = "/".join(parts_of(member.name)).replace("\0", "\ufffd")  # the one that can't stand in an index
     if is_hidden(parts_of(name)):
         contents.left_out[HIDDEN] += 1
         return
