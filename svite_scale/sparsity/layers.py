@@ -120,7 +120,7 @@ class PackedLayer(SparseLayer):
         """As any module's, but for the name ``weight``, under which a parameter would take no part in the product."""
         if name == "weight":
             raise TopologyError(
-                f"{self.name}.weight can't be replaced, for it is packed; write into it under torch.no_grad(): weight.copy_(new)"
+                f"{self.name}.weight can't be replaced, for it is packed; write into it: weight.copy_(new), in no_grad()"
             )
         super().register_parameter(name, param)
 
