@@ -42,8 +42,16 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pvt_v2": ("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 2, 2)}),
     "regnet": ("regnetx_002", 32, {}),
     "resnet": ("resnet10t", 32, {}),
-    "swin": ("swin_tiny_patch4_window7_224", 56, {"img_size": 56, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)}),
-    "swin_v2": ("swinv2_tiny_window8_256", 64, {"img_size": 64, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        56,
+        {"img_size": 56, "drop_path_rate": 0.0, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)},
+    ),
+    "swin_v2": (
+        "swinv2_tiny_window8_256",
+        64,
+        {"img_size": 64, "drop_path_rate": 0.0, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)},
+    ),
     "tnt": (
         "tnt_s_legacy_patch16_224",
         32,
@@ -54,6 +62,8 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "xcit": ("xcit_nano_12_p16_224", 32, {"img_size": 32, **VIT}),
 }
 STEPS = 3
+LARGEST = 5_000
+"""Elements of a layer whose update is told by sorting lists."""
 
 
 def mask_of(layer: PackedLayer) -> Tensor:
@@ -105,6 +115,8 @@ def test_a_family_trains_sparse(family: str) -> None:
         optimizer.step()
         topology.step()
     for key, layer in layers.items():
+        if layer.shape.numel() > LARGEST:
+            continue
         active = masks[key].flatten().tolist()
         drop, grow = weights[key].flatten().abs().tolist(), gradients[key].flatten().abs().float().tolist()
         after = reference.prune_and_grow(active, drop, grow, math.ceil(0.3 * sum(active)))
