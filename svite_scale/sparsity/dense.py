@@ -63,6 +63,6 @@ def _refuse_engines(model: nn.Module) -> None:
         if hasattr(parameter, "to_local") or not parameter.numel():
             raise TopologyError(
                 f"an engine (FSDP2, ZeRO-3) holds only a part of {name} here, so the model can't be copied; load its full "
-                "state dict (of get_model_state_dict in torch.distributed.checkpoint.state_dict, or DeepSpeed's zero_to_fp32) into "
-                "a model made sparse in the same way, and give that to to_dense"
+                "state dict (of get_model_state_dict in torch.distributed.checkpoint.state_dict, or zero_to_fp32 of DeepSpeed) "
+                "into a model made sparse in the same way, and give that to to_dense"
             )
