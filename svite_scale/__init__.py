@@ -6,7 +6,8 @@ Three lines in a training loop of your own::
     topology = svite_scale.attach(model, optimizer, total_steps=100_000, update_every=1_000)  # after
     topology.step()                                                                     # after each optimizer step
 
-and ``svite_scale.to_dense(model)`` is an ordinary dense model of equal output. Or a whole run from a config: ``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
+and ``svite_scale.to_dense(model)`` for an ordinary dense model of equal output; or a whole run from a config:
+``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
 """
 
 from svite_scale.parallel.attach import attach

@@ -27,11 +27,15 @@ def to_dense(model: Model) -> Model:
             copied as it is.
 
     Raises:
-        TopologyError: the model is a wrapper of an engine, or an engine holds only parts of its parameters here.
+        TopologyError: the model is a wrapper of an engine, or an engine holds only parts of its parameters here, or
+            ``copy.deepcopy`` can't copy it.
     """
     _refuse_engines(model)
     replaced = {id(module): module.to_dense() for module in model.modules() if isinstance(module, SparseLayer)}
-    return copy.deepcopy(model, replaced)
+    try:
+        return copy.deepcopy(model, replaced)
+    except RuntimeError as error:  # for example timm's LeViT, which keeps tensors of a graph after a forward in evaluation
+        raise TopologyError(f"{type(model).__name__} can't be copied, as copy.deepcopy says: {error}") from error
 
 
 @torch.no_grad()
@@ -58,7 +62,7 @@ def _refuse_engines(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "to_local") or not parameter.numel():
             raise TopologyError(
-                f"an engine (FSDP2, ZeRO-3) holds only a part of {name} here, so the model can't be copied; load its full state "
-                "dict, as torch.distributed.checkpoint.state_dict.get_model_state_dict or DeepSpeed's zero_to_fp32 give it, into "
-                "a model made sparse in the same way, and give that to to_dense"
+                f"an engine (FSDP2, ZeRO-3) holds only a part of {name} here, so the model can't be copied; load its full "
+                "state dict (of get_model_state_dict in torch.distributed.checkpoint.state_dict, or zero_to_fp32 of DeepSpeed) "
+                "into a model made sparse in the same way, and give that to to_dense"
             )

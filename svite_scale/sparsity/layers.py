@@ -120,7 +120,7 @@ class PackedLayer(SparseLayer):
         """As any module's, but for the name ``weight``, under which a parameter would take no part in the product."""
         if name == "weight":
             raise TopologyError(
-                f"{self.name}.weight can't be replaced, for it is packed; under torch.no_grad(), write into it: weight.copy_(new)"
+                f"{self.name}.weight can't be replaced, for it is packed; write into it: weight.copy_(new), in no_grad()"
             )
         super().register_parameter(name, param)
 
@@ -140,7 +140,7 @@ class PackedLayer(SparseLayer):
         return f"shape={tuple(self.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be None
     """``nn.Linear`` with a packed weight: ``[..., in_features]`` to ``[..., out_features]``."""
 
     def __init__(self, dense: nn.Linear, num_active: int, name: str) -> None:
@@ -156,7 +156,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         return filled(dense, self.dense_weight(), self.bias, self, self.values)
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be None
     """``nn.Conv2d`` with a packed weight: ``[batch, in, height, width]`` to ``[batch, out, height', width']``, or one image."""
 
     def __init__(self, dense: nn.Conv2d, num_active: int, name: str) -> None:

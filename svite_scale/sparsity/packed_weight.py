@@ -35,7 +35,8 @@ class DenseRead(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _packed_gradient(gradient, *ctx.saved_tensors, ctx.sink), None, None, None
+        values, mask = ctx.saved_tensors
+        return _packed_gradient(gradient, values, mask, ctx.sink), None, None, None
 
 
 class ActiveRead(Function):
@@ -55,7 +56,8 @@ class ActiveRead(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return read_dense(gradient, *ctx.saved_tensors, ctx.shape), None, None
+        (mask,) = ctx.saved_tensors
+        return read_dense(gradient, mask, ctx.shape), None, None
 
 
 def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, sink: GradientSink | None = None) -> Tensor:

@@ -78,7 +78,7 @@ class UnitLayer(SparseLayer):
 
     @torch.no_grad()
     def all_units(self, rows: Tensor, repeats: int = 1) -> Tensor:
-        """A parameter of active units with zeros for absent ones: ``[repeats * k * any, ...]`` to ``[repeats * N * any, ...]``."""
+        """``[repeats * k * any, ...]`` of active units as ``[repeats * N * any, ...]``, with zeros for absent ones."""
         active = self.active_units()
         whole = rows.new_zeros(repeats, active.numel(), rows.numel() // (repeats * self.num_active))
         whole[:, active] = rows.reshape(repeats, self.num_active, -1)

@@ -30,25 +30,40 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "davit": ("davit_tiny", 64, STAGES),
     "deit": ("deit_tiny_distilled_patch16_224", 32, {"img_size": 32, **VIT}),
     "edgenext": ("edgenext_xx_small", 64, {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}),
-    "eva": ("eva02_tiny_patch14_224", 28, {"img_size": 28, **VIT}),
-    "ghostnet": ("ghostnet_050", 32, {}),
-    "levit": ("levit_128s", 64, {"img_size": 64, "embed_dim": (16, 16, 16), "num_heads": (2, 2, 2), "depth": (1, 1, 1), "key_dim": 8}),
-    "mlp_mixer": ("mixer_s32_224", 64, {"img_size": 64, "num_blocks": 2, "embed_dim": 16}),
+    "eva": ("eva02_tiny_patch14_224", 28, {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+    "ghostnet": ("ghostnet_050", 32, {"drop_rate": 0.0}),
+    "levit": (
+        "levit_128s",
+        64,
+        {"img_size": 64, "embed_dim": (16, 16, 16), "num_heads": (2, 2, 2), "depth": (1, 1, 1), "key_dim": 8},
+    ),
     "mobilenetv3": ("mobilenetv3_small_050", 32, {}),
-    "mvitv2": ("mvitv2_tiny", 64, {"img_size": 64, "depths": (1, 1), "embed_dim": 16, "num_heads": 2}),
     "pit": ("pit_ti_224", 64, {"img_size": 64, "base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 2, 2)}),
-    "poolformer": ("poolformer_s12", 64, {"layers": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8)}),
     "pvt_v2": ("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 2, 2)}),
     "regnet": ("regnetx_002", 32, {}),
     "resnet": ("resnet10t", 32, {}),
-    "swin": ("swin_tiny_patch4_window7_224", 56, {"img_size": 56, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)}),
-    "swin_v2": ("swinv2_tiny_window8_256", 64, {"img_size": 64, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)}),
-    "tnt": ("tnt_s_legacy_patch16_224", 32, {"img_size": 32, "embed_dim": 24, "inner_dim": 8, "depth": 1, "num_heads_outer": 4, "num_heads_inner": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        56,
+        {"img_size": 56, "drop_path_rate": 0.0, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)},
+    ),
+    "swin_v2": (
+        "swinv2_tiny_window8_256",
+        64,
+        {"img_size": 64, "drop_path_rate": 0.0, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 2)},
+    ),
+    "tnt": (
+        "tnt_s_legacy_patch16_224",
+        32,
+        {"img_size": 32, "embed_dim": 24, "inner_dim": 8, "depth": 1, "num_heads_outer": 4, "num_heads_inner": 2},
+    ),
     "twins": ("twins_svt_small", 64, {"img_size": 64, **STAGES}),
     "vit with registers": ("vit_small_patch14_reg4_dinov2", 28, {"img_size": 28, **VIT}),
     "xcit": ("xcit_nano_12_p16_224", 32, {"img_size": 32, **VIT}),
 }
 STEPS = 3
+LARGEST = 5_000
+"""Elements of a layer whose update is told by sorting lists."""
 
 
 def mask_of(layer: PackedLayer) -> Tensor:
@@ -90,7 +105,9 @@ def test_a_family_trains_sparse(family: str) -> None:
         expected = loss_of(functional_call(twin, leaves, (x,)))
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
         found = torch.autograd.grad(expected, list(leaves.values()), allow_unused=True)
-        gradients = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)}
+        gradients = {
+            key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)
+        }
         for key, layer in layers.items():
             assert layer.values.grad is not None, f"{key} takes no part"
             torch.testing.assert_close(layer.values.grad, gradients[key][masks[key]], rtol=1e-6, atol=1e-9)
@@ -98,6 +115,8 @@ def test_a_family_trains_sparse(family: str) -> None:
         optimizer.step()
         topology.step()
     for key, layer in layers.items():
+        if layer.shape.numel() > LARGEST:
+            continue
         active = masks[key].flatten().tolist()
         drop, grow = weights[key].flatten().abs().tolist(), gradients[key].flatten().abs().float().tolist()
         after = reference.prune_and_grow(active, drop, grow, math.ceil(0.3 * sum(active)))

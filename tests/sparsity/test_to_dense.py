@@ -88,7 +88,9 @@ def test_a_dense_model_is_copied_and_what_modules_share_stays_shared() -> None:
 def test_other_libraries_take_the_dense_model() -> None:
     """timm's own fusing of norms into layers, torch's dynamic quantization, and torch's pruning."""
     torch.manual_seed(0)
-    model = timm.create_model("levit_128s", num_classes=10, embed_dim=(32, 32, 32), num_heads=(2, 2, 2), depth=(1, 1, 1), key_dim=8)
+    model = timm.create_model(
+        "levit_128s", num_classes=10, embed_dim=(32, 32, 32), num_heads=(2, 2, 2), depth=(1, 1, 1), key_dim=8
+    )
     x = torch.randn(2, 3, 224, 224)
     svite_scale.sparsify(model, density=0.3)
     model.eval()
