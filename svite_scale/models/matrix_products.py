@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,6 +69,7 @@ class _ByOwner(TorchFunctionMode):
     def __init__(self, layers: dict[str, nn.Linear | nn.Conv2d], counted: FlopCounterMode, tracker: ModuleTracker) -> None:
         super().__init__()
         self._names = {id(layer.weight): name for name, layer in layers.items()}
+        self._views: list[Tensor] = []
         self._counted, self._tracker = counted, tracker
         self.macs: Counter[str] = Counter()
 
@@ -78,10 +79,14 @@ class _ByOwner(TorchFunctionMode):
         kwargs = kwargs or {}
         before = self._counted.get_total_flops()
         result = func(*args, **kwargs)
+        layer = next((self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names), None)
         # A multiply and an add are two operations to torch.
         if macs := (self._counted.get_total_flops() - before) // 2:
-            layer = next((self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names), None)
             self.macs[layer or self._innermost()] += macs
+        elif layer and isinstance(result, Tensor):
+            # A weight that is transposed first, as by the linear function that ZeRO-3 puts in the place of torch's.
+            self._names[id(result)] = layer
+            self._views.append(result)
         return result
 
     def _innermost(self) -> str:

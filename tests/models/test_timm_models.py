@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
 from svite_scale.errors import ConfigError
@@ -107,6 +107,18 @@ def test_attention_pooling_gets_the_tokens_that_pass_last() -> None:
     layers = 25 * 192 * D + (25 + 13 + 13) * PLAIN + 13 * 2 * D**2 + 10 * D**2 + 11 * D
     assert cost.sparse_macs == layers + 2 * (25**2 + 2 * 13**2) * D + 2 * 13 * D
     assert cost.dense_macs == KINDS["attention pooling"].layers + KINDS["attention pooling"].others
+
+
+def test_a_weight_that_is_transposed_first_counts_as_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 puts a linear function of its own in the place of torch's, for the rest of the process."""
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return input.matmul(weight.t()) if bias is None else input.matmul(weight.t()) + bias
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    expected = KINDS["weight read"]
+    cost = count(Config(run_dir="unused", model=expected.model, sparsity=SparsityConfig(densities={"*": 0.5})))
+    assert (cost.dense_macs, cost.sparse_macs) == (expected.layers + expected.others, expected.layers // 2 + expected.others)
 
 
 def test_activation_checkpointing_costs_nothing_more() -> None:
