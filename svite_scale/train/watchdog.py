@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -217,7 +218,8 @@ class Watchdog:
         for host, pid in gone:
             # Containers may share a host's name, but not this process's parent.
             if host == self.host and parent_of(pid) == os.getppid():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _print(self, line: str) -> None:
         """One write, so that lines of several processes don't mix, and on a line of its own, beside a bar too."""

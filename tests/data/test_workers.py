@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.data.batches import shared_slots
 from svite_scale.data.loader import WARNINGS
+from svite_scale.errors import DataError
 from svite_scale.train.signals import STOP_SIGNALS
 from tests.processes import members
 
@@ -57,14 +59,26 @@ def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "12\n"
-    assert len(members(process.pid)) == 3
+    workers = set(members(process.pid)) - {process.pid}
+    assert len(workers) == 2
+    for worker in workers:
+        # Not even one that can't look whether it still has a parent outlives it.
+        os.kill(worker, signal.SIGSTOP)
     process.kill()
     process.wait(PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
-    while members(process.pid):
-        assert time.monotonic() < deadline, "the workers outlive the training process"
+    while left := members(process.pid):
+        if time.monotonic() > deadline:
+            for worker in left:
+                os.kill(worker, signal.SIGKILL)
+            pytest.fail("the workers outlive the training process")
         time.sleep(0.1)
     process.stdout.close()
+
+
+def test_more_memory_than_there_is_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(DataError, match=r"^1 batches of 1099511627776 images need \d+ bytes of memory, .* lower data"):
+        shared_slots(1, (2**40, 3, 224, 224))
 
 
 CRASH = """

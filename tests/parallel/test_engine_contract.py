@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +148,13 @@ def test_attach_moves_weights_in_a_plain_loop() -> None:
         if topology.step() is not None:
             updated.append(step + 1)
     assert updated == [2, 4, 6, 8]
+
+
+def buffers_in_shm() -> list[str]:
+    """Of DeepSpeed's, on these ranks."""
+    build_backend("zero1", small_vit(), adamw)
+    return [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
+
+
+def test_deepspeed_makes_no_buffers_for_inference_in_shm() -> None:
+    assert run_on_ranks(2, buffers_in_shm) == [[], []]
