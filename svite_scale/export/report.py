@@ -47,7 +47,7 @@ def patches_section(run: SavedRun, model: VisionTransformer, num_images: int) ->
     title, selectors = "Patches kept by the token selector", named_selectors(model)
     if not selectors:
         return Section(title, [], "The run has no token selector (sparsity.tokens.keep is null): every block gets all patches.")
-    images = evaluation_images(run.config, num_images)
+    images = evaluation_images(run.evaluation_config(), num_images)
     kept = kept_patches(model, images.inputs).numpy()
     titles = [f"sample {sample}, label {label}" for sample, label in zip(images.samples, images.labels, strict=True)]
     pictures = []
