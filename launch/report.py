@@ -13,6 +13,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory")
     parser.add_argument("--checkpoint", metavar="NAME", help="such as step-00001240; default: the newest")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="evaluation images to show; default: 8")
+    parser.add_argument("--val", metavar="SHARDS", help="where to take them from; default: data.val of the run's config")
     parser.add_argument("--out", metavar="DIR", help="folder to write to; default: report/ in the run directory")
     return parser.parse_args()
 

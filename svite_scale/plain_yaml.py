@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import yaml
 
 TAG = "tag:yaml.org,2002:"
+MOST_NODES = 100_000
+"""Values in a document, aliases written out: a few lines of aliases of aliases stand for more than any memory holds."""
 FINITE = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
 FLOAT = re.compile(rf"(?:{FINITE}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$")
 SCALARS = (
@@ -53,17 +55,25 @@ def load(text: str | bytes) -> object:
     """Reads one YAML document into dicts, lists, str, int, float, bool and None.
 
     Raises:
-        PlainYamlError: the text is not YAML, or a key stands twice in one mapping.
+        PlainYamlError: the text is not YAML, a key stands twice in one mapping, or it stands for too much.
     """
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return None
+        if num_nodes(root, {}) > MOST_NODES:
+            raise PlainYamlError(f"it has more than {MOST_NODES:,} values, aliases counted each time")
         refuse_duplicates(root)
         return loader.construct_document(root)
     except yaml.YAMLError as error:
         raise PlainYamlError(one_line(error)) from error
+    except PlainYamlError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise PlainYamlError(str(error)) from error
+    except RecursionError as error:
+        raise PlainYamlError("it is nested too deeply") from error
 
 
 def dump(value: object) -> str:
@@ -80,6 +90,16 @@ def refuse_duplicates(root: yaml.Node) -> None:
             if name in lines:
                 raise PlainYamlError(f"{path}{name} stands on line {lines[name]} and again on line {line}")
             lines[name] = line
+
+
+def num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes under ``node``, those of an alias counted each time; ``known`` holds what has been counted, by identity."""
+    if id(node) not in known:
+        known[id(node)] = 1  # where aliases make a circle, for each time around
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.CollectionNode):
+            known[id(node)] += sum(num_nodes(part, known) for part in parts)
+    return known[id(node)]
 
 
 def mappings(node: yaml.Node, path: str, seen: set[int]) -> Iterator[tuple[str, yaml.MappingNode]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from svite_scale.config import DataConfig
-from svite_scale.data.cache_folder import CacheFolder
+from svite_scale.data.cache_folder import CacheFolder, open_own
 from svite_scale.data.fetch import FetchError, fetch
 from svite_scale.data.urls import INDEX_SUFFIX, index_url, readable_name
 from svite_scale.errors import ConfigError, DataError
@@ -126,6 +127,10 @@ class ShardCache:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._is_ours and directory.lstat().st_uid != os.getuid():
                 raise DataError(f"{field}: {directory} is another user's; name a folder of yours")
+            mode = directory.stat().st_mode
+            # Where only owners may rename, what others write there isn't taken for a file of this user's.
+            if mode & 0o022 and not mode & stat.S_ISVTX:
+                raise DataError(f"{field}: {directory} can be written by others; run chmod go-w {directory}, or name another")
             yield
         except OSError as error:
             raise DataError(f"{field}: {directory} can't be used ({error}); name a writable folder with enough room") from error
@@ -174,12 +179,12 @@ def whole_json(chunks: Iterator[bytes]) -> bytes:
 
 def young_content(index: Path) -> bytes | None:
     """The copy of an index, where there is one that needn't be fetched again."""
-    try:
-        with index.open("rb") as file:
-            is_young = 0 <= time.time() - os.fstat(file.fileno()).st_mtime < INDEX_AGE_S
-            return file.read() if is_young else None
-    except FileNotFoundError:
+    descriptor = open_own(index)
+    if descriptor is None:
         return None
+    with open(descriptor, "rb") as file:
+        is_young = 0 <= time.time() - os.fstat(descriptor).st_mtime < INDEX_AGE_S
+        return file.read() if is_young else None
 
 
 def window_size(config: DataConfig, sizes: Sequence[int], windows: int = 1) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ JUST_NOW_S = 1.0
 WAIT_S = 0.05
 """Between two looks for room, while other files are being written or were just used."""
 PART, LOCKS, ROOM = ".part", "locks", "room"
+NAME = re.compile("[0-9a-f]{16}-")
+"""What the files of a cache begin with. Others that a folder holds aren't counted, and never removed."""
 
 
 class CacheFolder:
@@ -24,6 +29,8 @@ class CacheFolder:
     - Room is taken before the first byte is written, so files being written count in full. Files come and go, and are
       counted, under one lock.
     - The least recently used files go first. One that is open in some process stays readable there, until it is closed.
+
+    - What isn't a file of this user's alone, such as a link that others have put in its place, counts as not there.
 
     The folder must be on a local disk: locks and times of use are this machine's. All methods may raise OSError.
     """
@@ -44,9 +51,8 @@ class CacheFolder:
 
     def open(self, name: str, size: int) -> int | None:
         """A descriptor of a whole file of that size, which counts as used now; None if there is none."""
-        try:
-            descriptor = os.open(self.directory / name, os.O_RDONLY)
-        except FileNotFoundError:
+        descriptor = open_own(self.directory / name)
+        if descriptor is None:
             return None
         if os.fstat(descriptor).st_size != size:
             os.close(descriptor)
@@ -101,17 +107,18 @@ class CacheFolder:
 
     def _make_room(self, size: int) -> bool:
         """Evicts what must go; whether ``size`` bytes fit now. The caller holds the lock of the room."""
-        files = [(entry.name, entry.stat()) for entry in os.scandir(self.directory) if entry.is_file(follow_symlinks=False)]
-        excess = sum(stat.st_size for _, stat in files) + size - self.limit
-        for name, stat in sorted(files, key=lambda file: file[1].st_mtime):
+        entries = [entry for entry in os.scandir(self.directory) if NAME.match(entry.name)]
+        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file(follow_symlinks=False)]
+        excess = sum(status.st_size for _, status in files) + size - self.limit
+        for name, status in sorted(files, key=lambda file: file[1].st_mtime):
             if excess <= 0:
                 break
             # A time that is still to come is a clock's that was set back.
-            used_just_now = 0 <= time.time() - stat.st_mtime < JUST_NOW_S
+            used_just_now = 0 <= time.time() - status.st_mtime < JUST_NOW_S
             if self._is_being_written(name) if name.endswith(PART) else used_just_now:
                 continue
             (self.directory / name).unlink()
-            excess -= stat.st_size
+            excess -= status.st_size
         return excess <= 0
 
     def _is_being_written(self, part_name: str) -> bool:
@@ -127,7 +134,23 @@ class CacheFolder:
     def _lock_file(self, name: str) -> int:
         locks = self.directory / LOCKS
         locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o600)
+        return os.open(locks / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def open_own(path: Path) -> int | None:
+    """A descriptor of a file that nobody but this user may write; None where there is none, or something else."""
+    try:
+        # Not to wait for a writer where it is a named pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def release(lock_file: int) -> None:

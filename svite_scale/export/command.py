@@ -15,7 +15,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/report.py``, in one process.
 
     Args:
-        arguments: ``run``, ``checkpoint``, ``images``, ``out``.
+        arguments: ``run``, ``checkpoint``, ``images``, ``val``, ``out``.
 
     Returns:
         The exit status: 0, or 2 after an error, which is one line on stderr.
@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise ConfigError("--images", arguments.images, "is no number of images", "use at least 1")
         run_dir = Path(arguments.run)
         out = run_dir / "report" if arguments.out is None else Path(arguments.out)
-        print(write_report(read_run(run_dir, arguments.checkpoint), arguments.images, out))
+        print(write_report(read_run(run_dir, arguments.checkpoint, arguments.val), arguments.images, out))
     except SviteScaleError as error:
         print(f"report error: {error}", file=sys.stderr)
         return EXIT_FAILED

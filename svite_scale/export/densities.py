@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from svite_scale.export.saved_run import Line
+from svite_scale.export.saved_run import Line, damaged_line
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.sparse_layer import sparse_layers
+from svite_scale.train.tracking import METRICS
 
 CURVES = ("ever_active", "heads/ever_active", "neurons/ever_active", "drop_rate")
 """Metrics that are shown over time."""
@@ -43,10 +45,21 @@ def layer_densities(model: nn.Module) -> list[LayerDensity]:
 
 
 def curves(metrics: Sequence[Line]) -> list[Curve]:
-    """Those of :data:`CURVES` that some line of ``metrics.jsonl`` has."""
+    """Those of :data:`CURVES` that some line of ``metrics.jsonl`` has.
+
+    Raises:
+        RunError: one isn't a number.
+    """
     found = []
     for name in CURVES:
         having = [line for line in metrics if name in line]
         if having:
-            found.append(Curve(name, [line["step"] for line in having], [line[name] for line in having]))
+            found.append(Curve(name, [line["step"] for line in having], [_number(line, name) for line in having]))
     return found
+
+
+def _number(line: Line, name: str) -> float:
+    value = line[name]
+    if type(value) not in (int, float):
+        raise damaged_line(Path(METRICS), f"{name} of step {line['step']}", TypeError(f"{str(value)[:40]!r} is no number"))
+    return float(value)

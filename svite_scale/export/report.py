@@ -49,7 +49,7 @@ def patches_section(run: SavedRun, model: nn.Module, num_images: int) -> Section
     title, selectors = "Patches kept by the token selector", named_selectors(model)
     if not selectors:
         return Section(title, [], "The run has no token selector (sparsity.tokens.keep is null): every block gets all patches.")
-    images = evaluation_images(run.config, num_images)
+    images = evaluation_images(run.evaluation_config(), num_images)
     vit = cast(VisionTransformer, model)
     kept = kept_patches(vit, images.inputs).numpy()
     titles = [f"sample {sample}, label {label}" for sample, label in zip(images.samples, images.labels, strict=True)]

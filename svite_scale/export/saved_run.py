@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,10 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from svite_scale.config import Config
 from svite_scale.config_reader import read_config
+from svite_scale.data.urls import PIPE
 from svite_scale.errors import CheckpointError, RunError
 from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.train.checkpoint.directory import CHECKPOINTS, RUN_STATE, CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, newest_valid
 from svite_scale.train.checkpoint.manifest import problem_of
+from svite_scale.train.checkpoint.reading import TensorReader, read_run_state
 from svite_scale.train.checkpoint.same_run import check_same_tensors
 from svite_scale.train.tracking import METRICS, TOPOLOGY
 
@@ -38,6 +40,7 @@ class SavedRun:
         step: the optimizer step after which the checkpoint was saved.
         metrics: lines of ``metrics.jsonl`` up to that step; empty where there is no such file.
         topology: the same of ``topology.jsonl``.
+        val: evaluation shards that whoever reads the run has named; None leaves it to the config.
     """
 
     run_dir: Path
@@ -46,14 +49,31 @@ class SavedRun:
     step: int
     metrics: list[Line]
     topology: list[Line]
+    val: str | None = None
+
+    def evaluation_config(self) -> Config:
+        """The config, with the evaluation shards to use.
+
+        Raises:
+            RunError: its own are a command's output. The run may be somebody else's, and nothing of it is run.
+        """
+        if self.val is not None:
+            return replace(self.config, data=replace(self.config.data, val=self.val))
+        if self.config.data.val.startswith(PIPE):
+            raise RunError(
+                f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and none is run that a run "
+                "directory holds; give --val with shards, or with that command if you trust it"
+            )
+        return self.config
 
 
-def read_run(run_dir: Path, checkpoint: str | None = None) -> SavedRun:
+def read_run(run_dir: Path, checkpoint: str | None = None, val: str | None = None) -> SavedRun:
     """Reads all of a run but its tensors.
 
     Args:
         run_dir: of the run.
         checkpoint: name of one; None is the newest.
+        val: evaluation shards, in place of the config's ``data.val``.
 
     Raises:
         RunError: there is no run, or a line of its files is damaged.
@@ -65,9 +85,9 @@ def read_run(run_dir: Path, checkpoint: str | None = None) -> SavedRun:
         raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
     config = read_config(config_path)
     path = find_checkpoint(run_dir / CHECKPOINTS, checkpoint)
-    step = int(json.loads((path / RUN_STATE).read_text())["topology"]["steps"])
+    step: int = read_run_state(path)["topology"]["steps"]
     metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
-    return SavedRun(run_dir, config, path, step, metrics, topology)
+    return SavedRun(run_dir, config, path, step, metrics, topology, val)
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:
@@ -96,17 +116,23 @@ def read_lines(path: Path, last_step: int) -> list[Line]:
     """The JSON objects of a file, one a line, up to a step; none where there is no file.
 
     Raises:
-        RunError: a line is no object with a step; the message has its number.
+        RunError: a line is no object with a step; the message has its number. Or the file can't be read.
     """
     if not path.exists():
         return []
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise RunError(f"{path} can't be read ({error}); restore it, or remove it") from error
     lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, text in enumerate(texts, start=1):
         try:
             line: Line = json.loads(text)
-            if int(line["step"]) <= last_step:
+            if type(line["step"]) is not int:
+                raise TypeError("the step is no whole number")
+            if line["step"] <= last_step:
                 lines.append(line)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise damaged_line(path, f"line {number}", error) from error
     return lines
 
@@ -132,7 +158,7 @@ def load_model(run: SavedRun) -> nn.Module:
         with warnings.catch_warnings():
             # It warns that there is no process group, which is what no_dist says.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(state, checkpoint_id=run.checkpoint, no_dist=True)
+            dcp.load(state, storage_reader=TensorReader(run.checkpoint), no_dist=True)
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, CheckpointException) as error:
         what = type(error).__name__ if isinstance(error, CheckpointException) else repr(error)
         raise CheckpointError(f"{run.checkpoint} can't be read ({what}); restore it, or give another --checkpoint") from error

@@ -74,7 +74,6 @@ class MetricLines:
 def is_until(last_step: int, line: bytes) -> bool:
     """Whether a line is whole, and of a step up to that one."""
     try:
-        step: int = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return bool(json.loads(line)["step"] <= last_step)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return step <= last_step

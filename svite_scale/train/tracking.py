@@ -36,7 +36,7 @@ class Tracker:
             enabled: whether this is the main rank.
 
         Raises:
-            RunError: the run directory can't be written, or MLflow not be used.
+            RunError: the run directory can't be written, or MLflow not be used at a first start.
         """
         self.run_dir, self._enabled = run_dir, enabled
         self._metrics, self._topology = MetricLines(run_dir / METRICS), MetricLines(run_dir / TOPOLOGY)
@@ -52,7 +52,7 @@ class Tracker:
                 else:
                     lines.cut(resumed_step)
             if config.tracking.mlflow:
-                self._mlflow = MlflowRun(config, run_dir)
+                self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
         except OSError as error:
             raise self._error(error) from error
 

@@ -104,6 +104,27 @@ def test_a_cache_that_wont_do_is_left_alone(kind: str, tmp_path: Path, compiler:
     assert [*cache.rglob("*.so"), *temporary.iterdir()] == [], "nothing is left behind"
 
 
+@pytest.mark.parametrize("kind", ["others may write", "a link"])
+def test_a_library_that_others_could_write_is_compiled_anew(kind: str, tmp_path: Path, compiler: tuple[str, Path]) -> None:
+    """Left, say, from a time when they could write to the folder. One that was compiled under a lax umask is none."""
+    cc, log = compiler
+    environment = {"CC": cc, "XDG_CACHE_HOME": str(tmp_path)}
+    assert run("import os; os.umask(0)\n" + LOAD, environment) == ("3", "")
+    assert run(LOAD, environment) == ("3", "")
+    assert len(log.read_text().splitlines()) == 1
+    (library,) = (tmp_path / "svite_scale").iterdir()
+    if kind == "a link":
+        library.rename(tmp_path / "elsewhere")
+        library.symlink_to(tmp_path / "elsewhere")
+    else:
+        library.chmod(0o666)
+    assert run(LOAD, environment) == ("3", "")
+    assert len(log.read_text().splitlines()) == 2
+    assert library.is_file()
+    assert not library.is_symlink()
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize(
     ("cc", "reason"),
     [

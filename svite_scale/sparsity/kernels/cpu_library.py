@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,10 +34,15 @@ def load_library() -> ctypes.CDLL:
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="svite_scale-") as private:
             return ctypes.CDLL(str(_build(compiler, Path(private) / name)))  # stays loaded without its file
+    path = folder / name
     try:
-        return ctypes.CDLL(str(folder / name))
+        # A library runs as it is loaded, and one may be left from a time when others could write to the folder.
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and _is_private(status):
+            return ctypes.CDLL(str(path))
     except OSError:  # not there, or damaged
-        return ctypes.CDLL(str(_build(compiler, folder / name)))
+        pass
+    return ctypes.CDLL(str(_build(compiler, path)))
 
 
 def _cache_folder() -> Path | None:
@@ -48,8 +54,12 @@ def _cache_folder() -> Path | None:
         status = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
-    is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return folder if is_private and os.access(folder, os.W_OK | os.X_OK) else None
+    return folder if _is_private(status) and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether nobody but this user may write it."""
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _digest(compiler: list[str]) -> str:
@@ -64,6 +74,7 @@ def _build(compiler: list[str], path: Path) -> Path:
     os.close(handle)
     try:
         _run([*compiler, *FLAGS, "-o", unfinished, str(SOURCE)])
+        os.chmod(unfinished, 0o700)  # linkers leave it as the umask says, which may let the group write
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)

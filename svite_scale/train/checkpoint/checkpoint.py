@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,8 @@ from svite_scale.errors import CheckpointError
 from svite_scale.parallel.backend import Backend
 from svite_scale.parallel.moments import scalars, write_scalars
 from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.train.checkpoint.directory import RUN_STATE, CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.directory import CheckpointDirectory, newest_valid
+from svite_scale.train.checkpoint.reading import TensorReader, read_run_state
 from svite_scale.train.checkpoint.same_run import (
     check_same_run,
     check_same_samples,
@@ -171,7 +171,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def _load(self, path: Path) -> int:
-        run_state = json.loads((path / RUN_STATE).read_text())
+        run_state = read_run_state(path)
         check_same_run(run_state["config"], self.config, path)
         # The first checkpoints told nothing of their samples.
         if "samples" in run_state:
@@ -186,7 +186,7 @@ class Checkpoint:
         moments = {name: state.pop(name).zero_() for name in list(state) if is_untouched and name.startswith(MOMENTS)}
         check_same_tensors(path, state)
         try:
-            dcp.load(state, checkpoint_id=path, process_group=self._group)
+            dcp.load(state, storage_reader=TensorReader(path), process_group=self._group)
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error

@@ -69,12 +69,16 @@ def _mismatch(directory: Path, share: slice) -> str | None:
     try:
         entries = json.loads((directory / MANIFEST).read_text())["files"]
         files = {name: FileDigest(**entry) for name, entry in sorted(entries.items())}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"its {MANIFEST} is damaged"
     for name, expected in files.items():
+        if Path(name).name != name:
+            return f"its {MANIFEST} names {name!r}, which is no file of this directory"
         path = directory / name
         if not path.exists():
             return f"{name} is missing"
+        if not path.is_file():
+            return f"{name} is no file"
         if path.stat().st_size != expected.size:
             return f"{name} has {path.stat().st_size} bytes instead of {expected.size}"
     for name in list(files)[share]:

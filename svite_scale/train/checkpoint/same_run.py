@@ -9,13 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from svite_scale.config import Config
 from svite_scale.config_reader import flatten_config, to_dict
 from svite_scale.errors import CheckpointError
+from svite_scale.train.checkpoint.reading import saved_sizes
 
 FIXED_FIELDS = (
     "seed",
@@ -85,10 +84,9 @@ def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = ""
         prefix: of the names to compare; the checkpoint may hold any others.
 
     Raises:
-        CheckpointError: names a tensor.
+        CheckpointError: names a tensor; or what the checkpoint says of them can't be read.
     """
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    saved = {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    saved = saved_sizes(path)
     remedy = "use the config that it was saved with"
     for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
         if name not in saved or name not in state:
