@@ -62,6 +62,8 @@ class ActiveRead(Function):
 
 def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, sink: GradientSink | None = None) -> Tensor:
     """The dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the sink."""
+    if not torch.is_grad_enabled():  # in a backward, where a function of autograd would only take time
+        return expand(values, mask, shape)
     return cast(Tensor, DenseRead.apply(values, mask, shape, sink))
 
 
@@ -137,4 +139,6 @@ def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, sink: Gradient
     """Shows the dense gradient to the sink, then keeps its active elements."""
     if sink is not None:
         sink(dense.detach())
+    if not torch.is_grad_enabled():
+        return compress(dense, mask, values.numel()).to(values.dtype)
     return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)

