@@ -9,7 +9,7 @@ import pytest
 from svite_scale.export.report import write_report
 from svite_scale.export.saved_run import read_run
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, losses_of, run
+from tests.train.runs import ENGINES, losses_of, metrics_of, run
 from tests.train.tiny import tiny_config
 
 OWN_SIZES = ("model.patch_size=null", "model.embed_dim=null", "model.depth=null", "model.num_heads=null")
@@ -26,6 +26,7 @@ def test_two_ranks_learn_as_one(digits: Path, tmp_path: Path, name: str) -> None
     overrides = (*MODELS[name], "train.max_steps=5")
     run_on_ranks(2, run, tiny_config(digits, tmp_path / "two", *overrides))
     run_on_ranks(1, run, tiny_config(digits, tmp_path / "one", *overrides, *ENGINES["single"]))
+    assert [line.get("grown", 0) > 0 for line in metrics_of(tmp_path / "two")] == [False, False, False, True, False]
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-3)
     page = write_report(read_run(tmp_path / "two"), 1, tmp_path / "report").read_text()
     assert "The run has no token selector" in page
