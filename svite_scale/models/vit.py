@@ -120,7 +120,7 @@ def _check_layers(name: str, model: nn.Module) -> None:
         elif isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase)) and type(module) not in PACKED_TYPE:
             problem = f"isn't made of nn.Linear and nn.Conv2d alone ({path} is a {kind}), and others can't be sparse"
         elif type(module) in PACKED_TYPE and place != path:
-            problem = f"has one layer in two places ({place} and {path}), which can't be sparse, nor sharded block by block"
+            problem = f"has one layer in two places ({place} and {path}), which can't be sharded block by block"
         if problem is not None:
             remedy = "use another model, such as convnext_tiny, or svite_scale.sparsify in a loop of your own"
             raise ConfigError("model.name", name, problem, remedy)

@@ -105,23 +105,24 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def refuse_shared(model: nn.Module, names: set[str]) -> None:
-    """Refuses a model in which one of the named modules shares a parameter with another module, or stands at two places."""
+    """Refuses a model in which one of the named modules shares a parameter with another module, or is named by two places."""
     owners: dict[int, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model, remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             other, owner = owners.setdefault(id(parameter), (name, module))
-            if other != name and (name in names or other in names):
-                how = ", by copying the module that both are," if owner is module else ""
-                raise TopologyError(f"{other} and {name} share a parameter; untie them{how} before making them sparse")
+            named = {other, name} & names
+            if other != name and (len(named) == 2 or (named and owner is not module)):
+                raise TopologyError(f"{other} and {name} share a parameter; untie them before making them sparse")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` where the submodule ``name`` is."""
+    """Puts ``module`` wherever the submodule ``name`` is."""
     replaced = dict(named_modules(model))[name]
-    # By identity, for wrappers may call it otherwise.
-    places = [(parent, key) for parent in model.modules() for key, child in parent.named_children() if child is replaced]
-    for parent, key in places:
-        setattr(parent, key, module)
+    # By identity, for it may stand in several places, and wrappers may call it otherwise.
+    places = [path for path, child in model.named_modules(remove_duplicate=False) if child is replaced]
+    for path in places:
+        parent, _, key = path.rpartition(".")
+        setattr(model.get_submodule(parent), key, module)
 
 
 def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch.device | str = "cpu") -> Tensor:

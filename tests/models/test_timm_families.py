@@ -25,6 +25,11 @@ STAGES = {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 16, 16), "num_heads": (
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", 32, {"img_size": 32, **VIT}),
     "cait": ("cait_xxs24_224", 32, {"img_size": 32, **VIT}),
+    "coat": (
+        "coat_lite_tiny",
+        32,
+        {"img_size": 32, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 2), "mlp_ratios": (2, 2, 2, 2)},
+    ),
     "convit": ("convit_tiny", 32, {"img_size": 32, **VIT}),
     "convnext": ("convnext_atto", 32, {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}),
     "davit": ("davit_tiny", 64, STAGES),

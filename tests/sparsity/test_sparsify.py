@@ -188,6 +188,22 @@ def test_a_subclass_stays_dense() -> None:
     assert type(model[1]) is OwnLinear
 
 
+def test_a_module_in_several_places_is_one_layer_in_all_of_them() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6).double()
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Sequential(shared))
+    (entry,) = sparsify(model, 0.5)
+    assert entry.name == "0"
+    assert model[0] is model[2] is model[3][0]
+    weight = model[0].dense_weight().requires_grad_()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    layer = lambda y: nn.functional.linear(y, weight, shared.bias)  # noqa: E731
+    expected = layer(layer(layer(x).tanh())).square().sum()
+    model(x).square().sum().backward()
+    (gradient,) = torch.autograd.grad(expected, weight)
+    torch.testing.assert_close(model[0].values.grad, gradient[bits.unpack(model[0].mask, 36).view(6, 6)])
+
+
 def test_densities_by_pattern_and_layers_kept_dense() -> None:
     model = built("vit_tiny")
     plan = svite_scale.sparsify(model, densities={"*.qkv": 0.1, "blocks.*": 0.3, "*": 0.5}, keep_dense=["head"])

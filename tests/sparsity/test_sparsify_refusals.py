@@ -44,12 +44,6 @@ def test_a_tied_bias_is_refused() -> None:
         sparsify(nn.ModuleDict({"first": first, "second": second}), 0.5)
 
 
-def test_a_module_that_stands_twice_in_the_model_is_refused() -> None:
-    shared = nn.Linear(4, 4)
-    with pytest.raises(TopologyError, match="first and second share a parameter"):
-        sparsify(nn.ModuleDict({"first": shared, "second": shared}), 0.5)
-
-
 def test_weights_tied_among_dense_modules_are_no_matter() -> None:
     first, second = nn.LayerNorm(4), nn.LayerNorm(4)
     second.weight = first.weight
