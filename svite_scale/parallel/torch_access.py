@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.errors import TopologyError
@@ -21,12 +22,16 @@ class TorchAccess:
     Under FSDP2 the next forward gathers and casts the sharded fp32 values anew, so writing these is all there is to do.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        """``optimizer`` steps the wrapped model's parameters: a torch optimizer, or what holds some.
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        """Args:
+            model: as it was wrapped.
+            optimizer: steps its parameters: a torch optimizer, or what holds some.
 
         Raises:
-            TopologyError: it holds none, or one whose state can't be found.
+            TopologyError: the optimizer holds none, or one whose state can't be found.
         """
+        self._model = model
+        self.reshard()
         self.steppers = steppers_in(optimizer)
         self._optimizer, self._holders = optimizer, optimizers_in(optimizer)
         if len(_parameter_ids(self._holders)) > len(_parameter_ids(self.steppers)):
@@ -35,6 +40,9 @@ class TorchAccess:
                 f"{outer} hands only some of its parameters on to the optimizer in it: this rank can't reach the state of all; "
                 "to shard it, use FSDP2's fully_shard or DeepSpeed ZeRO stage 1"
             )
+
+    def reshard(self) -> None:
+        reshard(self._model)
 
     def steps(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in _parameter_ids(self.steppers)
@@ -93,6 +101,15 @@ class TorchAccess:
         rank, world_size = rank_and_size(values.device_mesh.get_group())
         num_rows = values.shape[0]
         return values.to_local().view(-1), rank * chunk_numel(num_rows, world_size) * (values.numel() // num_rows)
+
+
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves the root's weights gathered after a forward without backward: copies, that no optimizer steps, and that no
+    write would reach. Local.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_placement(name: str, tensor: Tensor) -> None:
