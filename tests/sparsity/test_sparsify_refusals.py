@@ -89,6 +89,7 @@ def frozen() -> nn.Sequential:
 
 
 REFUSED = {
+    "complex": (lambda: nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64)), "0: its weight is torch.complex64, and sparse"),
     "frozen": (frozen, "2: its weight is frozen, and sparse weights are trained; list it in keep_dense"),
 }
 
