@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -65,6 +66,11 @@ class TorchAccess:
         if stepped and not state and self._keeps_state_of_others(parameter):
             names = ", ".join(type(optimizer).__name__ for optimizer in self.steppers)
             raise TopologyError(f"{names} keeps state of other parameters of the group, but none of this; {REMEDY}")
+        if stepped and _differs_between_ranks(parameter.detach()):
+            raise TopologyError(
+                "it differs between ranks, so the topology would too; DDP averages no gradients of what was frozen when it "
+                "wrapped the model: wrap that in DDP anew after thawing"
+            )
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
         return list(self._state(parameter))
@@ -120,6 +126,17 @@ def check_placement(name: str, tensor: Tensor) -> None:
     """
     if isinstance(tensor, DTensor) and tensor.placements != (Shard(0),):
         raise TopologyError(f"{name} is placed as {tensor.placements}; shard it over one mesh axis, along dimension 0")
+
+
+def _differs_between_ranks(tensor: Tensor) -> bool:
+    """Whether a tensor that is whole on each rank isn't the same on all, bit by bit. A collective."""
+    if isinstance(tensor, DTensor) or not dist.is_initialized():
+        return False
+    digits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    digest = tensor.flatten().view(digits).sum(dtype=torch.int64)
+    ends = torch.stack([digest, -digest])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends.sum() != 0)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:

@@ -33,7 +33,8 @@ class ParameterAccess(Protocol):
         """Replaces the full value, in the master copy and in what the next forward computes with."""
 
     def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
-        """Refuses an optimizer whose state of a parameter that moves isn't where :meth:`read_moment` finds it. Local.
+        """Refuses an optimizer whose state of a parameter that moves isn't where :meth:`read_moment` finds it, and values
+        that aren't the same on all ranks. A collective if ``stepped``.
 
         Args:
             parameter: see above.
