@@ -99,7 +99,7 @@ def access_for(model: Any, optimizer: Optimizers | None) -> ParameterAccess:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")
     if type(optimizer).__module__.startswith("deepspeed.runtime"):
         raise TopologyError(f"{type(optimizer).__name__} belongs to a DeepSpeed engine; attach to that: attach(engine, ...)")
-    return TorchAccess(optimizer)
+    return TorchAccess(model, optimizer)
 
 
 def _zero_access(engine: Any) -> ParameterAccess:

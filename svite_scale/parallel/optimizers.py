@@ -32,7 +32,10 @@ def steppers_in(thing: Any) -> list[Optimizer]:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TopologyError(f"{name} keeps a history of all weights as one vector, which can't follow them; use AdamW")
         if getattr(optimizer, "is_second_order", False):
-            raise TopologyError(f"{name} needs second derivatives, and packed layers have only first ones; use AdamW")
+            raise TopologyError(
+                f"{name} differentiates gradients again within its step, which growth would take for gradients of the loss; "
+                "use AdamW"
+            )
     return found
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.errors import TopologyError
@@ -21,12 +23,16 @@ class TorchAccess:
     Under FSDP2 the next forward gathers and casts the sharded fp32 values anew, so writing these is all there is to do.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        """``optimizer`` steps the wrapped model's parameters: a torch optimizer, or what holds some.
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        """Args:
+            model: as it was wrapped.
+            optimizer: steps its parameters: a torch optimizer, or what holds some.
 
         Raises:
-            TopologyError: it holds none, or one whose state can't be found.
+            TopologyError: the optimizer holds none, or one whose state can't be found.
         """
+        self._model = model
+        self.reshard()
         self.steppers = steppers_in(optimizer)
         self._optimizer, self._holders = optimizer, optimizers_in(optimizer)
         if len(_parameter_ids(self._holders)) > len(_parameter_ids(self.steppers)):
@@ -35,6 +41,9 @@ class TorchAccess:
                 f"{outer} hands only some of its parameters on to the optimizer in it: this rank can't reach the state of all; "
                 "to shard it, use FSDP2's fully_shard or DeepSpeed ZeRO stage 1"
             )
+
+    def reshard(self) -> None:
+        reshard(self._model)
 
     def steps(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in _parameter_ids(self.steppers)
@@ -57,6 +66,11 @@ class TorchAccess:
         if stepped and not state and self._keeps_state_of_others(parameter):
             names = ", ".join(type(optimizer).__name__ for optimizer in self.steppers)
             raise TopologyError(f"{names} keeps state of other parameters of the group, but none of this; {REMEDY}")
+        if stepped and _differs_between_ranks(parameter.detach()):
+            raise TopologyError(
+                "it differs between ranks, so the topology would too; DDP averages no gradients of what was frozen when it "
+                "wrapped the model: wrap that in DDP anew after thawing"
+            )
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
         return list(self._state(parameter))
@@ -95,6 +109,15 @@ class TorchAccess:
         return values.to_local().view(-1), rank * chunk_numel(num_rows, world_size) * (values.numel() // num_rows)
 
 
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves the root's weights gathered after a forward without backward: copies, that no optimizer steps, and that no
+    write would reach. Local.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def check_placement(name: str, tensor: Tensor) -> None:
     """Refuses what this access couldn't write: a DTensor over several mesh axes, or along another dimension.
 
@@ -103,6 +126,17 @@ def check_placement(name: str, tensor: Tensor) -> None:
     """
     if isinstance(tensor, DTensor) and tensor.placements != (Shard(0),):
         raise TopologyError(f"{name} is placed as {tensor.placements}; shard it over one mesh axis, along dimension 0")
+
+
+def _differs_between_ranks(tensor: Tensor) -> bool:
+    """Whether a tensor that is whole on each rank isn't the same on all, bit by bit. A collective."""
+    if isinstance(tensor, DTensor) or not dist.is_initialized():
+        return False
+    digits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    digest = tensor.flatten().view(digits).sum(dtype=torch.int64)
+    ends = torch.stack([digest, -digest])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends.sum() != 0)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:

@@ -50,7 +50,7 @@ class TorchBackend:
         self.model = model
         self.wrapped = WRAPPERS[kind](model, options)
         self.optimizer = build_optimizer(model)
-        self.access: ParameterAccess = TorchAccess(self.optimizer)
+        self.access: ParameterAccess = TorchAccess(self.wrapped, self.optimizer)
         self.options = options
         # FSDP2 casts by its own policy; the others compute under autocast and keep fp32 parameters.
         self.autocast = options.bf16 and kind != "fsdp2"

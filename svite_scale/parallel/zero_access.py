@@ -45,6 +45,9 @@ class ReplicatedZeroAccess:
         self.optimizer = optimizer
         self.steppers = _unwrapped(optimizer)
 
+    def reshard(self) -> None:
+        """ZeRO's parameters stay in their place."""
+
     def steps(self, parameter: nn.Parameter) -> bool:
         # DeepSpeed leaves the attribute on what it was given to step, on ranks that hold no part of it too.
         return hasattr(parameter, "_hp_mapping")
@@ -106,6 +109,9 @@ class PartitionedZeroAccess:
         """
         self.optimizer = optimizer
         self.steppers = _unwrapped(optimizer)
+
+    def reshard(self) -> None:
+        """ZeRO's parameters stay in their place."""
 
     def steps(self, parameter: nn.Parameter) -> bool:
         try:

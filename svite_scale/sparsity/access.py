@@ -11,14 +11,17 @@ from torch import Tensor, nn
 class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
 
-    Every method but :meth:`steps` and :meth:`local_values` is a collective: all ranks call it with the same parameter, and get
-    or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
+    Every method but :meth:`reshard`, :meth:`steps` and :meth:`local_values` is a collective: all ranks call it with the same
+    parameter, and get or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
 
     Attributes:
         steppers: the torch optimizers that step the fp32 values, or the engine's partitions of them.
     """
 
     steppers: list[torch.optim.Optimizer]
+
+    def reshard(self) -> None:
+        """Puts what the optimizer steps in its place in the model, where a forward left gathered copies of it. Local."""
 
     def steps(self, parameter: nn.Parameter) -> bool:
         """Whether the optimizer steps a parameter, once it has a gradient. Not a collective; the same on every rank."""
@@ -30,7 +33,8 @@ class ParameterAccess(Protocol):
         """Replaces the full value, in the master copy and in what the next forward computes with."""
 
     def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
-        """Refuses an optimizer whose state of a parameter that moves isn't where :meth:`read_moment` finds it. Local.
+        """Refuses an optimizer whose state of a parameter that moves isn't where :meth:`read_moment` finds it, and values
+        that aren't the same on all ranks. A collective if ``stepped``.
 
         Args:
             parameter: see above.

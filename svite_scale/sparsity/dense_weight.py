@@ -50,26 +50,40 @@ class DenseWeight(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__iter__:
+            return iter(args[0].unbind())
         weights = [argument for argument in _flat(args, kwargs) if isinstance(argument, DenseWeight)]
+        if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
+            raise TopologyError(f"{weights[0].owner.name}.weight: freeze and thaw values instead: values.requires_grad_(...)")
         with torch._C.DisableTorchFunctionSubclass():
             if func == Tensor.data.__set__ and isinstance(args[0], DenseWeight):  # type: ignore[attr-defined]
                 weights[0].data.copy_(args[1])
                 return weights[0].owner.take_active(weights[0].whole.detach())
-            versions = [weight._version for weight in weights]
+            before = [(weight._version, weight.requires_grad and torch.is_grad_enabled()) for weight in weights]
             try:
                 result = func(*args, **kwargs)
             except RuntimeError as error:
                 if func.__name__.endswith("_") and torch.is_grad_enabled():
-                    raise TopologyError(
-                        f"{weights[0].owner.name}.weight: write into it under torch.no_grad(), as into any parameter"
-                    ) from error
+                    raise _recorded(weights[0]) from error
                 raise
-            for weight, version in zip(weights, versions, strict=True):
+            for weight, (version, is_recorded) in zip(weights, before, strict=True):
                 if weight._version != version:
+                    if is_recorded:
+                        raise _recorded(weight)
                     weight.owner.take_active(weight.whole.detach())
-            if weights and type(result) is Tensor and _shares_memory(result, weights[0].whole):
-                return cls._view(result, weights[0].owner, weights[0].whole)
-            return result
+            if weights and type(result) in (list, tuple):  # of chunk, split, unbind
+                return type(result)(cls._view_of(part, weights[0]) for part in result)
+            return cls._view_of(result, weights[0]) if weights else result
+
+    @classmethod
+    def _view_of(cls, result: Any, weight: DenseWeight) -> Any:
+        """``result`` as a view of a weight, if it is a tensor that shares its memory."""
+        is_view = type(result) is Tensor and _shares_memory(result, weight.whole)
+        return cls._view(result, weight.owner, weight.whole) if is_view else result
+
+
+def _recorded(weight: DenseWeight) -> TopologyError:
+    return TopologyError(f"{weight.owner.name}.weight: write into it under torch.no_grad(), as into any parameter")
 
 
 def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

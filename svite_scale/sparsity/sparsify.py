@@ -148,6 +148,8 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None
     lost = lost_in_packing(dense)
     if lost is not None:
         raise TopologyError(f"{plan.name} {lost.problem}, which packing would lose; {lost.remedy}, or list it in keep_dense")
+    if weight.is_complex():
+        raise TopologyError(f"{plan.name}: its weight is {weight.dtype}, and sparse weights are real; list it in keep_dense")
     if not weight.requires_grad:
         raise TopologyError(f"{plan.name}: its weight is frozen, and sparse weights are trained; list it in keep_dense")
     layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]

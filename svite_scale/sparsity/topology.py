@@ -159,6 +159,7 @@ class TopologyEngine:
         """
         if not self._detach.alive:
             raise TopologyError("this topology engine was detached; attach another one, and call its step()")
+        self.access.reshard()
         if applied and not self._state_checked:
             self._check_state()
             self._state_checked = True
@@ -212,6 +213,7 @@ class TopologyEngine:
 
     def load_state(self, chunks: Mapping[str, Tensor]) -> None:
         """Takes the chunks that :meth:`state` has names for. A collective."""
+        self.access.reshard()
         for name, layer in self.layers.items():
             self.history.chunks[name] = chunks[f"history/{name}"]
             self.newcomers.chunks[name] = chunks[f"newcomers/{name}"]
@@ -304,16 +306,7 @@ class TopologyEngine:
         mask = self.access.read(layer.mask)
         self.history.follow(layer, mask, mask)
         self.newcomers.clear(layer)
-        return LayerUpdate(
-            unit=layer.unit,
-            numel=layer.shape.numel(),
-            num_active=layer.num_active,
-            dropped=0,
-            regrown=0,
-            grown_survival=None,
-            drop_threshold=None,
-            grow_threshold=None,
-        )
+        return LayerUpdate(unit=layer.unit, numel=layer.shape.numel(), num_active=layer.num_active)
 
 
 def _let_go(growth: GrowthScores, warmup: GrownWarmup | None, taken: ref[TopologyEngine]) -> None:

@@ -29,11 +29,11 @@ class LayerUpdate:
     unit: str
     numel: int
     num_active: int
-    dropped: int
-    regrown: int
-    grown_survival: float | None
-    drop_threshold: float | None
-    grow_threshold: float | None
+    dropped: int = 0
+    regrown: int = 0
+    grown_survival: float | None = None
+    drop_threshold: float | None = None
+    grow_threshold: float | None = None
 
     @property
     def grown(self) -> int:

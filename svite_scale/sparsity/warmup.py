@@ -51,6 +51,7 @@ class GrownWarmup:
 
     @torch.no_grad()
     def _remember(self, *_: Any) -> None:
+        self.access.reshard()
         self._before = {key: values[self._grown[key]] for key, values in self._warming()}
 
     @torch.no_grad()

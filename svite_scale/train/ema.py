@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from svite_scale.errors import TopologyError
+from svite_scale.parallel.torch_access import reshard
 from svite_scale.sparsity.topology import TopologyEngine
 
 
@@ -158,7 +158,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self, buffers: Mapping[str, Tensor]) -> None:
-        self._reshard()
+        reshard(self._model)
         for parameter in self.parts:
             self._exchange(parameter)
             # What forward computes with follows the fp32 values only when they are written.
@@ -188,14 +188,8 @@ class Ema:
             raise TopologyError(f"{name} became trainable after Ema was made, so it has no average; make Ema after thawing")
 
     def _named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        self._reshard()
+        reshard(self._model)
         return ((name, parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad)
-
-    def _reshard(self) -> None:
-        """FSDP2 leaves the root's weights gathered after a forward without backward: copies, that no write would reach."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -84,7 +84,7 @@ def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
         drop_schedule="constant",
     )
     options = TopologyOptions(grow_window=case.window, grow_by="magnitude" if case.by_magnitude else "gradient")
-    topology = TopologyEngine(layer, TorchAccess(optimizer), schedule, options, group=dist.group.WORLD)
+    topology = TopologyEngine(layer, TorchAccess(layer, optimizer), schedule, options, group=dist.group.WORLD)
     for step in range(3):
         if layer.gradient_sink is not None:
             for micro_batch in range(case.micro_batches):

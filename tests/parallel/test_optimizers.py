@@ -16,7 +16,7 @@ from tests.parallel.own_loop import TORCH, UPDATE_EVERY, Loop, by_name, check_fo
 pytestmark = pytest.mark.filterwarnings("ignore")  # of optimizers that are deprecated, or meant for other parameters
 
 REFUSED = {
-    "adahessian": "Adahessian needs second derivatives",
+    "adahessian": "Adahessian differentiates gradients again within its step",
     "kron": "'Q', a list, can't follow",
     "kronw": "'Q', a list, can't follow",
     "kronc": "'Q', a list, can't follow",

@@ -48,7 +48,7 @@ class PackedTrainer:
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LR, weight_decay=WEIGHT_DECAY)
         schedule = UpdateSchedule(total_steps=STEPS, update_every=UPDATE_EVERY)
-        self.topology = TopologyEngine(self.model, TorchAccess(self.optimizer), schedule, options)
+        self.topology = TopologyEngine(self.model, TorchAccess(self.model, self.optimizer), schedule, options)
         self.heard: dict[str, Tensor] = {}
 
     def backward(self, images: Tensor, labels: Tensor) -> float:

@@ -114,6 +114,8 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
     "item": lambda layer: layer.weight.__setitem__((slice(None), 3), 4.0),
     "view": lambda layer: layer.weight.detach().t().reshape(7, 5).mul_(3),
     "in place": lambda layer: layer.weight.__imul__(3),
+    "chunk": lambda layer: layer.weight.chunk(2)[1].fill_(2),
+    "rows": lambda layer: [nn.init.constant_(row, number) for number, row in enumerate(layer.weight)],
     "several": lambda layer: torch._foreach_mul_([layer.weight], 0.5),
     "reset_parameters": lambda layer: layer.reset_parameters(),  # type: ignore[operator]
 }
@@ -157,7 +159,12 @@ def test_what_would_be_lost_is_refused() -> None:
     refused(twin, lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(5, 7))), replaced)
     refused(twin, lambda layer: setattr(layer, "weight", torch.ones(5, 7)), replaced)
     refused(twin, lambda layer: layer.register_parameter("weight", nn.Parameter(torch.ones(5, 7))), replaced)
-    refused(twin, lambda layer: layer.weight.mul_(2), r"layer\.weight: write into it under torch\.no_grad\(\)")
+    single = twin_of(nn.Linear(33, 17))  # in fp32, whose kernel autograd sees otherwise
+    for other in (twin, single):
+        refused(other, lambda layer: layer.weight.mul_(2), r"layer\.weight: write into it under torch\.no_grad\(\)")
+    frozen = r"layer\.weight: freeze and thaw values instead: values\.requires_grad_\(\.\.\.\)"
+    refused(twin, lambda layer: layer.weight.requires_grad_(False), frozen)
+    refused(twin, lambda layer: setattr(layer.weight, "requires_grad", False), frozen)
     with pytest.raises(AttributeError, match="object has no attribute 'wieght'"):
         _ = twin.packed.wieght
 

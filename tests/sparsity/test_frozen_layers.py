@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -302,3 +305,32 @@ def test_what_was_heard_for_nothing_is_forgotten_on_request() -> None:
     heard.topology.zero_grad()
     heard.count(torch.randn(2, 6))
     heard.check()
+
+
+def thawed_under_ddp(*, anew: bool) -> str | None:
+    """What the topology engine says where DDP wrapped a frozen layer, which was thawed. A collective."""
+    model = packed()
+    freeze(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.is_floating_point()], lr=1e-2)
+    topology = attach(wrapped, optimizer)
+    freeze(model, thaw=True)
+    if anew:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    for step in range(1, UPDATE_EVERY + 1):
+        nn.functional.cross_entropy(wrapped(batch(2 * step + dist.get_rank())), torch.arange(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        try:
+            update = topology.step()
+        except TopologyError as error:
+            return str(error)
+    assert update is not None
+    assert update.layers["2"].dropped
+    return None
+
+
+def test_what_ddp_doesnt_average_is_named_and_wrapping_anew_helps() -> None:
+    for message in run_on_ranks(2, partial(thawed_under_ddp, anew=False)):
+        assert message.startswith("2.values: it differs between ranks")
+    assert run_on_ranks(2, partial(thawed_under_ddp, anew=True)) == [None, None]

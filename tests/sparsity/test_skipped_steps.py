@@ -22,7 +22,7 @@ def engine_of(schedule: UpdateSchedule, options: TopologyOptions) -> tuple[nn.Mo
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify(model, 0.5)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
-    return model, TopologyEngine(model, TorchAccess(optimizer), schedule, options)
+    return model, TopologyEngine(model, TorchAccess(model, optimizer), schedule, options)
 
 
 def listening(grow_by: str) -> tuple[nn.Module, TopologyEngine]:

@@ -82,7 +82,14 @@ def frozen() -> nn.Sequential:
     return model
 
 
+def with_complex() -> nn.Sequential:
+    model = small()
+    model[2] = nn.Linear(8, 8, dtype=torch.complex64)
+    return model
+
+
 REFUSED = {
+    "complex": (with_complex, "2: its weight is torch.complex64, and sparse weights are real; list it in keep_dense"),
     "frozen": (frozen, "2: its weight is frozen, and sparse weights are trained; list it in keep_dense"),
 }
 
