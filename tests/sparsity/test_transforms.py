@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels.operators import compress, expand
 from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.sparsify import sparsify
 
@@ -36,7 +38,7 @@ class Pair:
         torch.manual_seed(seed)
         self.packed = Small().double()
         self.dense = copy.deepcopy(self.packed)
-        sparsify(self.packed, 0.5, distribution="uniform")
+        sparsify(self.packed, 0.5, distribution="uniform", seed=seed)
         with torch.no_grad():
             for name, layer in packed_layers(self.packed).items():
                 self.dense.get_submodule(name).weight.copy_(layer.dense_weight())
@@ -95,9 +97,34 @@ def test_an_ensemble_runs_under_vmap_each_with_masks_of_its_own() -> None:
     first, second = Pair(0), Pair(1)
     parameters, buffers = stack_module_state([first.packed, second.packed])  # type: ignore[list-item]
     base = copy.deepcopy(first.packed).to("meta")
+    assert not torch.equal(*parameters["first.mask"])
     outputs = vmap(lambda p, b: functional_call(base, (p, b), (first.x,)))(parameters, buffers)
     for output, pair in zip(outputs, (first, second), strict=True):
         torch.testing.assert_close(output, pair.dense(first.x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (1, 1), (2, None), (None, 1)])
+def test_the_operators_take_batches_along_any_dimension(dims: tuple[int | None, int | None]) -> None:
+    """Of dense weights or values, of masks, or of both."""
+    generator = torch.Generator().manual_seed(0)
+    active = torch.stack([torch.randperm(12, generator=generator) < 5 for _ in range(3)])
+    masks, dense = torch.stack([bits.pack(row) for row in active]), torch.randn(3, 3, 4, generator=generator)
+    values = torch.stack([matrix.flatten()[row] for matrix, row in zip(dense, active, strict=True)])
+
+    def along(batch: Tensor, dim: int | None) -> Tensor:
+        return batch[0] if dim is None else batch.movedim(0, min(dim, batch.dim() - 1))
+
+    def picked(dim: int | None, number: int) -> int:
+        return 0 if dim is None else number
+
+    in_dims = tuple(dim if dim is None else min(dim, 1) for dim in dims)
+    packed = vmap(lambda d, m: compress(d, m, 5), in_dims=dims)(along(dense, dims[0]), along(masks, dims[1]))
+    whole = vmap(lambda v, m: expand(v, m, [3, 4]), in_dims=in_dims)(along(values, in_dims[0]), along(masks, dims[1]))
+    for number in range(3):
+        row = active[picked(dims[1], number)]
+        assert torch.equal(packed[number], dense[picked(dims[0], number)].flatten()[row])
+        expected = torch.zeros(12).masked_scatter(row, values[picked(dims[0], number)])
+        assert torch.equal(whole[number], expected.view(3, 4))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -27,14 +27,14 @@ class Fault:
     rank: int
     step: int
     kind: str
-    """A signal's name, which the rank sends itself; ``sleep`` for ever; ``raise`` an error of no class of ours."""
+    """A signal's name, which the rank sends itself; ``sleep`` for ever; ``raise`` what is no ``Exception``."""
     times: int = 1
 
     def strike(self) -> None:
         if self.kind == "sleep":
             time.sleep(10_000)
         if self.kind == "raise":
-            raise KeyError("a mistake of ours")
+            raise SystemExit("a mistake of ours")
         for _ in range(self.times):
             os.kill(os.getpid(), getattr(signal, self.kind))
 

@@ -109,6 +109,10 @@ HOSTILE: dict[str, tuple[Callable[[Metadata], object], str]] = {
         with_state("model/a", BytesStorageMetadata()),
         "it has a BytesStorageMetadata in place of a TensorStorageMetadata",
     ),
+    "an object of another class": (
+        with_state("model/a", MetadataIndex("model/a")),
+        "it has a MetadataIndex in place of a TensorStorageMetadata",
+    ),
     "another directory": (in_file("../__0_0.distcp"), "a tensor is in '../__0_0.distcp', which is no file of a checkpoint"),
     "another file": (in_file("/etc/passwd"), "a tensor is in '/etc/passwd', which is no file of a checkpoint"),
     "transformed": (in_file("__0_0.distcp", transform_descriptors=["zstd"]), "its tensors are transformed, which no run does"),

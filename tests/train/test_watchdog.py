@@ -56,7 +56,7 @@ def test_an_error_on_one_rank_ends_the_others(config_path: Path) -> None:
     ended = Job(3, config_path, *OVERRIDES, fault=Fault(1, 4, "raise")).wait()
     assert [one.status for one in ended] == [1, 1, 1]
     assert re.search(
-        r"^error: rank 1 on \S+ \(after step 3, waiting for data\) failed: KeyError: 'a mistake", ended[1].err, re.M
+        r"^error: rank 1 on \S+ \(after step 3, waiting for data\) failed: SystemExit: a mistake", ended[1].err, re.M
     )
     assert "Traceback" in ended[1].err
     assert "error" not in ended[0].err + ended[2].err, "one rank speaks"
