@@ -19,6 +19,9 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's name for pixels of so many channels."""
 COLOR_SPACES = {1: "GRAY", 3: "RGB"}
 """That of simplejpeg."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+"""Pillow's names of the kinds of files that are read, JPEG with MPO. Of the others it hands some to programs (EPS to
+Ghostscript), and some hold further files, of any size or kind (ICO, ICNS, IPTC)."""
 LEAST_ROW = 64
 """Pixels that a row of an image counts as, at least: Pillow takes memory for each row too."""
 STRIP = 1 << 22
@@ -30,7 +33,7 @@ class UndecodableError(Exception):
 
 
 def decode(data: bytes, channels: int, max_pixels: int = DataConfig.max_pixels) -> Tensor:
-    """Decodes the first frame of an image file of any kind that Pillow reads.
+    """Decodes the first frame of an image file of a kind in ``FORMATS``.
 
     Colours become grey and grey colours as Pillow converts them; 16 bits become 8 by the nearest value where the image is grey
     without an alpha channel, and else by the high byte, all that Pillow reads of them. Transparency is left out, and an EXIF
@@ -51,7 +54,7 @@ def decode(data: bytes, channels: int, max_pixels: int = DataConfig.max_pixels) 
     """
     try:
         with no_limit_of_pillow():
-            image = Image.open(BytesIO(data))
+            image = Image.open(BytesIO(data), formats=FORMATS)
             if max(image.width, LEAST_ROW) * image.height > max_pixels:
                 raise UndecodableError(
                     f"{image.width} x {image.height} pixels are more than data.max_pixels = {max_pixels:,} allows"
@@ -108,5 +111,5 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def reason(error: Exception) -> str:
     """An error of Pillow's in one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "no image file that Pillow knows"  # its own message names an object in memory
+        return f"no image file of a kind that is read ({', '.join(FORMATS)})"  # Pillow's message names an object in memory
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,8 +135,8 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no image file that Pillow knows"),
-        (b"junk", "no image file that Pillow knows"),
+        (b"", "no image file of a kind that is read"),
+        (b"junk", "no image file of a kind that is read"),
         (photograph()[:-20], "image file is truncated"),
         (photograph()[:-2], "image file is truncated"),
         (photograph()[:300], "."),
@@ -154,6 +155,31 @@ def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> N
         decode(content, channels)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
+
+
+def test_nothing_runs_a_program_to_read_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    ghostscript, proof = tmp_path / "gs", tmp_path / "ran"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {proof}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UndecodableError, match="no image file of a kind that is read"):
+        decode(encoded(Image.fromarray(NOISE), "eps"), 3)
+    assert not proof.exists()
+
+
+def test_a_file_within_a_file_does_not_pass_the_limit_of_pixels() -> None:
+    """An icon of 16 x 16, as it says, with 900 million pixels in it."""
+    content = bomb(30000, 30000)
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+    with pytest.raises(UndecodableError, match="no image file of a kind that is read"):
+        decode(icon, 3)
+
+
+@pytest.mark.parametrize("kind", ["webp", "gif", "bmp", "tiff", "ppm", "jpeg2000", "avif", "tga", "mpo"])
+def test_kinds_that_are_read_whatever_the_file_is_called(kind: str) -> None:
+    content = encoded(Image.fromarray(NOISE), kind)
+    np.testing.assert_array_equal(pixels(content), np.array(Image.open(BytesIO(content)).convert("RGB")))
 
 
 @pytest.mark.filterwarnings("error")
