@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -22,6 +23,10 @@ COLOR_SPACES = {1: "GRAY", 3: "RGB"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 """Pillow's names of the kinds of files that are read, JPEG with MPO. Of the others it hands some to programs (EPS to
 Ghostscript), and some hold further files, of any size or kind (ICO, ICNS, IPTC)."""
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")
+"""A scan of a JPEG begins so."""
+MAX_SCANS = 100
+"""A progressive JPEG has about 10; each costs time for all its pixels, however few bytes it has."""
 LEAST_ROW = 64
 """Pixels that a row of an image counts as, at least: Pillow takes memory for each row too."""
 STRIP = 1 << 22
@@ -50,7 +55,7 @@ def decode(data: bytes, channels: int, max_pixels: int = DataConfig.max_pixels) 
 
     Raises:
         UndecodableError: the content is empty, damaged, cut off, of an unknown kind or a mode without a defined scale
-            (32-bit), or has more pixels than ``max_pixels``.
+            (32-bit), or has more pixels than ``max_pixels``, or a JPEG more than ``MAX_SCANS`` scans.
     """
     try:
         with no_limit_of_pillow():
@@ -59,6 +64,8 @@ def decode(data: bytes, channels: int, max_pixels: int = DataConfig.max_pixels) 
                 raise UndecodableError(
                     f"{image.width} x {image.height} pixels are more than data.max_pixels = {max_pixels:,} allows"
                 )
+            if image.format in ("JPEG", "MPO") and (scans := len(SCAN.findall(data))) > MAX_SCANS:
+                raise UndecodableError(f"a JPEG of {scans:,} scans, which would take minutes; {MAX_SCANS} are read at most")
             pixels = None
             if image.format == "JPEG" and image.mode == MODES[channels]:
                 # What it finds fault with is left to Pillow, which puts up with a little more.

@@ -157,6 +157,13 @@ def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> N
     assert "0x" not in str(caught.value)
 
 
+def scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan comes again so many times."""
+    content = photograph(progressive=True)
+    last, end = content.rfind(b"\xff\xda"), content.rfind(b"\xff\xd9")
+    return content[:end] + content[last:end] * number + content[end:]
+
+
 def test_nothing_runs_a_program_to_read_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pillow hands EPS to Ghostscript, whatever the file is called."""
     ghostscript, proof = tmp_path / "gs", tmp_path / "ran"
@@ -180,6 +187,13 @@ def test_a_file_within_a_file_does_not_pass_the_limit_of_pixels() -> None:
 def test_kinds_that_are_read_whatever_the_file_is_called(kind: str) -> None:
     content = encoded(Image.fromarray(NOISE), kind)
     np.testing.assert_array_equal(pixels(content), np.array(Image.open(BytesIO(content)).convert("RGB")))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_cost_time() -> None:
+    # 10 that every progressive one has
+    assert decode(scans(90), 3).shape == (3, 48, 64)
+    with pytest.raises(UndecodableError, match="a JPEG of 101 scans, which would take minutes; 100 are read at most"):
+        decode(scans(91), 3)
 
 
 @pytest.mark.filterwarnings("error")
