@@ -92,14 +92,17 @@ def no_limit_of_pillow() -> Iterator[None]:
 
 
 def converted(image: Image.Image, channels: int) -> npt.NDArray[np.uint8]:
-    """The pixels, ``[H, W, channels]``, converted some rows at a time, so that a large image isn't there in several modes."""
+    """The pixels, ``[H, W, channels]``, converted some at a time, so that a large image isn't there in several modes."""
     image.load()
     pixels = np.empty((image.height, image.width, channels), dtype=np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
-        part = pixels[top : top + rows]
-        strip = image.crop((0, top, image.width, top + len(part))) if len(part) < image.height else image
-        part[...] = np.asarray(to_mode(strip, MODES[channels])).reshape(part.shape)
+        for left in range(0, image.width, STRIP):  # Pillow hands out no row of 90 million pixels
+            part = pixels[top : top + rows, left : left + STRIP]
+            height, width = part.shape[:2]
+            whole = (width, height) == image.size
+            strip = image if whole else image.crop((left, top, left + width, top + height))
+            part[...] = np.asarray(to_mode(strip, MODES[channels])).reshape(part.shape)
     return pixels
 
 
@@ -119,4 +122,6 @@ def reason(error: Exception) -> str:
     """An error of Pillow's in one line."""
     if isinstance(error, UnidentifiedImageError):
         return f"no image file of a kind that is read ({', '.join(FORMATS)})"  # Pillow's message names an object in memory
+    if isinstance(error, MemoryError):
+        return "it takes more memory, or has longer rows, than Pillow can have"
     return " ".join(str(error).split()) or type(error).__name__

@@ -196,6 +196,17 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_cost_time() -> None
         decode(scans(91), 3)
 
 
+def test_an_image_of_one_very_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands out no row of 90 million pixels; smaller parts of a shorter one stand for them here."""
+    asked = []
+    image = encoded(Image.fromarray(NOISE), "png")
+    monkeypatch.setattr("svite_scale.data.decode.STRIP", 4)
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda part, mode: (asked.append(part.size), convert(part, mode))[1])
+    np.testing.assert_array_equal(pixels(image), NOISE)
+    assert set(asked) == {(4, 1), (1, 1)}
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_large_image_is_converted_in_strips() -> None:
     """What Pillow only warns of; the strips are those of a conversion at once."""
