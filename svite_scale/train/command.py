@@ -144,7 +144,7 @@ def supervise(
 def has_saved(run_dir: Path) -> bool:
     """Whether a run has ever saved, whatever became of its checkpoints. What a save left that was cut off has another name."""
     metrics = run_dir / METRICS
-    return holds_checkpoint(run_dir) or (metrics.exists() and '"checkpoint_seconds"' in metrics.read_text())
+    return holds_checkpoint(run_dir) or (metrics.exists() and b'"checkpoint_seconds"' in metrics.read_bytes())
 
 
 def holds_checkpoint(run_dir: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,8 +135,8 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no image file that Pillow knows"),
-        (b"junk", "no image file that Pillow knows"),
+        (b"", "no image file of a kind that is read"),
+        (b"junk", "no image file of a kind that is read"),
         (photograph()[:-20], "image file is truncated"),
         (photograph()[:-2], "image file is truncated"),
         (photograph()[:300], "."),
@@ -154,6 +155,56 @@ def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> N
         decode(content, channels)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
+
+
+def scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan comes again so many times."""
+    content = photograph(progressive=True)
+    last, end = content.rfind(b"\xff\xda"), content.rfind(b"\xff\xd9")
+    return content[:end] + content[last:end] * number + content[end:]
+
+
+def test_nothing_runs_a_program_to_read_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    ghostscript, proof = tmp_path / "gs", tmp_path / "ran"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {proof}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UndecodableError, match="no image file of a kind that is read"):
+        decode(encoded(Image.fromarray(NOISE), "eps"), 3)
+    assert not proof.exists()
+
+
+def test_a_file_within_a_file_does_not_pass_the_limit_of_pixels() -> None:
+    """An icon of 16 x 16, as it says, with 900 million pixels in it."""
+    content = bomb(30000, 30000)
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+    with pytest.raises(UndecodableError, match="no image file of a kind that is read"):
+        decode(icon, 3)
+
+
+@pytest.mark.parametrize("kind", ["webp", "gif", "bmp", "tiff", "ppm", "jpeg2000", "avif", "tga", "mpo"])
+def test_kinds_that_are_read_whatever_the_file_is_called(kind: str) -> None:
+    content = encoded(Image.fromarray(NOISE), kind)
+    np.testing.assert_array_equal(pixels(content), np.array(Image.open(BytesIO(content)).convert("RGB")))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_cost_time() -> None:
+    # 10 that every progressive one has
+    assert decode(scans(90), 3).shape == (3, 48, 64)
+    with pytest.raises(UndecodableError, match="a JPEG of 101 scans, which would take minutes; 100 are read at most"):
+        decode(scans(91), 3)
+
+
+def test_an_image_of_one_very_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands out no row of 90 million pixels; smaller parts of a shorter one stand for them here."""
+    asked = []
+    image = encoded(Image.fromarray(NOISE), "png")
+    monkeypatch.setattr("svite_scale.data.decode.STRIP", 4)
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda part, mode: (asked.append(part.size), convert(part, mode))[1])
+    np.testing.assert_array_equal(pixels(image), NOISE)
+    assert set(asked) == {(4, 1), (1, 1)}
 
 
 @pytest.mark.filterwarnings("error")

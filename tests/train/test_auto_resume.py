@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.train.command import has_saved
 from tests.ranks import free_port
 from tests.train.command_line import Answer, run_command, run_here
 from tests.train.runs import losses_of, metrics_of
@@ -62,6 +63,13 @@ def test_it_does_not_start_over_a_run_whose_checkpoints_are_gone(
     assert answer.status == 1
     assert f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint to resume from; restore one" in answer.err
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_metrics_of_any_bytes_tell_of_no_save(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x00\x80{"step": 4')
+    assert not has_saved(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 4, "checkpoint_seconds": 0.1}\n\x80')
+    assert has_saved(tmp_path)
 
 
 def test_the_two_ways_to_resume_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
