@@ -74,8 +74,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, OptimizerConfig()), options)
     schedule = UpdateSchedule(total_steps=2 * UPDATES, update_every=1, stop_fraction=0.5)
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
-    average = Ema(model, backend.access, 0.9999) if ema else None
-    topology.followers += [average] if average else []
+    average = Ema(model, topology, 0.9999) if ema else None
     name = f"{backend_name}-{density}-{ema}"
     checkpoint = Checkpoint(folder / name, config, backend, topology, counts={}, ema=average)
     for _ in range(UPDATES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,13 +23,16 @@ from svite_scale.models.vit import check_model
 from svite_scale.parallel.build import check_parallel
 from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
-from svite_scale.train.ending import EXIT_FAILED, Failure, reporting
+from svite_scale.train.ending import EXIT_CONFIG, EXIT_FAILED, Failure, reporting
 from svite_scale.train.plan import describe
 from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
 from svite_scale.train.signals import StopSignals
 from svite_scale.train.topology import check_topology
 from svite_scale.train.tracking import METRICS
 from svite_scale.train.watchdog import Watchdog
+
+FIRST_RANK_SPEAKS_S = 30.0
+"""After a mistake in the config the first rank of a machine has so long to start and say so."""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -52,7 +56,11 @@ def main(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals:
             return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except BaseException as error:
-        return failure.report(error)
+        status = failure.report(error)
+        if status == EXIT_CONFIG and failure.world.local_rank > 0 and not dist.is_initialized():
+            # The launcher ends this machine's ranks when one of them ends, and the first may not have spoken yet.
+            time.sleep(FIRST_RANK_SPEAKS_S)
+        return status
 
 
 def dry_run(config: Config, world_size: int, world: World) -> int:

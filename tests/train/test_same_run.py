@@ -44,7 +44,7 @@ MUST_STAY = {
     *(f"distillation.{name}" for name in ("teacher", "checkpoint", "kind", "alpha", "temperature", "mean", "std")),
     *(f"optimizer.{name}" for name in ("name", "lr", "lr_batch_size", "weight_decay", "betas", "eps", "warmup_epochs")),
     *("optimizer.warmup_lr", "optimizer.min_lr", "train.epochs", "train.global_batch_size", "train.ema_decay"),
-    *("data.shuffle_shards", "data.last_batch", "data.mean", "data.std"),
+    *("data.shuffle_shards", "data.last_batch", "data.mean", "data.std", "data.max_pixels"),
     *(f"data.augment.{name}" for name in ("recipe", "auto_augment", "random_erasing", "mixup", "cutmix")),
     *("data.augment.label_smoothing", "data.augment.repeats"),
 }

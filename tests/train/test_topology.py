@@ -62,7 +62,7 @@ def test_the_options_are_the_keys_of_the_same_names() -> None:
         "grown_warmup_steps": 4,
     }
     config = replace(config_of(**given), seed=7)
-    assert asdict(topology_options(config)) == given | {"seed": 7}
+    assert asdict(topology_options(config)) == given | {"seed": 7, "optimizer_state": {}}
 
 
 def test_an_unknown_method_is_refused() -> None:

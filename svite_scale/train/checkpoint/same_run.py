@@ -29,6 +29,7 @@ FIXED_FIELDS = (
     "data.last_batch",
     "data.mean",
     "data.std",
+    "data.max_pixels",
     "data.augment.",
 )
 """Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
