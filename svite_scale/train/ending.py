@@ -43,18 +43,19 @@ class Failure:
         return EXIT_CONFIG if isinstance(shown, ConfigError) else EXIT_FAILED
 
     def _print(self, error: BaseException, activity: Activity | None) -> None:
+        new_line = "" if self.world.is_main else "\n"  # for the main rank's bar may stand on this one
         # A mistake in the config is the same on all ranks of a machine, and a run that diverges on all.
         if isinstance(error, ConfigError):
             lines = f"config error: {error}" if self.world.local_rank == 0 else ""
         elif isinstance(error, DivergedError):
             lines = f"error: {error}" if self.world.is_main else ""
         elif isinstance(error, SviteScaleError):
-            lines = f"error on rank {self.world.rank}: {error}"
+            lines = f"{new_line}error on rank {self.world.rank}: {error}"
         else:
             where = f" (after step {activity.step}, {activity.phase})" if activity else ""
             who = f"rank {self.world.rank} on {socket.gethostname()}{where}"
             trace = "".join(traceback.format_exception(error))
-            lines = f"{trace}error: {who} failed: {type(error).__name__}: {error}".rstrip()
+            lines = f"{new_line}{trace}error: {who} failed: {type(error).__name__}: {error}".rstrip()
         if lines:
             print(lines, file=sys.stderr, flush=True)
 

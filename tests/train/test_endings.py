@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.distributed import World
 from svite_scale.errors import ConfigError, DataError, DivergedError
 from svite_scale.train.activity import Activity
 from svite_scale.train.ending import Failure, reporting
@@ -122,6 +123,14 @@ def test_a_run_that_is_done_but_does_not_end_is_ended(config_path: Path, shards:
     err = ended_hanging(config_path, shards, "group", "train.max_steps=4").err
     assert (config_path.parent / "run" / "summary.json").exists()
     assert "failed" not in err
+
+
+def test_another_rank_speaks_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """The main rank's bar may stand on the line."""
+    failure = Failure()
+    failure.world = World(rank=1, size=2, local_rank=1, local_size=2)
+    failure.report(DataError("a shard is gone"))
+    assert capsys.readouterr().err == "\nerror on rank 1: a shard is gone\n"
 
 
 @pytest.mark.parametrize(
