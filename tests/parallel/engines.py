@@ -11,7 +11,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from svite_scale.config import ModelConfig
+from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.vit import blocks, build_vit
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.sparsity.layers import packed_layers
@@ -21,6 +22,22 @@ SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 """The engines that run on several ranks."""
 
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def units_vit() -> nn.Module:
+    """A small ViT of which half the heads and neurons are active."""
+    config = ModelConfig(
+        name="vit_tiny_patch16_224",
+        image_size=14,
+        patch_size=7,
+        embed_dim=24,
+        depth=2,
+        num_heads=6,
+        in_channels=1,
+        num_classes=10,
+    )
+    sparsity = SparsityConfig(structured=StructuredConfig(heads=0.5, neurons=0.5))
+    return build_sparse_vit(config, sparsity, seed=0)[0]
 
 
 def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int = 2) -> VisionTransformer:

@@ -14,12 +14,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import svite_scale
-from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
 from svite_scale.errors import TopologyError
-from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.options import TopologyOptions
-from tests.parallel.engines import adamw, build_backend
+from tests.parallel.engines import adamw, build_backend, units_vit
 from tests.parallel.own_loop import UPDATE_EVERY, Build, Loop, by_name, check_followed, tensors
 from tests.ranks import run_on_ranks
 
@@ -175,17 +173,7 @@ def test_on_ranks_lookahead_follows_or_is_refused() -> None:
 
 
 def test_slow_weights_of_a_grown_unit_begin_with_what_it_is_born_with() -> None:
-    config = ModelConfig(
-        name="vit_tiny_patch16_224",
-        image_size=14,
-        patch_size=7,
-        embed_dim=24,
-        depth=2,
-        num_heads=6,
-        in_channels=1,
-        num_classes=10,
-    )
-    model, _ = build_sparse_vit(config, SparsityConfig(structured=StructuredConfig(heads=0.5, neurons=0.5)), seed=0)
+    model = units_vit()
     optimizer: Any = lookahead(model)
     topology = svite_scale.attach(model, optimizer, total_steps=100, update_every=UPDATE_EVERY)
     before: dict[str, Tensor] = {}

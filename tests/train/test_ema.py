@@ -12,15 +12,14 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config import Config
 from svite_scale.parallel.backend import Backend
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.train.ema import Ema
-from tests.parallel.engines import build_backend, decay_groups, small_vit
+from tests.parallel.engines import build_backend, decay_groups, small_vit, units_vit
 from tests.ranks import run_on_ranks
 from tests.train.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
 from tests.train.tiny import tiny_config
@@ -168,18 +167,7 @@ def test_the_average_is_timms_of_the_dense_model(kind: str, world_size: int, bf1
 
 def grown_units(kind: str) -> set[str]:
     """What came at updates; checks the averages after each. Runs on every rank."""
-    config = ModelConfig(
-        name="vit_tiny_patch16_224",
-        image_size=14,
-        patch_size=7,
-        embed_dim=24,
-        depth=2,
-        num_heads=6,
-        in_channels=1,
-        num_classes=10,
-    )
-    sparsity = SparsityConfig(structured=StructuredConfig(heads=0.5, neurons=0.5))
-    model, _ = build_sparse_vit(config, sparsity, seed=0)
+    model = units_vit()
     backend = build_backend(kind, model, adamw, micro_batch_size=BATCH)
     topology = topology_of(backend, update_every=1)
     ema = Ema(model, topology, DECAY)
