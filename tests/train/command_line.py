@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import subprocess
@@ -34,6 +35,8 @@ def run_here(
 ) -> Answer:
     """Runs a script in this process, as plain ``python`` would, or with a launcher's variables."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    logger = logging.getLogger("svite_scale")
+    level = logger.level
     capsys.readouterr()
     with (
         patch.object(sys, "argv", [str(script), *arguments]),
@@ -43,6 +46,7 @@ def run_here(
         pytest.raises(SystemExit) as end,
     ):
         runpy.run_path(str(script), run_name="__main__")
+    logger.setLevel(level)  # Ranks other than the main one are quieter; the tests that follow in this process aren't.
     captured = capsys.readouterr()
     assert isinstance(end.value.code, int)
     return Answer(end.value.code, captured.out, captured.err)

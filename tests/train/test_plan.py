@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
@@ -141,7 +140,7 @@ def test_raised_layers_are_marked_and_named_on_the_main_rank(
     launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     answer = run_here(capsys, *raising, "parallel.backend=ddp", launcher=launcher)
     assert (answer.status, answer.out) == (0, "")
-    assert not logging.getLogger("svite_scale").isEnabledFor(logging.WARNING), "nor where it builds the model"
+    assert caplog.messages == [], "nor where it builds the model"
     answer = run_here(capsys, *raising)
     assert answer.status == 0
     raised = [layer for layer in rows(answer.out, ROW) if layer["rest"] == "  raised to one weight"]
