@@ -7,6 +7,8 @@ A packed weight of N elements with k active ones is ``values`` (float ``[k]``, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -19,12 +21,19 @@ from svite_scale.sparsity.kernels.operators import compress, expand
 from svite_scale.sparsity.sparse_layer import GradientSink
 
 
+def with_signature(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remembers a function's signature, which ``Function.apply`` asks for, and which takes long to find, at each call."""
+    function.__signature__ = signature(function)  # type: ignore[attr-defined]  # as PEP 362 has it
+    return function
+
+
 class DenseRead(Function):
     """The dense weight, 0 where inactive."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(values: Tensor, mask: Tensor, shape: torch.Size, sink: GradientSink | None) -> Tensor:
         return expand(values, mask, shape)
 
@@ -45,6 +54,7 @@ class ActiveRead(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
         return compress(dense, mask, num_active)
 
@@ -73,6 +83,7 @@ class PackedLinearProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, sink: GradientSink | None
     ) -> Tensor:
@@ -103,6 +114,7 @@ class PackedConv2dProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         values: Tensor,
