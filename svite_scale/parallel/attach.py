@@ -13,6 +13,7 @@ from svite_scale.errors import TopologyError
 from svite_scale.parallel.torch_access import TorchAccess, check_placement
 from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.engine_checks import check_stepped, refuse_taken
+from svite_scale.sparsity.module_names import is_of_deepspeed
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
 from svite_scale.sparsity.sparse_layer import sparse_layers
@@ -92,8 +93,7 @@ def access_for(model: Any, optimizer: Optimizers | None) -> ParameterAccess:
     Raises:
         TopologyError: a torch optimizer is needed and missing, or the DeepSpeed engine doesn't run ZeRO.
     """
-    # By name, so that nobody needs DeepSpeed who doesn't use it.
-    if type(model).__module__.partition(".")[0] == "deepspeed":
+    if is_of_deepspeed(model):
         return _zero_access(model)
     if optimizer is None:
         raise TopologyError(f"{type(model).__name__} needs its optimizer too: attach(model, optimizer, ...)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.module_names import is_of_deepspeed
 from svite_scale.sparsity.sparse_layer import SparseLayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +58,7 @@ def filled(empty: Dense, weight: Tensor, bias: nn.Parameter | Tensor | None, lik
 
 def _refuse_engines(model: nn.Module) -> None:
     is_wrapper = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if is_wrapper or type(model).__module__.partition(".")[0] == "deepspeed":  # by name, so that nobody needs it
+    if is_wrapper or is_of_deepspeed(model):
         raise TopologyError(f"to_dense copies a model without its engine; give it the module of the {type(model).__name__}")
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "to_local") or not parameter.numel():

@@ -29,6 +29,9 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 def is_engine(module: nn.Module) -> bool:
     """Whether a module is what an engine wraps a model in that it has taken note of the parameters of."""
     is_fsdp1 = "_fsdp_wrapped_module" in dict(module.named_children())
-    # By name, for this part of the package knows nothing of DeepSpeed.
-    is_deepspeed = type(module).__module__.startswith("deepspeed.") and hasattr(module, "module")
-    return isinstance(module, DistributedDataParallel) or is_fsdp1 or is_deepspeed
+    return isinstance(module, DistributedDataParallel) or is_fsdp1 or (is_of_deepspeed(module) and hasattr(module, "module"))
+
+
+def is_of_deepspeed(module: object) -> bool:
+    """Whether something is of a class of DeepSpeed's. By name, so that nobody needs DeepSpeed who doesn't use it."""
+    return type(module).__module__.partition(".")[0] == "deepspeed"

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from svite_scale.errors import TopologyError
 from svite_scale.parallel.torch_access import reshard
+from svite_scale.sparsity.module_names import is_of_deepspeed
 from svite_scale.sparsity.topology import TopologyEngine
 
 
@@ -194,6 +195,6 @@ class Ema:
 
 def _unwrapped(model: Any) -> nn.Module:
     """The model that the user built, so that its names are the same on every engine."""
-    while isinstance(model, DistributedDataParallel) or type(model).__module__.partition(".")[0] == "deepspeed":
+    while isinstance(model, DistributedDataParallel) or is_of_deepspeed(model):
         model = model.module
     return getattr(model, "_orig_mod", model)  # of torch.compile
