@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from svite_scale.train import ending
+from svite_scale.train import command, ending
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
@@ -42,6 +42,8 @@ def run_here(
         patch.object(sys, "argv", [str(script), *arguments]),
         # The last call of a training process would end this one.
         patch.object(ending, "end_process", sys.exit),
+        # No launcher ends the ranks that wait for it.
+        patch.object(command, "FIRST_RANK_SPEAKS_S", 0.0),
         patch.dict(os.environ, {**plain, **(launcher or {})}, clear=True),
         pytest.raises(SystemExit) as end,
     ):
