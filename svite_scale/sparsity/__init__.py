@@ -10,3 +10,12 @@ engine shards, gathers, reduces and optimizes active weights only.
 
 Nothing here knows of timm, DeepSpeed or FSDP.
 """
+
+from __future__ import annotations
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.distributions import erk, uniform
+from svite_scale.sparsity.schedules import cosine
+from svite_scale.sparsity.update import prune_and_grow
+
+__all__ = ["bits", "cosine", "erk", "prune_and_grow", "uniform"]

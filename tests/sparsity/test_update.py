@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svite_scale import sparsity
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.update import prune_and_grow
 from tests import reference
@@ -150,3 +151,13 @@ def test_scores_of_any_dtype_are_compared_exactly(dtype: torch.dtype) -> None:
 def test_a_count_out_of_range_is_refused(count: int) -> None:
     with pytest.raises(TopologyError, match=f"can't drop {count} of 2 active units"):
         prune_and_grow(bools("1100"), torch.ones(4), torch.ones(4), count)
+
+
+def test_the_package_has_the_pure_functions_by_name() -> None:
+    active = torch.tensor([True, True, False])
+    moved = sparsity.prune_and_grow(active, torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0]), 1)
+    assert moved.tolist() == [True, False, True]
+    assert sparsity.bits.pack(moved).tolist() == [0b101]
+    shapes = {"a": (4, 4), "b": (2, 2)}
+    assert sparsity.erk(shapes, 1.0) == sparsity.uniform(shapes, 1.0) == {"a": 1.0, "b": 1.0}
+    assert sparsity.cosine(0.5, 5, 10, final=0.1) == pytest.approx(0.3)
