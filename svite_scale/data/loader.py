@@ -24,6 +24,7 @@ from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
 from svite_scale.data.fetch_ahead import FetchAhead
 from svite_scale.data.index import ShardIndex, load_indexes
+from svite_scale.data.loader_process import LoaderContext
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
@@ -224,7 +225,7 @@ def load(
         sampler=zip(cycle(range(len(slots))), rows),
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=LoaderContext() if workers else None,
         worker_init_fn=partial(serve_trainer, os.getpid()),
         # The loader draws a base seed; without a generator of its own that would advance the training process's.
         generator=torch.Generator(),

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from svite_scale.data import loader_process
 from svite_scale.data.batches import shared_slots
 from svite_scale.data.loader import WARNINGS
 from svite_scale.errors import DataError
 from svite_scale.train.signals import STOP_SIGNALS
+from tests.data.numbered import grey_config, numbers, train_data
 from tests.processes import members
 
 PATIENCE_S = 300
@@ -105,3 +107,38 @@ def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> Non
             os.kill(pid, signal.SIGKILL)
     assert (process.returncode, err.splitlines()[-1]) == (1, 'KeyError: "an error of the trainer\'s"')
     assert not members(process.pid)
+
+
+@pytest.mark.parametrize("num_hanging", [2, 3])
+def test_a_loader_that_hangs_in_fork_is_forked_again(many: str, num_hanging: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Python before 3.12, where a thread of gloo's has Python's lock of threads at that moment."""
+    monkeypatch.setattr(loader_process, "PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
+    monkeypatch.setattr(Forks, "num_hanging", num_hanging)
+    stream = train_data(grey_config(train=many, workers=1), 12).batches()
+    if num_hanging == 2:
+        assert len(numbers(next(stream))) == 12
+        stream.close()
+    else:
+        with pytest.raises(DataError, match=r"loader processes can't be started \(3 were forked, and hung there\)"):
+            next(stream)
+    assert Forks.num_hanging == 0
+
+
+class Forks:
+    """The next forks of this process, of which the first ones hang in the child."""
+
+    num_hanging = 0
+    is_hanging = False
+
+    @classmethod
+    def before(cls) -> None:
+        cls.is_hanging = cls.num_hanging > 0
+        cls.num_hanging -= cls.is_hanging
+
+    @classmethod
+    def after_in_child(cls) -> None:
+        if cls.is_hanging:
+            time.sleep(PATIENCE_S)
+
+
+os.register_at_fork(before=Forks.before, after_in_child=Forks.after_in_child)
