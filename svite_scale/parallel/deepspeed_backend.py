@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import logger, set_z3_leaf_module
 from torch import Tensor, nn
 
-from svite_scale.parallel.attach import access_for
+from svite_scale.parallel.access import access_for
 from svite_scale.parallel.backend import EngineOptions, OptimizerFactory, StepResult
 from svite_scale.sparsity.access import ParameterAccess
 

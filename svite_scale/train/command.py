@@ -16,6 +16,7 @@ from svite_scale import distributed
 from svite_scale.config import Config
 from svite_scale.config_checks import check_config
 from svite_scale.config_reader import read_config
+from svite_scale.data import explained
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.models.teacher import check_teacher
@@ -45,7 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
         other error, which is printed where it happens.
     """
-    failure = Failure()
+    failure = Failure(explained)
     try:
         failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from svite_scale.data import explained
 from svite_scale.distributed import World
 from svite_scale.errors import ConfigError, DivergedError, SviteScaleError
 from svite_scale.train.activity import Activity
@@ -26,8 +25,10 @@ class Failure:
         world: this rank's, once it is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, explain: Callable[[BaseException], BaseException]) -> None:
+        """``explain`` returns the error to print in the place of one that a library raised."""
         self.world = World()
+        self._explain = explain
         self._reported: BaseException | None = None
 
     def report(self, error: BaseException, activity: Activity | None = None) -> int:
@@ -36,7 +37,7 @@ class Failure:
         Returns:
             The exit status.
         """
-        shown = explained(error)
+        shown = self._explain(error)
         if error is not self._reported:
             self._reported = error
             self._print(shown, activity)

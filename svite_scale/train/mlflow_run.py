@@ -53,6 +53,8 @@ ATTEMPTS = 5
 RACE = re.compile("already exists|UNIQUE constraint")
 """What MLflow says where somebody else makes the same database or experiment at the same time."""
 
+Status = Literal["FINISHED", "KILLED", "FAILED"]
+
 RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 
 logger = logging.getLogger("svite_scale")
@@ -113,7 +115,7 @@ class MlflowRun:
         except Exception as error:
             self._put_off(error, asked_at)
 
-    def end(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+    def end(self, status: Status) -> None:
         """Sends what waits, and how the run has ended."""
         try:
             client = self._send()

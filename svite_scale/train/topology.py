@@ -1,16 +1,12 @@
-"""The topology engine that a config describes."""
+"""The options of the topology engine that a config describes."""
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from svite_scale.config import Config, SparsityConfig
 from svite_scale.errors import ConfigError
-from svite_scale.parallel.backend import Backend
 from svite_scale.sparsity.methods import METHODS
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine
 
 
 def check_topology(config: Config) -> None:
@@ -33,17 +29,6 @@ def check_windows(sparsity: SparsityConfig, update_every: int) -> None:
         if steps > update_every:
             problem = f"is longer than the {update_every} steps between two updates"
             raise ConfigError(f"sparsity.{name}", steps, problem, "shorten it, or raise sparsity.update_every")
-
-
-def build_topology(config: Config, backend: Backend, steps_per_epoch: float, total_steps: int) -> TopologyEngine:
-    """The engine over a wrapped model. A collective.
-
-    Raises:
-        ConfigError: windows that don't fit between two updates.
-    """
-    schedule = update_schedule(config, steps_per_epoch, total_steps)
-    check_windows(config.sparsity, schedule.update_every)
-    return TopologyEngine(backend.model, backend.access, schedule, topology_options(config), group=dist.group.WORLD)
 
 
 def topology_options(config: Config) -> TopologyOptions:

@@ -12,8 +12,7 @@ from svite_scale.config_reader import write_config
 from svite_scale.errors import RunError
 from svite_scale.train.durable import make_directory
 from svite_scale.train.metric_lines import MetricLines
-from svite_scale.train.mlflow_run import MlflowRun
-from svite_scale.train.preemption import Preempted
+from svite_scale.train.mlflow_run import MlflowRun, Status
 
 METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
@@ -24,6 +23,9 @@ class Tracker:
 
     ``metrics.jsonl`` holds one JSON object per logged step; ``topology.jsonl``, where heads or neurons are sparse, one for the
     start and one per topology update.
+
+    Attributes:
+        status: the status that MLflow gives the run when this is left, unless an error leaves it, which makes it ``FAILED``.
     """
 
     def __init__(self, config: Config, run_dir: Path, resumed_step: int | None, *, enabled: bool) -> None:
@@ -39,6 +41,7 @@ class Tracker:
             RunError: the run directory can't be written, or MLflow not be used at a first start.
         """
         self.run_dir, self._enabled = run_dir, enabled
+        self.status: Status = "FINISHED"
         self._metrics, self._topology = MetricLines(run_dir / METRICS), MetricLines(run_dir / TOPOLOGY)
         self._mlflow: MlflowRun | None = None
         if not enabled:
@@ -114,4 +117,4 @@ class Tracker:
             self._metrics.close()
             self._topology.close()
         if self._mlflow:
-            self._mlflow.end("FINISHED" if kind is None else "KILLED" if kind is Preempted else "FAILED")
+            self._mlflow.end("FAILED" if error and self.status == "FINISHED" else self.status)

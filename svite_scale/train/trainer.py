@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from svite_scale.config import Config
 from svite_scale.data import Batch, DeviceTransform
@@ -19,6 +20,7 @@ from svite_scale.models.vit import blocks
 from svite_scale.parallel.backend import Backend, EngineOptions
 from svite_scale.parallel.build import build_backend
 from svite_scale.sparsity.layer_plan import plan_density
+from svite_scale.sparsity.topology import TopologyEngine
 from svite_scale.sparsity.topology_update import TopologyUpdate
 from svite_scale.train.activity import Activity
 from svite_scale.train.checkpoint import Checkpoint
@@ -33,7 +35,7 @@ from svite_scale.train.preemption import Preempted, never
 from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
 from svite_scale.train.samples import identity, open_data
-from svite_scale.train.topology import build_topology
+from svite_scale.train.topology import check_windows, topology_options, update_schedule
 from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
 
@@ -80,7 +82,7 @@ class Trainer:
         self.backend, self.density = self._build_backend()
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
-        self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
+        self.topology = self._build_topology(steps_per_epoch)
         self.guard = Guard(config.guard)
         self.ema = self._build_ema()
         self.checkpoint = Checkpoint(
@@ -124,6 +126,7 @@ class Trainer:
             stops = self.asked_to_stop()
             while self.step < self.last_step:
                 if stops:
+                    tracker.status = "KILLED"
                     raise Preempted(self.step)
                 update = self._train_step(batches, window)
                 metrics = update.metrics() if update else {}
@@ -237,6 +240,13 @@ class Trainer:
         )
         backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
         return backend, plan_density(plan)
+
+    def _build_topology(self, steps_per_epoch: float) -> TopologyEngine:
+        """The engine that moves the model's weights; refuses windows that don't fit between two updates."""
+        schedule = update_schedule(self.config, steps_per_epoch, self.total_steps)
+        check_windows(self.config.sparsity, schedule.update_every)
+        options = topology_options(self.config)
+        return TopologyEngine(self.backend.model, self.backend.access, schedule, options, group=dist.group.WORLD)
 
     def _build_ema(self) -> Ema | None:
         """The average of the weights, which then follows the topology; None where the config asks for none."""

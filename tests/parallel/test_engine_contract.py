@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.errors import TopologyError
-from svite_scale.parallel.attach import access_for, attach
+from svite_scale.parallel.access import access_for
+from svite_scale.parallel.attach import attach
 from svite_scale.parallel.torch_access import TorchAccess
 from svite_scale.sparsity.layers import packed_layers
 from svite_scale.sparsity.options import TopologyOptions

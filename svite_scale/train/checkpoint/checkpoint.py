@@ -29,9 +29,8 @@ from svite_scale.train.checkpoint.same_run import (
     versions,
     warn_of_other_versions,
 )
-from svite_scale.train.checkpoint.state import MOMENTS, RunTensors
+from svite_scale.train.checkpoint.state import MOMENTS, RunTensors, WeightAverage
 from svite_scale.train.checkpoint.writing import Snapshot, write_checkpoint
-from svite_scale.train.ema import Ema
 
 logger = logging.getLogger("svite_scale")
 
@@ -67,7 +66,7 @@ class Checkpoint:
         *,
         counts: Mapping[str, Counts],
         samples: Mapping[str, object] | None = None,
-        ema: Ema | None = None,
+        ema: WeightAverage | None = None,
         keeps: Callable[[int], bool] | None = None,
     ) -> None:
         """Args:

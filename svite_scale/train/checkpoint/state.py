@@ -9,23 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from svite_scale.parallel.backend import Backend
 from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chunk
 from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.train.ema import Ema
 
 MOMENTS = "optimizer/"
 """What the names of moments begin with."""
 
 SMALL_NUMEL = 2**16
 """Elements up to which a tensor isn't cut: each piece in a file has 1.8 kB of framing, which would soon outweigh it."""
+
+
+class WeightAverage(Protocol):
+    """An average of the weights that is saved beside them, as :class:`~svite_scale.train.ema.Ema` is."""
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Returns the full average of one parameter, fp32, shaped like it, on every rank. A collective."""
+
+    def write(self, parameter: nn.Parameter, average: Tensor) -> None:
+        """Replaces what :meth:`read` returned."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class RunTensors:
 
     backend: Backend
     topology: TopologyEngine
-    ema: Ema | None
+    ema: WeightAverage | None
     group: dist.ProcessGroup
 
     def to_save(self) -> dict[str, Tensor]:
