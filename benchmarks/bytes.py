@@ -28,13 +28,13 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests use, too
 
 from benchmarks.machine import describe_machine
-from svite_scale.config import ModelConfig, OptimizerConfig, ParallelConfig, SparsityConfig
+from svite_scale.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, SparsityConfig
+from svite_scale.engines.backend import Backend, EngineOptions
+from svite_scale.engines.build import build_backend
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.vit import blocks
-from svite_scale.parallel.backend import Backend, EngineOptions
-from svite_scale.parallel.build import build_backend
-from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.optimizer import build_optimizer
 from tests.ranks import close_all, run_on_ranks
 

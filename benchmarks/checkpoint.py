@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tes
 
 from benchmarks.bytes import BACKENDS, BATCH_SIZE
 from benchmarks.machine import describe_machine
-from svite_scale.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from svite_scale.checkpoint import Checkpoint
+from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from svite_scale.engines.backend import Backend, EngineOptions
+from svite_scale.engines.build import build_backend
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.vit import blocks
-from svite_scale.parallel.backend import Backend, EngineOptions
-from svite_scale.parallel.build import build_backend
-from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.train.checkpoint import Checkpoint
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
 from svite_scale.train.optimizer import build_optimizer
 from tests.ranks import close_all, run_on_ranks

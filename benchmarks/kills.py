@@ -28,14 +28,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever this is started
 
-from svite_scale.config import CheckpointConfig, Config
-from svite_scale.parallel.backend import Backend, EngineOptions
-from svite_scale.parallel.torch_backend import TorchBackend
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.checkpoint import Checkpoint
+from svite_scale.config.schema import CheckpointConfig, Config
+from svite_scale.engines.backend import Backend, EngineOptions
+from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.train.checkpoint import Checkpoint
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 RANKS, STEPS_PER_EPOCH = 2, 2
 SAVING = CheckpointConfig(keep_last=2, on_error="stop")

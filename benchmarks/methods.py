@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this is run as 
 
 from benchmarks.machine import describe_machine
 from benchmarks.quickstart_runs import mean_and_spread, run_all
-from svite_scale.sparsity.methods import METHODS
+from svite_scale.sparsity.topology.methods import METHODS
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 
 from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
-from svite_scale.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.models.flops import count
+from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.cost.flops import count
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.train.optimizer import build_optimizer
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 from benchmarks.machine import describe_machine
 from benchmarks.timing import WARMUP, alternate, ratio
 from svite_scale import attach
-from svite_scale.config import ModelConfig, OptimizerConfig, SparsityConfig
+from svite_scale.config.schema import ModelConfig, OptimizerConfig, SparsityConfig
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity import bits, kernels
 from svite_scale.sparsity.kernels import torch_kernels

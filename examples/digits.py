@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
-from svite_scale.sparsity.topology import TopologyUpdate
+from svite_scale.sparsity.topology.engine import TopologyUpdate
 
 NUM_TEST = 297
 SEED = 0

@@ -17,8 +17,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from svite_scale.data import command
-from svite_scale.data.processes import num_cores
+from svite_scale.data.make import command
+from svite_scale.data.make.processes import num_cores
 
 BUILT_IN = ("mnist5k", "photographs")
 PREFIX = re.compile(r"[\w.-]+")

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from svite_scale.cost.paper_table import paper_table
 from svite_scale.errors import ConfigError
-from svite_scale.train.paper_table import paper_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

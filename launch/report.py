@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from svite_scale.export.command import main
+from svite_scale.report.command import main
 
 
 def arguments() -> argparse.Namespace:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import argparse
 
+from svite_scale.runtime.ending import run_process
+from svite_scale.runtime.rank_log import run_logged
 from svite_scale.train.command import main
-from svite_scale.train.ending import run_process
-from svite_scale.train.rank_log import run_logged
 
 
 def arguments() -> argparse.Namespace:

@@ -14,6 +14,6 @@ import torch.distributed.fsdp
 
 import svite_scale.train.command
 import svite_scale.train.trainer
-import tests.train.tiny
+import tests.tiny
 
 __all__ = ["accelerate", "deepspeed", "svite_scale", "tests", "timm", "torch"]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from svite_scale.data.cache import ShardCache
+from svite_scale.config.plain_yaml import PlainYamlError, load
+from svite_scale.data.remote.cache import ShardCache
 from svite_scale.errors import CheckpointError, DataError, SparsifyError
 from svite_scale.models.teacher import load_weights
-from svite_scale.plain_yaml import PlainYamlError, load
-from svite_scale.sparsity.mask_file import MaskFile
+from svite_scale.sparsity.allocation.mask_file import MaskFile
 
 
 class Code:

@@ -18,20 +18,17 @@ What it guarantees
       stands in at training, and evaluation leaves it out; both are counted, and fatal above a share.
 
 How it is laid out
-    ``command``, ``output``, ``shards``, ``processes`` and ``files`` write; ``source``, ``builtin``, ``folder`` and ``labels``
-    are what they write from; ``patterns``, ``info``, ``scan`` ``index`` and ``index_time`` find it again; ``rule`` and
-    ``left_out`` tell samples from other files, in folders and tars alike; ``urls``, ``fetch``, ``cache``, ``cache_folder`` and
-    ``fetch_ahead`` bring remote shards here; ``order`` and ``steps`` hold the pure functions; ``reader``, ``decode``,
-    ``dataset``, ``transforms`` and ``randomness`` make one sample; ``batches``, ``damage``, ``loader`` and ``device`` make
-    batches.
+    ``format`` says what a shard is, ``make`` writes shards, ``remote`` fetches them. Here they are read: ``order`` and ``steps``
+    hold the pure functions; ``reader``, ``decode``, ``dataset``, ``transforms`` and ``randomness`` make one sample;
+    ``batches``, ``damage``, ``fetch_ahead``, ``loader`` and ``device`` make batches.
 """
 
 from __future__ import annotations
 
 from svite_scale.data.device import DeviceTransform
-from svite_scale.data.index import ShardIndex, load_indexes
+from svite_scale.data.format.index import ShardIndex, load_indexes
 from svite_scale.data.loader import Batch, EvalData, TrainData, explained
-from svite_scale.data.shards import Sample, write_shards
+from svite_scale.data.make.shards import Sample, write_shards
 
 __all__ = [
     "Batch",

@@ -13,10 +13,10 @@ from types import TracebackType
 
 import numpy as np
 
-from svite_scale.config import DataConfig
-from svite_scale.data.cache import RemoteShard, window_size
-from svite_scale.data.index import ShardIndex
+from svite_scale.config.schema import DataConfig
+from svite_scale.data.format.index import ShardIndex
 from svite_scale.data.order import Ints, epoch_windows
+from svite_scale.data.remote.cache import RemoteShard, window_size
 from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
 

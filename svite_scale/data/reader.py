@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from svite_scale.data.cache import RemoteShard
+from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.errors import DataError
 
 

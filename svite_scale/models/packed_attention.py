@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from svite_scale.sparsity.remap import Remap
-from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read
-from svite_scale.sparsity.unit_layer import Hearing, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.layers.base import Gather, MovingTensor, Read
+from svite_scale.sparsity.layers.units import Hearing, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.transition import Remap
 
 QKV = 3
 """Queries, keys and values, one after another in the rows of ``qkv``."""

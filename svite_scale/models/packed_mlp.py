@@ -10,9 +10,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.remap import Remap
-from svite_scale.sparsity.sparse_layer import Gather, MovingTensor, Read
-from svite_scale.sparsity.unit_layer import Hearing, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.layers.base import Gather, MovingTensor, Read
+from svite_scale.sparsity.layers.units import Hearing, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.transition import Remap
 
 
 class PackedMlp(UnitLayer, Mlp):

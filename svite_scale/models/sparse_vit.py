@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from svite_scale.config import ModelConfig, SparsityConfig
+from svite_scale.config.schema import ModelConfig, SparsityConfig
 from svite_scale.errors import ConfigError, SparsifyError
 from svite_scale.models.structure import pack_units, patterns_of_the_rest, refuse_packed_twice
 from svite_scale.models.token_selector import insert_token_selectors
 from svite_scale.models.vit import build_vit
-from svite_scale.sparsity.layer_plan import LayerPlan
+from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.sparsify import prunable_layers, sparsify
 
 

@@ -10,15 +10,15 @@ import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from svite_scale.config import SparsityConfig, StructuredConfig
+from svite_scale.config.field_types import read_section
+from svite_scale.config.schema import SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
-from svite_scale.field_types import read_section
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.token_selector import TokenSelector, refuse_other_models
-from svite_scale.sparsity.layer_plan import LayerPlan
-from svite_scale.sparsity.layers import PackedLayer
-from svite_scale.sparsity.plain_layer import changed_call, lost_in_packing
+from svite_scale.sparsity.allocation.layer_plan import LayerPlan
+from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
 from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}

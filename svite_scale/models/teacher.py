@@ -10,7 +10,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from svite_scale.config import DataConfig, DistillationConfig, ModelConfig
+from svite_scale.config.schema import DataConfig, DistillationConfig, ModelConfig
 from svite_scale.errors import CheckpointError, ConfigError
 from svite_scale.models.vit import create
 

@@ -11,10 +11,10 @@ from timm.layers import trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config import TokensConfig
-from svite_scale.config_checks import check_tokens
+from svite_scale.config.field_types import read_section
+from svite_scale.config.schema import TokensConfig
+from svite_scale.config.validate import check_tokens
 from svite_scale.errors import ConfigError
-from svite_scale.field_types import read_section
 
 
 class TokenSelector(nn.Module):

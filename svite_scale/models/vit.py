@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from svite_scale.config import ModelConfig
+from svite_scale.config.schema import ModelConfig
 from svite_scale.errors import ConfigError
 from svite_scale.models.matrix_products import matrix_products
 from svite_scale.models.token_selector import TokenSelector
-from svite_scale.sparsity.sparse_layer import SparseLayer
+from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.sparsify import PACKED_TYPE
 
 FIELDS = {

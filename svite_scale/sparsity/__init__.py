@@ -4,7 +4,7 @@ A prunable weight is stored as its active ``values`` and a bit ``mask``, two ord
 engine shards, gathers, reduces and optimizes active weights only.
 
 - :func:`~svite_scale.sparsity.sparsify.sparsify` packs a dense model in place.
-- :class:`~svite_scale.sparsity.topology.TopologyEngine` prunes and grows on a schedule, through a
+- :class:`~svite_scale.sparsity.topology.engine.TopologyEngine` prunes and grows on a schedule, through a
   :class:`~svite_scale.sparsity.access.ParameterAccess` that the engine in use provides.
 - :func:`~svite_scale.sparsity.update.prune_and_grow` is the decision itself, a pure function.
 
@@ -13,9 +13,22 @@ Nothing here knows of timm, DeepSpeed or FSDP.
 
 from __future__ import annotations
 
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.distributions import erk, uniform
-from svite_scale.sparsity.schedules import cosine
-from svite_scale.sparsity.update import prune_and_grow
+from importlib import import_module
+from typing import Any
 
+# Pure functions by their names, imported when they are asked for: the options of this room are read without torch.
+_HOMES = {
+    "bits": "svite_scale.sparsity.bits",
+    "cosine": "svite_scale.sparsity.topology.schedule",
+    "erk": "svite_scale.sparsity.allocation.distributions",
+    "prune_and_grow": "svite_scale.sparsity.update",
+    "uniform": "svite_scale.sparsity.allocation.distributions",
+}
 __all__ = ["bits", "cosine", "erk", "prune_and_grow", "uniform"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    return home if name == "bits" else getattr(home, name)

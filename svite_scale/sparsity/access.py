@@ -12,7 +12,7 @@ class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
 
     Every method but :meth:`reshard`, :meth:`steps` and :meth:`local_values` is a collective: all ranks call it with the same
-    parameter, and get or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.parallel`.
+    parameter, and get or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.engines`.
 
     Attributes:
         steppers: the torch optimizers that step the fp32 values, or the engine's partitions of them.
@@ -67,8 +67,8 @@ class ParameterAccess(Protocol):
 class FollowsTopology(Protocol):
     """A tensor per parameter, kept beside the engine's, whose entries belong to single weights: an average of them, say.
 
-    One that is in :attr:`~svite_scale.sparsity.topology.TopologyEngine.followers` is carried at each topology update as the
-    values are: what stays keeps its entry, a grown weight's entry begins as the weight does.
+    One that is in :attr:`~svite_scale.sparsity.topology.engine.TopologyEngine.followers` is carried at each topology update
+    as the values are: what stays keeps its entry, a grown weight's entry begins as the weight does.
     """
 
     def read(self, parameter: nn.Parameter) -> Tensor:

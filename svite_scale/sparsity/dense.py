@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.module_names import is_of_deepspeed
-from svite_scale.sparsity.sparse_layer import SparseLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.allocation.layer_plan import Allocation, LayerPlan, plan_layers
+from svite_scale.sparsity.allocation.mask_file import MaskFile
 from svite_scale.sparsity.hashing import hashed_uniform
-from svite_scale.sparsity.layer_plan import Allocation, LayerPlan, plan_layers
-from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
-from svite_scale.sparsity.mask_file import MaskFile
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
+from svite_scale.sparsity.layers.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.module_names import named_modules
-from svite_scale.sparsity.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.update import grow
 
 PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -43,7 +43,7 @@ def sparsify(
 
     Where the active weights are is said by exactly one of ``density``, ``densities`` and ``masks``. Counts are exact, and a
     layer whose share is below one weight keeps one, which is logged. Patterns are those of
-    :mod:`~svite_scale.sparsity.layer_patterns`.
+    :mod:`~svite_scale.sparsity.allocation.layer_patterns`.
 
     Args:
         model: for example a timm VisionTransformer; on the meta device only shapes are planned and packed.
@@ -51,7 +51,7 @@ def sparsify(
         distribution: of ``density`` over the layers, ``erk``, ``er`` or ``uniform``.
         power_scale: exponent of ERK's ratio, above 0.
         densities: density in (0, 1] by pattern of layer names; the first pattern that matches a layer decides it.
-        masks: a safetensors file that :class:`~svite_scale.sparsity.mask_file.MaskFile` describes.
+        masks: a safetensors file that :class:`~svite_scale.sparsity.allocation.mask_file.MaskFile` describes.
         keep_dense: patterns of layers that aren't made sparse, and don't count in ``density``.
         seed: of the masks.
 

@@ -12,25 +12,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from svite_scale import distributed
-from svite_scale.config import Config
-from svite_scale.config_checks import check_config
-from svite_scale.config_reader import read_config
+from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
+from svite_scale.config.load import read_config
+from svite_scale.config.schema import Config
+from svite_scale.config.topology import check_topology
+from svite_scale.config.validate import check_config
+from svite_scale.cost.dry_run import describe
 from svite_scale.data import explained
-from svite_scale.distributed import World
+from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.models.teacher import check_teacher
 from svite_scale.models.vit import check_model
-from svite_scale.parallel.build import check_parallel
-from svite_scale.train.activity import Activity
-from svite_scale.train.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
-from svite_scale.train.ending import EXIT_CONFIG, EXIT_FAILED, Failure, reporting
-from svite_scale.train.plan import describe
-from svite_scale.train.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
-from svite_scale.train.signals import StopSignals
-from svite_scale.train.topology import check_topology
-from svite_scale.train.tracking import METRICS
-from svite_scale.train.watchdog import Watchdog
+from svite_scale.runtime import ranks
+from svite_scale.runtime.activity import Activity
+from svite_scale.runtime.ending import EXIT_CONFIG, EXIT_FAILED, Failure, reporting
+from svite_scale.runtime.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
+from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import StopSignals
+from svite_scale.runtime.watchdog import Watchdog
+from svite_scale.tracking.tracker import METRICS
 
 FIRST_RANK_SPEAKS_S = 30.0
 """After a mistake in the config the first rank of a machine has so long to start and say so."""
@@ -92,18 +92,18 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
     check_model(config.model)
     check_topology(config)
     check_teacher(config.distillation, config.data)
-    device = distributed.device_of(world)
+    device = ranks.device_of(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
-    store = distributed.start(world, device, config.guard.hang_timeout_s)
+    store = ranks.start(world, device, config.guard.hang_timeout_s)
     try:
         if auto_resume:
-            resume = distributed.main_says(world.is_main and has_saved(Path(config.run_dir)))
+            resume = ranks.main_says(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
         # After an error other ranks may be anywhere, and to leave the group would wait for them.
         if world.size == 1:
-            distributed.stop()
+            ranks.stop()
 
 
 def supervise(
@@ -146,7 +146,7 @@ def supervise(
         activity.leave(status or EXIT_FAILED)
         # Together, for when one rank has left, some launchers end the others, and so does the store.
         dist.barrier()
-        distributed.stop()
+        ranks.stop()
         return status
 
 

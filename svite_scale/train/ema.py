@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from svite_scale.engines.torch_access import reshard
 from svite_scale.errors import TopologyError
-from svite_scale.parallel.torch_access import reshard
 from svite_scale.sparsity.module_names import is_of_deepspeed
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.topology.engine import TopologyEngine
 
 
 class Ema:

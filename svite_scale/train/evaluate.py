@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from svite_scale.data import DeviceTransform, EvalData
-from svite_scale.parallel.backend import Backend
-from svite_scale.train.activity import Activity
+from svite_scale.engines.backend import Backend
+from svite_scale.runtime.activity import Activity
 from svite_scale.train.ema import Ema
 
 

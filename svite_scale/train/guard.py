@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svite_scale.config import GuardConfig
+from svite_scale.config.schema import GuardConfig
 from svite_scale.errors import DivergedError
 
 Newest = Callable[[], Path | None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svite_scale.config import Config, DataConfig, DistillationConfig
+from svite_scale.config.schema import Config, DataConfig, DistillationConfig
 from svite_scale.models.teacher import build_teacher, renormalisation
 
 

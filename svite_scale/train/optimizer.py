@@ -8,8 +8,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from svite_scale.config import Config, OptimizerConfig
-from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.config.schema import Config, OptimizerConfig
+from svite_scale.sparsity.layers.packed import PackedLayer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

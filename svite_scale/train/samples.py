@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from svite_scale.config import Config
+from svite_scale.config.schema import Config
 from svite_scale.data import EvalData, TrainData
-from svite_scale.data.index import check_contents, largest_label
-from svite_scale.distributed import World
+from svite_scale.data.format.index import check_contents, largest_label
 from svite_scale.errors import ConfigError
+from svite_scale.runtime.ranks import World
 
 
 def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from svite_scale.config import Config
-from svite_scale.config_checks import check_config
-from svite_scale.config_reader import read_config
+from svite_scale.config.load import read_config
+from svite_scale.config.schema import Config
+from svite_scale.config.topology import check_topology
+from svite_scale.config.validate import check_config
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
 from svite_scale.models.vit import check_model
 from svite_scale.train.batch_script import fill
-from svite_scale.train.topology import check_topology
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
 LAUNCHERS = ("torchrun", "deepspeed", "srun")

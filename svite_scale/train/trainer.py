@@ -10,33 +10,33 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from svite_scale.config import Config
+from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.config.schema import Config
+from svite_scale.config.topology import check_windows, topology_options, update_schedule
 from svite_scale.data import Batch, DeviceTransform
-from svite_scale.distributed import World
+from svite_scale.engines.backend import Backend, EngineOptions
+from svite_scale.engines.build import build_backend
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.teacher import answer_twice
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.models.vit import blocks
-from svite_scale.parallel.backend import Backend, EngineOptions
-from svite_scale.parallel.build import build_backend
-from svite_scale.sparsity.layer_plan import plan_density
-from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.sparsity.topology_update import TopologyUpdate
-from svite_scale.train.activity import Activity
-from svite_scale.train.checkpoint import Checkpoint
-from svite_scale.train.checkpoint.directory import CHECKPOINTS
+from svite_scale.runtime.activity import Activity
+from svite_scale.runtime.ending import leave_to_the_caller, reporting
+from svite_scale.runtime.preemption import Preempted, never
+from svite_scale.runtime.ranks import World
+from svite_scale.sparsity.allocation.layer_plan import plan_density
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.tracking.progress import Progress
+from svite_scale.tracking.tracker import Tracker
 from svite_scale.train.ema import Ema
-from svite_scale.train.ending import leave_to_the_caller, reporting
 from svite_scale.train.evaluate import evaluate, evaluate_ema
 from svite_scale.train.guard import Guard, spread_nonfinite
 from svite_scale.train.loss import TrainingLoss
 from svite_scale.train.optimizer import build_optimizer, build_schedule
-from svite_scale.train.preemption import Preempted, never
-from svite_scale.train.progress import Progress
 from svite_scale.train.randomness import seed_step
 from svite_scale.train.samples import identity, open_data
-from svite_scale.train.topology import check_windows, topology_options, update_schedule
-from svite_scale.train.tracking import Tracker
 from svite_scale.train.window import MetricsWindow
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svite_scale.data import Batch
-from svite_scale.parallel.backend import StepResult
+from svite_scale.engines.backend import StepResult
 
 
 class MetricsWindow:

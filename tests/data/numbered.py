@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svite_scale.config import DataConfig
+from svite_scale.config.schema import DataConfig
 from svite_scale.data import Batch, EvalData, Sample, TrainData, write_shards
 
 SIZE = 8

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from svite_scale.data.cache import ShardCache
+from svite_scale.data.remote.cache import ShardCache
 
 SIZE = 50_000
 BACKOFF_S = 0.02

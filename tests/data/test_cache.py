@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.config import DataConfig
-from svite_scale.data import cache_folder
-from svite_scale.data.cache import RemoteShard, ShardCache, check_window
-from svite_scale.data.cache_folder import ROOM, CacheFolder
+from svite_scale.config.schema import DataConfig
 from svite_scale.data.reader import ShardReader
+from svite_scale.data.remote import cache_folder
+from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window
+from svite_scale.data.remote.cache_folder import ROOM, CacheFolder
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
 from tests.data.remote import SIZE, cache_of, content_of, files_of, in_processes, wait_until, write_blobs

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svite_scale.config import AugmentConfig, DataConfig
+from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data import Sample, write_shards
 from svite_scale.data.damage import MIN_SEEN, DamageLimit
 from svite_scale.errors import DataError

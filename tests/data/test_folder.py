@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data.folder import image_folder, labelled_files
+from svite_scale.data.make.folder import image_folder, labelled_files
 from svite_scale.errors import DataError
 from tests.data.numbered import picture
 

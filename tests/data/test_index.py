@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from svite_scale.data import load_indexes, write_shards
-from svite_scale.data.index import (
+from svite_scale.data.format.index import (
     build_index,
     check_contents,
     confirm,
@@ -27,8 +27,8 @@ from svite_scale.data.index import (
     save_index,
     sidecar_path,
 )
-from svite_scale.data.index_time import DAY_NS
-from svite_scale.data.patterns import find_shards
+from svite_scale.data.format.index_time import DAY_NS
+from svite_scale.data.format.patterns import find_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered
 from tests.data.tars import make_tar, overwrite

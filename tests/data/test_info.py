@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from svite_scale.data import load_indexes, write_shards
-from svite_scale.data.files import replacing
-from svite_scale.data.info import check_classes, write_info
-from svite_scale.data.patterns import find_shards
+from svite_scale.data.format.files import replacing
+from svite_scale.data.format.info import check_classes, write_info
+from svite_scale.data.format.patterns import find_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered
 from tests.data.tars import make_tar
@@ -41,13 +41,13 @@ def test_splits_written_at_the_same_time_are_all_kept(tmp_path: Path, monkeypatc
     @contextmanager
     def meanwhile(path: Path) -> Iterator[Path]:
         """The other split is written between the reading and the writing of this one, if nothing keeps it waiting."""
-        monkeypatch.setattr("svite_scale.data.info.replacing", replacing)
+        monkeypatch.setattr("svite_scale.data.format.info.replacing", replacing)
         other.start()
         other.join(timeout=0.3)
         with replacing(path) as temporary:
             yield temporary
 
-    monkeypatch.setattr("svite_scale.data.info.replacing", meanwhile)
+    monkeypatch.setattr("svite_scale.data.format.info.replacing", meanwhile)
     write_info([tmp_path / "train-000000.tar"], [1], "train", None)
     other.join()
     assert set(json.loads((tmp_path / "_info.json").read_text())["splits"]) == {"train", "val"}

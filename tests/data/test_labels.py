@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data.labels import label_number, read_classes, read_labels
+from svite_scale.data.format.labels import label_number, read_classes, read_labels
 from svite_scale.errors import DataError
 
 CLASSES = {"n01": 0, "n02": 1}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config import AugmentConfig
+from svite_scale.config.schema import AugmentConfig
 from svite_scale.data import loader
 from svite_scale.data.order import epoch_order
 from svite_scale.errors import ConfigError, DataError

@@ -59,7 +59,7 @@ def test_interrupted(
         raise KeyboardInterrupt
 
     for name in ("find_shards", "write"):
-        monkeypatch.setattr(f"svite_scale.data.command.{name}", interrupt)
+        monkeypatch.setattr(f"svite_scale.data.make.command.{name}", interrupt)
     assert command.main([argument.format(tmp_path) for argument in arguments]) == 130
     assert capsys.readouterr().err == f"interrupted; the same command {again}\n"
 

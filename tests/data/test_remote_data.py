@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from svite_scale.config import AugmentConfig, DataConfig
+from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data import Batch, load_indexes
-from svite_scale.data.cache import ShardCache
-from svite_scale.data.index import sidecar_path
+from svite_scale.data.format.index import sidecar_path
+from svite_scale.data.remote.cache import ShardCache
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
 from tests.data.numbered import eval_data, grey_config, train_data, write_numbered

@@ -13,11 +13,11 @@ from types import ModuleType
 
 import pytest
 
-from svite_scale.data.folder import image_folder
-from svite_scale.data.index import load_index
-from svite_scale.data.labels import LabelRule
-from svite_scale.data.rule import MAX_IMAGE_BYTES
-from svite_scale.data.scan import scan_tar
+from svite_scale.data.format.index import load_index
+from svite_scale.data.format.labels import LabelRule
+from svite_scale.data.format.rule import MAX_IMAGE_BYTES
+from svite_scale.data.format.scan import scan_tar
+from svite_scale.data.make.folder import image_folder
 from svite_scale.errors import DataError
 from tests.data.numbered import picture
 from tests.data.tars import make_tar

@@ -54,7 +54,7 @@ def test_a_rewritten_shard_never_keeps_its_old_index(tmp_path: Path, monkeypatch
     def killed(shard: Path, plan: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svite_scale.data.shards.build_index", killed)
+    monkeypatch.setattr("svite_scale.data.make.shards.build_index", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shards(list(reversed(numbered(3))), tmp_path, "train", 3)  # a tar of the same size
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from svite_scale.data.patterns import find_shards, find_urls
-from svite_scale.data.urls import index_url, is_remote, readable_name, shell_command
+from svite_scale.data.format.patterns import find_shards, find_urls
+from svite_scale.data.remote.urls import index_url, is_remote, readable_name, shell_command
 from svite_scale.errors import DataError
 
 

@@ -13,9 +13,7 @@ import pytest
 
 from svite_scale.data import loader_process
 from svite_scale.data.batches import shared_slots
-from svite_scale.data.loader import WARNINGS
 from svite_scale.errors import DataError
-from svite_scale.train.signals import STOP_SIGNALS
 from tests.data.numbered import grey_config, numbers, train_data
 from tests.processes import members
 
@@ -91,10 +89,6 @@ stream = train_data(grey_config(train=sys.argv[1], workers=2), 12).batches()
 next(stream)
 raise KeyError("an error of the trainer's")
 """
-
-
-def test_they_ignore_what_stops_a_run() -> None:
-    assert set(WARNINGS) == set(STOP_SIGNALS)
 
 
 def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.command_line import run_command
 from tests.ranks import free_port, run_on_ranks
-from tests.train.command_line import run_command
 
 FOLDER = Path(__file__).parents[2] / "examples"
 LAUNCHERS = {

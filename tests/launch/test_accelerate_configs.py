@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.command_line import ROOT, run_command, run_here
 from tests.launch.test_launchers import on_cpus
 from tests.ranks import free_port
-from tests.train.command_line import ROOT, run_command, run_here
-from tests.train.runs import losses_of
-from tests.train.tiny import write_config_file
+from tests.runs import losses_of
+from tests.tiny import write_config_file
 
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 RANKS = {"two_processes": 2, "eight_gpus": 8, "two_machines": 16}

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from svite_scale.config import Config, ParallelConfig, TrackingConfig
-from svite_scale.config_reader import read_config
+from svite_scale.config.load import read_config
+from svite_scale.config.schema import Config, ParallelConfig, TrackingConfig
+from tests.command_line import Answer, run_command
 from tests.ranks import free_port
-from tests.train.command_line import Answer, run_command
-from tests.train.runs import metrics_of
-from tests.train.tiny import NUM_TRAIN, write_config_file
+from tests.runs import metrics_of
+from tests.tiny import NUM_TRAIN, write_config_file
 
 NUM_STEPS = 4 * NUM_TRAIN // 16
 DENSITY = 15_245 / 25_408

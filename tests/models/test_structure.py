@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 from timm.models import VisionTransformer
 
-from svite_scale.config import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.config.schema import ModelConfig, SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError, SviteScaleError
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.structure import pack_units
 from svite_scale.models.vit import build_vit
-from svite_scale.sparsity.sparse_layer import sparse_layers
+from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.sparsify import sparsify
 from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import svite_scale
-from svite_scale.sparsity.layers import PackedLayer, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLayer, packed_layers
 from tests import reference
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 4}

@@ -10,9 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.cost.flops import count
 from svite_scale.errors import ConfigError
-from svite_scale.models.flops import count
 from svite_scale.models.sparse_vit import plan_sparse_vit
 from svite_scale.models.vit import blocks, build_vit, check_model
 

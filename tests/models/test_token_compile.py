@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from svite_scale.config import ModelConfig, TokensConfig
+from svite_scale.config.schema import ModelConfig, TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
 from svite_scale.models.vit import build_vit
 

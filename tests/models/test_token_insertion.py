@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
+from svite_scale.cost.flops import count, model_cost
 from svite_scale.errors import ConfigError
-from svite_scale.models.flops import count, model_cost
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
 from svite_scale.models.vit import blocks, build_vit
-from svite_scale.sparsity.layers import packed_layers
-from svite_scale.sparsity.sparse_layer import sparse_layers
+from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.train.optimizer import parameter_groups
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from svite_scale.config import Config, ModelConfig, SparsityConfig, TokensConfig
-from svite_scale.config_reader import to_dict
-from svite_scale.models.flops import count
+from svite_scale.config.load import to_dict
+from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, TokensConfig
+from svite_scale.cost.flops import count
 from svite_scale.models.vit import build_vit
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tokens.md").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from svite_scale.sparsity.sparse_layer import SparseLayer
+from svite_scale.sparsity.layers.base import SparseLayer
 from tests.models.unit_twins import active_units, block_of
 
 

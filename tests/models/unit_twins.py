@@ -9,10 +9,10 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config import ModelConfig, StructuredConfig
+from svite_scale.config.schema import ModelConfig, StructuredConfig
 from svite_scale.models.structure import pack_units
 from svite_scale.models.vit import build_vit
-from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
+from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from tests import reference
 
 TINY = {"image_size": 12, "patch_size": 4, "in_channels": 1, "embed_dim": 12, "depth": 2, "num_heads": 6, "num_classes": 5}

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.slurm.cluster import Cluster, why_not
-from tests.train.tiny import write_digits
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +17,3 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
     yield cluster
     cluster.stop()
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with ``train-*.tar`` and ``val-*.tar``."""
-    return write_digits(Path(tmp_path_factory.mktemp("digits")))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import losses_of, metrics_of
 from tests.slurm.cluster import Cluster
-from tests.train.runs import losses_of, metrics_of
-from tests.train.tiny import write_config_file
+from tests.tiny import write_config_file
 
 NUM_STEPS = 160
 """Enough to be in the midst of when a signal arrives: steps take some 20 ms."""

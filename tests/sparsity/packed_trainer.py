@@ -7,13 +7,13 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.parallel.torch_access import TorchAccess
-from svite_scale.sparsity.layers import PackedLayer
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.engines.torch_access import TorchAccess
+from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.sparsity.topology_update import TopologyUpdate
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
+from svite_scale.sparsity.topology.topology_update import TopologyUpdate
 from tests import reference
 
 STEPS, UPDATE_EVERY, STOP = 20, 4, 16

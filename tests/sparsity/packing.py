@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svite_scale.sparsity.layers import PackedConv2d, PackedLayer, PackedLinear
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.sparsify import sparsify
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from svite_scale.sparsity.distributions import DISTRIBUTIONS, counts, er, erk, uniform
+from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, er, erk, uniform
 from tests import reference
 from tests.sparsity.deit import UNPRUNED, deit_shapes
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sparse_layer import sparse_layers
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.topology.engine import TopologyEngine
 from tests.ranks import run_on_ranks
 
 UPDATE_EVERY, WINDOW, STEPS = 4, 2, 12
@@ -60,7 +60,7 @@ def updates_of_the_middle(frozen: set[int], kind: str = "single", *, late: bool 
             fully_shard(module)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.is_floating_point()], lr=1e-2)
     elif kind.startswith("zero"):
-        from tests.train.test_library_use import deepspeed_engine
+        from tests.engines.test_library_use import deepspeed_engine
 
         wrapped = deepspeed_engine(model, int(kind[-1]))
     if 0 in frozen:
@@ -120,7 +120,7 @@ def frozen_on_engines() -> list[list[int]]:
 
 def stepped_by_engines() -> list[list[bool]]:
     """Whether ZeRO steps the first layer, and the middle one, which was frozen when it wrapped the model."""
-    from tests.train.test_library_use import deepspeed_engine
+    from tests.engines.test_library_use import deepspeed_engine
 
     found = []
     for stage in (2, 3):

@@ -18,8 +18,8 @@ import svite_scale
 from svite_scale.errors import TopologyError
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
-from svite_scale.sparsity.sparse_layer import SparseLayer, sparse_layers
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
+from svite_scale.sparsity.topology.engine import TopologyEngine
 from tests.ranks import run_on_ranks
 
 
@@ -144,7 +144,7 @@ class Module(nn.Module):
 
 def wrapped_names() -> list[list[str]]:
     """Names of layers under wrappers: DDP, a compiled model, checkpointed layers, all of them, a user's own, and ZeRO."""
-    from tests.train.test_library_use import deepspeed_engine
+    from tests.engines.test_library_use import deepspeed_engine
 
     def packed() -> Towers:
         return towers()

@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from svite_scale.errors import SparsifyError
-from svite_scale.sparsity.distributions import DISTRIBUTIONS, counts, erk
-from svite_scale.sparsity.layer_patterns import densities_by_pattern, matching_layers
-from svite_scale.sparsity.layer_plan import Allocation, LayerPlan, plan_density, plan_layers
+from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
+from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
+from svite_scale.sparsity.allocation.layer_plan import Allocation, LayerPlan, plan_density, plan_layers
 
 NAMES = ["patch_embed.proj", *(f"blocks.{i}.{kind}" for i in (0, 1, 10) for kind in ("attn.qkv", "mlp.fc1")), "head"]
 SHAPES = {name: torch.Size((8, 10)) for name in NAMES}

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers import PackedLinear, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLinear, packed_layers
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from svite_scale.errors import MaskError, TopologyError
-from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.mask import Mask
 from svite_scale.sparsity.sparsify import sparsify
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svite_scale.errors import SparsifyError
-from svite_scale.sparsity import bits, mask_file
-from svite_scale.sparsity.layers import packed_layers
-from svite_scale.sparsity.mask_file import MaskFile
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.allocation import mask_file
+from svite_scale.sparsity.allocation.mask_file import MaskFile
+from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import sparsify
 
 DTYPES = [

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import pytest
 
-from svite_scale.config import Config, SparsityConfig
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.config.topology import check_topology
 from svite_scale.errors import ConfigError
-from svite_scale.sparsity.methods import METHODS, Method, magnitude, uniform_random
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.train.topology import check_topology
+from svite_scale.sparsity.topology.methods import METHODS, Method, magnitude, uniform_random
+from svite_scale.sparsity.topology.options import TopologyOptions
 from tests import reference
 from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, dense_mask
 

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity import packed_weight
 from svite_scale.sparsity.kernels import compress, expand
-from svite_scale.sparsity.layers import PackedLinear
+from svite_scale.sparsity.layers import packed_weight
+from svite_scale.sparsity.layers.packed import PackedLinear
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
 

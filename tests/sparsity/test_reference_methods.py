@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.methods import METHODS, Candidates, Method, magnitude
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine
-from svite_scale.sparsity.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.methods import METHODS, Candidates, Method, magnitude
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
+from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
 from tests import reference
 from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, assert_state, batch, dense_mask
 

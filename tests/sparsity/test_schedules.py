@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svite_scale.sparsity.layer_decision import num_moved
-from svite_scale.sparsity.schedules import UpdateSchedule, constant, cosine, linear
+from svite_scale.sparsity.topology.decision import num_moved
+from svite_scale.sparsity.topology.schedule import UpdateSchedule, constant, cosine, linear
 from tests import reference
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svite_scale.parallel.torch_access import TorchAccess
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.schedules import UpdateSchedule
+from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 WINDOW, UPDATE_EVERY = 3, 6
 STEPS = range(4, 6)

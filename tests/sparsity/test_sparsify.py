@@ -18,9 +18,9 @@ from torch import nn
 
 import svite_scale
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.distributions import counts, erk
+from svite_scale.sparsity.allocation.distributions import counts, erk
 from svite_scale.sparsity.hashing import hashed_uniform
-from svite_scale.sparsity.layers import PackedConv2d, PackedLinear, packed_layers
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLinear, packed_layers
 from svite_scale.sparsity.sparsify import random_mask, sparsify
 from tests.sparsity.deit import UNPRUNED, deit_shapes
 

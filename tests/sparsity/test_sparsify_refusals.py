@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import random_mask, sparsify
 
 # The package's name sparsify is the function's.

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers import PackedLayer, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLayer, packed_layers
 from tests.ranks import run_on_ranks
 from tests.sparsity.packing import CASES, case_of
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svite_scale.config_reader import read_config
+from svite_scale.config.load import read_config
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers import packed_layers
+from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import prunable_layers
-from tests.train.command_line import run_here
-from tests.train.runs import metrics_of
-from tests.train.tiny import tiny_config, write_config_file
+from tests.command_line import run_here
+from tests.runs import metrics_of
+from tests.tiny import tiny_config, write_config_file
 
 
 @pytest.fixture(autouse=True)

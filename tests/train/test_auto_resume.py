@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from svite_scale.train.command import has_saved
+from tests.command_line import Answer, run_command, run_here
 from tests.ranks import free_port
-from tests.train.command_line import Answer, run_command, run_here
-from tests.train.runs import losses_of, metrics_of
-from tests.train.tiny import write_config_file
+from tests.runs import losses_of, metrics_of
+from tests.tiny import write_config_file
 
 NUM_STEPS = 16
 SINGLE = ("parallel.backend=single", "train.eval_every_epochs=4")
@@ -111,7 +111,7 @@ def run_in_log(folder: Path, definition: str, name: str) -> Answer:
     """What a process does whose command is the function ``name`` of a Python text."""
     program = (
         "import argparse, os, resource, signal, sys\n"
-        "from svite_scale.train.rank_log import run_logged\n"
+        "from svite_scale.runtime.rank_log import run_logged\n"
         f"{definition}\n"
         f"sys.exit(run_logged({name}, argparse.Namespace(log_dir={str(folder)!r})))\n"
     )

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from svite_scale.config_reader import read_config
-from svite_scale.data.index import sidecar_path
-from tests.train.command_line import run_here
-from tests.train.runs import metrics_of
-from tests.train.tiny import write_config_file
+from svite_scale.config.load import read_config
+from svite_scale.data.format.index import sidecar_path
+from tests.command_line import run_here
+from tests.runs import metrics_of
+from tests.tiny import write_config_file
 
 MISTAKES = {
     "unknown key": (["train.epoch=3"], "train.epoch = '3': is no known key; the nearest is train.epochs"),

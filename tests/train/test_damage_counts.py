@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.config import Config
+from svite_scale.config.schema import Config
 from svite_scale.data import Sample, write_shards
 from tests.data.numbered import speckled
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, metrics_of, resumed_run, run
-from tests.train.tiny import tiny_config
+from tests.runs import ENGINES, metrics_of, resumed_run, run
+from tests.tiny import tiny_config
 
 COUNT, NUM_BROKEN = 48, 5
 """Three steps show every sample once."""

@@ -12,18 +12,18 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from svite_scale.config import Config
-from svite_scale.config_checks import check_config
-from svite_scale.config_reader import to_dict
+from svite_scale.checkpoint.compatibility import check_same_run
+from svite_scale.config.load import to_dict
+from svite_scale.config.schema import Config
+from svite_scale.config.validate import check_config
 from svite_scale.errors import CheckpointError, ConfigError
 from svite_scale.models.teacher import answer_twice, build_teacher, check_teacher
 from svite_scale.models.vit import build_vit
-from svite_scale.train.checkpoint.same_run import check_same_run
 from svite_scale.train.loss import Teacher, TrainingLoss, hard_distillation, soft_distillation
+from tests.command_line import run_here
 from tests.ranks import run_on_ranks
-from tests.train.command_line import run_here
-from tests.train.runs import ENGINES, losses_of, resumed_run, run
-from tests.train.tiny import tiny_config, write_config_file
+from tests.runs import ENGINES, losses_of, resumed_run, run
+from tests.tiny import tiny_config, write_config_file
 
 TEACHER = "test_resnet"
 NORMALISED = ("distillation.mean=[0.5]", "distillation.std=[0.25]")

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from svite_scale.config import Config
-from svite_scale.parallel.backend import Backend
+from svite_scale.config.schema import Config
+from svite_scale.engines.backend import Backend
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers import packed_layers
-from svite_scale.sparsity.schedules import UpdateSchedule
-from svite_scale.sparsity.topology import TopologyEngine
+from svite_scale.sparsity.layers.packed import packed_layers
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
-from tests.parallel.engines import build_backend, decay_groups, small_vit, units_vit
+from tests.engines.engines import build_backend, decay_groups, small_vit, units_vit
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
-from tests.train.tiny import tiny_config
+from tests.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
+from tests.tiny import tiny_config
 
 STEPS, UPDATE_EVERY, BATCH, DECAY = 7, 3, 4, 0.8
 

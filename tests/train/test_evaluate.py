@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
-from svite_scale.config import Config, DataConfig
+from svite_scale.config.schema import Config, DataConfig
 from svite_scale.data import EvalData, Sample, load_indexes, write_shards
-from svite_scale.distributed import World
-from svite_scale.sparsity.layers import PackedLayer
+from svite_scale.runtime.ranks import World
+from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES
-from tests.train.tiny import NUM_VAL, tiny_config
+from tests.runs import ENGINES
+from tests.tiny import NUM_VAL, tiny_config
 
 
 def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float]], bool, dict[str, Tensor]]:

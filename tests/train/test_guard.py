@@ -15,19 +15,19 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
-from svite_scale.config import Config, GuardConfig
+from svite_scale.config.schema import Config, GuardConfig
 from svite_scale.data import Batch, TrainData
-from svite_scale.distributed import World
 from svite_scale.errors import DivergedError
+from svite_scale.runtime.preemption import Preempted
+from svite_scale.runtime.ranks import World
 from svite_scale.train.guard import Guard, spread_nonfinite
-from svite_scale.train.preemption import Preempted
 from svite_scale.train.trainer import Trainer
 from svite_scale.train.window import MetricsWindow
+from tests.command_line import run_here
+from tests.jobs import Job
 from tests.ranks import run_on_ranks
-from tests.train.command_line import run_here
-from tests.train.jobs import Job
-from tests.train.runs import ENGINES, State, metrics_of, state_of
-from tests.train.tiny import tiny_config, write_config_file
+from tests.runs import ENGINES, State, metrics_of, state_of
+from tests.tiny import tiny_config, write_config_file
 
 
 @dataclass

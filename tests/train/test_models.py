@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.export.report import write_report
-from svite_scale.export.saved_run import read_run
+from svite_scale.report.report import write_report
+from svite_scale.report.saved_run import read_run
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, losses_of, metrics_of, run
-from tests.train.tiny import tiny_config
+from tests.runs import ENGINES, losses_of, metrics_of, run
+from tests.tiny import tiny_config
 
 OWN_SIZES = ("model.patch_size=null", "model.embed_dim=null", "model.depth=null", "model.num_heads=null")
 MODELS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups, peak_lr
 

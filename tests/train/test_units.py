@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_on_ranks
-from tests.train.runs import ENGINES, State, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run
-from tests.train.tiny import tiny_config, write_digits
+from tests.runs import ENGINES, State, assert_same_state, loaded, losses_of, metrics_of, resumed_run, run
+from tests.tiny import tiny_config, write_digits
 
 UNITS = (
     "sparsity.density=1.0",

@@ -2,7 +2,7 @@
 
 A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
 ``[ceil(N / 8)]``). All paths give the same bits: elements are moved, never computed with. Neither function is differentiable;
-the products of :mod:`svite_scale.sparsity.packed_weight` are.
+the products of :mod:`svite_scale.sparsity.layers.packed_weight` are.
 
 - CPU, fp32, bf16 and fp16: C, compiled at the first use.
 - CUDA, the same dtypes: Triton.

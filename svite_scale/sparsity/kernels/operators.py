@@ -1,8 +1,8 @@
 """``expand`` and ``compress`` as operators of torch, which ``torch.export``, ``torch.compile`` and vmap take as they are.
 
 They are ``torch.ops.svite_scale.expand`` and ``torch.ops.svite_scale.compress``. A program exported with them runs wherever
-this package is imported. :mod:`svite_scale.sparsity.packed_weight` differentiates them, since ``torch.func`` knows nothing of
-an operator's own rule.
+this package is imported. :mod:`svite_scale.sparsity.layers.packed_weight` differentiates them, since ``torch.func`` knows
+nothing of an operator's own rule.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""What a resumed run must share with the run that it goes on with."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from svite_scale.checkpoint.load import saved_sizes
+from svite_scale.config.load import flatten_config, to_dict
+from svite_scale.config.schema import Config
+from svite_scale.errors import CheckpointError
+
+FIXED_FIELDS = (
+    "seed",
+    "model.",
+    "sparsity.",
+    "distillation.",
+    "optimizer.",
+    "train.epochs",
+    "train.global_batch_size",
+    "train.ema_decay",
+    "data.shuffle_shards",
+    "data.last_batch",
+    "data.mean",
+    "data.std",
+    "data.max_pixels",
+    "data.augment.",
+)
+"""Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
+
+FREE_FIELDS = ("model.activation_checkpointing", "sparsity.masks")
+"""Fields of those sections that change no number: how much is kept for backward, and where the masks of the start are, in whose
+place the checkpoint's come."""
+
+PACKAGES = ("svite_scale", "torch", "deepspeed", "timm")
+
+logger = logging.getLogger("svite_scale")
+
+
+def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """Refuses to go on with a recipe other than the checkpoint's.
+
+    Raises:
+        CheckpointError: names the field and both values.
+    """
+    # A version that didn't know a field yet computed what its default does.
+    then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
+    for field, value in flatten_config(to_dict(config)).items():
+        if is_fixed(field) and then[field] != value:
+            raise CheckpointError(
+                f"{path} was saved with {field} = {then[field]!r}, not {value!r}; restore it, or start a new run"
+            )
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a field of the config, by its dotted name, must stay at a resume."""
+    return field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS
+
+
+def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, object] | None, path: Path) -> None:
+    """Refuses to go on with other samples, whose order would be another.
+
+    Raises:
+        CheckpointError: tells what differs.
+    """
+    if saved != now:
+        raise CheckpointError(
+            f"{path} was saved by a run on other training shards ({saved} there, {now} in data.train now); restore them, with "
+            "their order, or start a new run"
+        )
+
+
+def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuses a checkpoint whose tensors aren't this run's, by name and size.
+
+    Args:
+        path: of the checkpoint.
+        state: this run's tensors.
+        prefix: of the names to compare; the checkpoint may hold any others.
+
+    Raises:
+        CheckpointError: names a tensor; or what the checkpoint says of them can't be read.
+    """
+    saved = saved_sizes(path)
+    remedy = "use the config that it was saved with"
+    for name in sorted(name for name in saved.keys() | state.keys() if name.startswith(prefix)):
+        if name not in saved or name not in state:
+            where = "checkpoint" if name in saved else "model"
+            raise CheckpointError(f"{path}: {name} is only in the {where}; {remedy}")
+        if saved[name] != state[name].shape:
+            sizes = f"{saved[name].numel()} elements, the model's {state[name].numel()}"
+            raise CheckpointError(f"{path}: {name} has {sizes}; {remedy}")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that compute; None for one that isn't installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def warn_of_other_versions(saved: Mapping[str, str | None], path: Path) -> None:
+    """One line where a checkpoint was saved by other versions: results may then differ in the last bits."""
+    changed = [f"{name} {saved.get(name)} (now {now})" for name, now in versions().items() if saved.get(name) != now]
+    if changed:
+        logger.warning("checkpoint %s was saved by %s", path, ", ".join(changed))

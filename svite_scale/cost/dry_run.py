@@ -1,0 +1,110 @@
+"""What a run would do, without doing it: the plan that ``--dry-run`` prints."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from timm.models import VisionTransformer
+from torch import nn
+
+from svite_scale.config.schema import Config
+from svite_scale.cost.flops import ModelCost, model_cost
+from svite_scale.cost.memory import ModelSize, bytes_per_rank
+from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.models.teacher import build_teacher
+from svite_scale.models.token_selector import token_selectors
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_density
+from svite_scale.sparsity.layers.base import sparse_layers
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The plan of a run as text: layers, parameters, multiply-accumulates, and bytes of training state per rank.
+
+    Raises:
+        ConfigError: the model, or its teacher, can't be built.
+        CheckpointError: the teacher's file can't be used.
+    """
+    model, plan = plan_sparse_vit(config.model, config.sparsity)
+    cost = model_cost(config.model, model, plan)
+    layers = sparse_layers(model).values()
+    mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
+    newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
+    sparse = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
+    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
+    sections = (
+        _layers(plan),
+        "\n".join([*_costs(config, cost), *_tokens(model), *_teacher(config)]),
+        _bytes(config, world_size, sparse, dense),
+    )
+    return "\n\n".join(sections)
+
+
+def _layers(plan: list[LayerPlan]) -> str:
+    width = max(len(layer.name) for layer in plan)
+    lines = [f"{'layer':{width}}  {'shape':>18}  {'density':>8}  {'active':>11}  {'of':>11}"]
+    for layer in plan:
+        shape = "x".join(str(size) for size in layer.shape)
+        row = f"{layer.name:{width}}  {shape:>18}  {layer.density:8.4f}  {layer.num_active:11,}  {layer.numel:11,}"
+        lines.append("  ".join([row, *_remarks(layer)]))
+    sparse = [layer for layer in plan if not layer.kept_dense]
+    active, total = sum(layer.num_active for layer in sparse), sum(layer.numel for layer in sparse)
+    lines.append(f"{'all prunable':{width}}  {'':>18}  {plan_density(plan):8.4f}  {active:11,}  {total:11,}")
+    return "\n".join(lines)
+
+
+def _remarks(layer: LayerPlan) -> list[str]:
+    """What is special about a layer."""
+    remarks = {
+        "raised to one weight": layer.raised,
+        "kept dense": layer.kept_dense,
+        "by heads": layer.in_units and ".attn." in layer.name,
+        "by neurons": layer.in_units and ".mlp." in layer.name,
+        "stays dense": not (layer.is_packed or layer.kept_dense or layer.in_units),
+    }
+    return [remark for remark, holds in remarks.items() if holds]
+
+
+def _costs(config: Config, cost: ModelCost) -> list[str]:
+    macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
+    return [
+        f"model               {config.model.name}, {config.model.image_size} px",
+        f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
+        f"forward, one image  {macs}",
+        f"optimizer step      {config.train.global_batch_size:,} samples",
+    ]
+
+
+def _tokens(model: nn.Module) -> list[str]:
+    """A line on the tokens of an image, where selectors let not all of them pass."""
+    selectors = token_selectors(model)
+    if not selectors:
+        return []
+    vit = cast(VisionTransformer, model)
+    passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
+    return [f"tokens              {vit.patch_embed.num_patches + vit.num_prefix_tokens:,}{passing}"]
+
+
+def _teacher(config: Config) -> list[str]:
+    """A line on the teacher, which isn't in the training state; empty where there is none."""
+    if config.distillation.teacher is None:
+        return []
+    tensors = build_teacher(config.distillation, config.model).state_dict().values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return [f"teacher             {config.distillation.teacher}, whole on each rank: {size:,} bytes more"]
+
+
+def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:
+    backend = config.parallel.backend
+    engine = f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend
+    ema = config.train.ema_decay is not None
+    packed, twin = (
+        bytes_per_rank(config.parallel, config.train.precision, world_size, size, ema=ema) for size in (sparse, dense)
+    )
+    lines = [f"training state per rank, {engine}, {config.train.precision}, {world_size} rank(s): bytes, dense twin, ratio"]
+    for kind in packed:
+        ratio = f"{packed[kind] / twin[kind]:6.3f}" if twin[kind] else "     -"
+        lines.append(f"  {kind:15}  {packed[kind]:15,}  {twin[kind]:15,}  {ratio}")
+    total, total_dense = sum(packed.values()), sum(twin.values())
+    lines.append(f"  {'all':15}  {total:15,}  {total_dense:15,}  {total / total_dense:6.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Bytes of training state that a rank holds under each engine, from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svite_scale.config.schema import ParallelConfig
+
+FP32 = 4
+MOMENTS = 2 * FP32
+"""Adam's family keeps two fp32 numbers per weight."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the bytes depend on.
+
+    Attributes:
+        trainable: trainable elements: active weights, biases, norms, embeddings.
+        mask_bytes: bytes of all packed masks together.
+        statistics_bytes: bytes of the topology's statistics together: a bit per weight, and one per active weight.
+    """
+
+    trainable: int
+    mask_bytes: int
+    statistics_bytes: int
+
+
+def bytes_per_rank(
+    parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize, *, ema: bool = False
+) -> dict[str, int]:
+    """Persistent bytes by kind on one rank, without padding, buckets and activations.
+
+    Args:
+        parallel: the engine.
+        precision: ``fp32`` or ``bf16``; in the latter ZeRO keeps bf16 weights beside the fp32 master values.
+        world_size: ranks that share the state.
+        size: of the model.
+        ema: whether an average of the weights is kept.
+
+    Returns:
+        ``values`` (what forward computes with), ``master values`` (what the optimizer steps, where that is another copy),
+        ``mask``, ``gradients`` (when all are there, just before the optimizer's step), ``moments``, ``statistics``;
+        and ``ema``, if there is one.
+    """
+    sharded = parallel.backend not in ("single", "ddp")
+    # The average is kept of the values that the rank's optimizer steps.
+    average = {"ema": -(-size.trainable // (world_size if sharded else 1)) * FP32} if ema else {}
+    return _engine_bytes(parallel, precision, world_size, size) | average
+
+
+def _engine_bytes(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
+
+    def shard(count: int) -> int:
+        return -(-count // world_size)
+
+    weights, stage = size.trainable, parallel.zero_stage
+    statistics = shard(size.statistics_bytes)
+    if parallel.backend in ("single", "ddp"):
+        kept = {"values": weights * FP32, "master values": 0, "mask": size.mask_bytes, "gradients": weights * FP32}
+        return {**kept, "moments": weights * MOMENTS, "statistics": statistics}
+    sharded = {"master values": 0, "moments": shard(weights) * MOMENTS, "statistics": statistics}
+    if parallel.backend == "fsdp2":
+        return {**sharded, "values": shard(weights) * FP32, "mask": shard(size.mask_bytes), "gradients": shard(weights) * FP32}
+    compute = FP32 if precision == "fp32" else 2
+    held = shard if stage == 3 else int
+    # In bf16, stage 1 goes through an optimizer of DeepSpeed's that accumulates the whole gradient in fp32 on every rank.
+    gradients = weights * (2 + FP32) if stage == 1 and precision == "bf16" else shard(weights) * FP32
+    return {
+        "values": held(weights) * compute,
+        "master values": shard(weights) * FP32,
+        "mask": held(size.mask_bytes),
+        "gradients": gradients,
+        "moments": shard(weights) * MOMENTS,
+        "statistics": statistics,
+    }

@@ -1,0 +1,55 @@
+"""What the shipped configs cost, beside what the paper says of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from svite_scale.config.load import read_config
+from svite_scale.config.topology import check_topology
+from svite_scale.config.validate import check_for_any_ranks
+from svite_scale.cost.flops import count
+
+
+@dataclass(frozen=True)
+class Published:
+    """The paper's figures for one of our configs (arXiv:2106.04533).
+
+    Attributes:
+        saving: share of the dense multiply-accumulates saved, in percent.
+        params: parameters, in millions; None where it doesn't say.
+    """
+
+    saving: float
+    params: float | None = None
+
+
+PUBLISHED = {
+    "deit_tiny_s30": Published(saving=25.56, params=4.02),
+    "deit_small_t95_s50": Published(saving=49.32),
+}
+"""By name of the config."""
+
+
+def paper_table(configs: Iterable[Path]) -> str:
+    """One row per config file.
+
+    Raises:
+        ConfigError: a file can't be read, or no run can do what it says.
+    """
+    columns = f"{'GMACs':>8} {'of':>8} {'saved':>7} {'paper':>7} {'params M':>9} {'of':>7} {'paper':>6}"
+    return "\n".join([f"{'config':26} {columns}", *map(_row, configs)])
+
+
+def _row(path: Path) -> str:
+    config = read_config(path)
+    check_for_any_ranks(config)
+    check_topology(config)
+    cost, published = count(config), PUBLISHED.get(path.stem)
+    saving = f"{published.saving:6.2f}%" if published else "-"
+    params = f"{published.params:.2f}" if published and published.params else "-"
+    return (
+        f"{path.stem:26} {cost.sparse_macs / 1e9:8.3f} {cost.dense_macs / 1e9:8.3f} {100 * cost.saving:6.2f}% {saving:>7} "
+        f"{cost.params_active / 1e6:9.2f} {cost.params_dense / 1e6:7.2f} {params:>6}"
+    )

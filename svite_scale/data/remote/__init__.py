@@ -1,0 +1,1 @@
+"""Fetching shards from other machines into a bounded folder."""

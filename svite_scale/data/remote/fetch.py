@@ -1,0 +1,98 @@
+"""The bytes of a URL, through ``webdataset.gopen``, tried again where that can help."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from shlex import quote
+from tempfile import NamedTemporaryFile
+from typing import TypeVar
+
+from webdataset.gopen import gopen, rewrite_url
+
+from svite_scale.data.remote.urls import PIPE, shell_command
+from svite_scale.errors import DataError
+
+Received = TypeVar("Received")
+
+CHUNK = 2**20
+LONGEST_WAIT_S = 30.0
+FINAL = re.compile(r"returned error: 4(?!08|25|29)\d\d|error occurred \((?:403|404|AccessDenied|NoSuch\w+)\)|No URLs matched")
+"""What curl, aws and gsutil say when asking again is no use."""
+
+
+class FetchError(Exception):
+    """One attempt failed.
+
+    Args:
+        reason: in one line.
+        is_final: another attempt would fail too.
+    """
+
+    def __init__(self, reason: str, *, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
+
+
+def fetch(url: str, receive: Callable[[Iterator[bytes]], Received], attempts: int, backoff_s: float, remedy: str) -> Received:
+    """Hands a URL's bytes to ``receive``, from the first on, until it has taken all; waits between attempts.
+
+    The waits double, up to half a minute, and are spread at random, so that ranks which failed together don't ask together.
+
+    Args:
+        url: one that :func:`~svite_scale.data.remote.urls.is_remote` knows.
+        receive: takes chunks; may raise :class:`FetchError` too.
+        attempts: at least 1.
+        backoff_s: the mean of the first wait, in seconds.
+        remedy: what to do when it fails, for the error.
+
+    Raises:
+        DataError: the last attempt failed.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            with closing(chunks(url)) as parts:
+                return receive(parts)
+        except FetchError as error:
+            failure = error
+        if failure.is_final:
+            break
+        if attempt < attempts:
+            # Not from the global generators, which belong to the samples.
+            time.sleep(min(LONGEST_WAIT_S, backoff_s * 2 ** (attempt - 1)) * random.SystemRandom().uniform(0.5, 1.5))
+    raise DataError(
+        f"{url} can't be fetched: {failure} (attempt {attempt} of data.fetch_attempts = {attempts}); {remedy}"
+    ) from failure
+
+
+def chunks(url: str) -> Generator[bytes, None, None]:
+    """The bytes of one attempt, in order.
+
+    Raises:
+        FetchError: the command that reads the URL isn't here or ends with an error, perhaps after some bytes came.
+    """
+    url = rewrite_url(url)
+    command = shell_command(url)
+    program = command.split(maxsplit=1)[0] if command.strip() else ""
+    if not url.startswith(PIPE) and shutil.which(program) is None:
+        raise FetchError(f"{program} isn't in PATH, install it", is_final=True)
+    with NamedTemporaryFile("r", errors="replace") as messages:
+        stream = gopen(f"{PIPE}exec 2>{quote(messages.name)}; {command}", "rb", CHUNK)
+        try:
+            # Its own read() raises where a command has failed by then, but with the arguments in place of the reason.
+            while chunk := stream.stream.read1(CHUNK):
+                yield chunk
+            # What close() makes of the status depends on GOPEN_VERBOSE.
+            status = stream.proc.wait()
+        finally:
+            # Ends a command whose output isn't wanted any more by SIGPIPE, which is no error here.
+            stream.ignore_errors = True
+            stream.close()
+        if status:
+            said = [line.strip() for line in messages.read().splitlines() if line.strip()]
+            reason = said[-1][:300] if said else "no message"
+            raise FetchError(f"exit status {status}, {reason}", is_final=bool(FINAL.search(reason)))

@@ -1,0 +1,38 @@
+"""Choosing the engine that a config names."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import nn
+
+from svite_scale.config.schema import ParallelConfig
+from svite_scale.engines.backend import Backend, EngineOptions, OptimizerFactory
+from svite_scale.engines.torch_backend import TorchBackend
+from svite_scale.errors import ConfigError
+
+
+def check_parallel(config: ParallelConfig, device: torch.device, bf16: bool) -> None:
+    """Checks that this machine can run the backend, before anything starts.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    if config.backend == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("parallel.backend", "deepspeed", "is not installed here", "pip install deepspeed, or use fsdp2")
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError("train.precision", "bf16", f"is not supported by this GPU ({name})", "use fp32")
+
+
+def build_backend(
+    config: ParallelConfig, model: nn.Module, build_optimizer: OptimizerFactory, options: EngineOptions
+) -> Backend:
+    """Wraps a model in the config's engine. A collective: all ranks call it."""
+    if config.backend == "deepspeed":
+        # Imported here, for DeepSpeed takes seconds to import and looks for a GPU while at it.
+        from svite_scale.engines.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(config.zero_stage, model, build_optimizer, options)
+    return TorchBackend(config.backend, model, build_optimizer, options)

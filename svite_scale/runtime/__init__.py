@@ -1,0 +1,1 @@
+"""Ranks and processes: who takes part, what stops them, and how a run ends."""

@@ -1,0 +1,1 @@
+"""How many weights of each layer are active, and which."""

@@ -1,0 +1,128 @@
+"""Where the active weights go: how many of each layer, from a global density, explicit densities, or a file of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+
+from svite_scale.errors import SparsifyError
+from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
+from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
+from svite_scale.sparsity.allocation.mask_file import MaskFile
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: where it is, its weight's shape, and how many of its weights are active.
+
+    Attributes:
+        name: of the module.
+        shape: of its weight.
+        num_active: active weights.
+        raised: its share of the density is below one whole weight, and it has one all the same.
+        kept_dense: it isn't made sparse on request, and doesn't count in the density.
+        in_units: it is smaller by whole heads or neurons.
+    """
+
+    name: str
+    shape: torch.Size
+    num_active: int
+    raised: bool = False
+    kept_dense: bool = False
+    in_units: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.numel
+
+    @property
+    def is_packed(self) -> bool:
+        """A layer whose weights are all active stays an ordinary dense module: there's nothing to pack or to move."""
+        return self.num_active < self.numel and not self.in_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What says where the active weights are: the arguments of :func:`~svite_scale.sparsity.sparsify.sparsify`, checked.
+
+    Exactly one of ``density``, ``densities`` and ``masks`` is set.
+    """
+
+    density: float | None = None
+    distribution: str = "erk"
+    power_scale: float = 1.0
+    densities: Mapping[str, float] | None = None
+    masks: str | PathLike[str] | None = None
+    keep_dense: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        sources = {name: getattr(self, name) for name in ("density", "densities", "masks")}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of density, densities and masks, not {found}")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution {self.distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
+        if self.power_scale != 1.0 and (self.density is None or self.distribution != "erk"):
+            raise ValueError(f"power_scale ({self.power_scale}) is only for a density that is distributed by erk; leave it out")
+
+    def layer_densities(self, shapes: Mapping[str, torch.Size]) -> dict[str, float]:
+        """The density of each layer, where no file of masks says it."""
+        if self.densities is not None:
+            return densities_by_pattern(shapes, self.densities)
+        assert self.density is not None
+        if self.distribution == "erk":
+            return erk(shapes, self.density, power_scale=self.power_scale)
+        return DISTRIBUTIONS[self.distribution](shapes, self.density)
+
+
+def plan_layers(shapes: Mapping[str, torch.Size], allocation: Allocation) -> list[LayerPlan]:
+    """The exact count of active weights of each layer.
+
+    Args:
+        shapes: weight shape of each layer that may be made sparse.
+        allocation: says where the active weights are.
+
+    Returns:
+        One entry per layer, in the order of ``shapes``.
+
+    Raises:
+        SparsifyError: patterns, masks or budget don't fit the layers.
+        ValueError: the density is out of range.
+    """
+    kept = matching_layers(shapes, allocation.keep_dense)
+    sparse = {name: shape for name, shape in shapes.items() if name not in kept}
+    if not sparse:
+        raise SparsifyError(
+            "keep_dense", list(allocation.keep_dense), "keeps every layer dense", "let it leave out at least one"
+        )
+    num_active, raised = _counts(sparse, allocation)
+    num_active |= {name: shapes[name].numel() for name in kept}
+    return [LayerPlan(name, shape, num_active[name], name in raised, name in kept) for name, shape in shapes.items()]
+
+
+def plan_density(plan: Sequence[LayerPlan]) -> float:
+    """The active share of the weights that may be inactive: those of all layers but the ones kept dense."""
+    sparse = [layer for layer in plan if not layer.kept_dense]
+    return sum(layer.num_active for layer in sparse) / sum(layer.numel for layer in sparse)
+
+
+def _counts(shapes: Mapping[str, torch.Size], allocation: Allocation) -> tuple[dict[str, int], set[str]]:
+    """Active weights of each layer, and the layers whose share is below one."""
+    if allocation.masks is not None:
+        return MaskFile(allocation.masks).counts(shapes), set()
+    densities = allocation.layer_densities(shapes)
+    try:
+        num_active = counts(shapes, densities)
+    except ValueError as error:
+        field = "density" if allocation.densities is None else "densities"
+        remedy = "raise it, or list small layers in keep_dense"
+        raise SparsifyError(field, getattr(allocation, field), str(error), remedy) from error
+    return num_active, {name for name, shape in shapes.items() if densities[name] * shape.numel() < 1}

@@ -1,0 +1,149 @@
+"""Whole units of a layer, neurons or heads, of which only the active ones exist.
+
+The weights of an absent unit are nowhere: not in memory, not in a product, not on the wire. So an absent unit has no gradient
+that could tell whether it is worth growing. A candidate for it has one: incoming weights drawn from (seed, update, layer,
+unit), outgoing weights of zero. During growth windows the layer computes the gradient that the candidate's outgoing weights
+would receive, and that is its score. A unit that is grown begins as its candidate: it leaves the function as it was, its
+outgoing weights learn in the next step, and its incoming ones in the one after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.dense import filled
+from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.layers.base import SparseLayer
+from svite_scale.sparsity.mask import Mask
+
+
+class UnitLayer(SparseLayer):
+    """A :class:`~svite_scale.sparsity.layers.base.SparseLayer` of whole units.
+
+    Attributes:
+        seed: of the first mask and of candidates.
+        candidate_std: standard deviation of candidates' incoming weights.
+        candidate_numel: incoming weights of one unit.
+        out_features: of the layer.
+    """
+
+    seed: int
+    candidate_std: float
+    candidate_numel: int
+    out_features: int
+
+    def set_up(self, name: str, active: Tensor, seed: int, incoming: Tensor, out_features: int) -> None:
+        """Fills in what units have in common.
+
+        Args:
+            name: of the layer.
+            active: bool ``[N]``.
+            seed: of the run.
+            incoming: the dense layer's incoming weights, whose spread candidates take on.
+            out_features: of the layer.
+        """
+        self.name, self.shape, self.num_active = name, torch.Size([active.numel()]), int(active.count_nonzero())
+        self.seed, self.out_features = seed, out_features
+        self.candidate_numel = incoming.numel() // active.numel()
+        self.candidate_std = 1.0 if incoming.is_meta else float(incoming.detach().float().std())
+        self.mask = Mask(bits.pack(active).to(incoming.device))
+
+    def name_at(self, path: str) -> str:
+        return f"{path}.{self.unit}" if path else self.name
+
+    def active_units(self) -> Tensor:
+        """Bool ``[N]``; where the layer's own parameters are whole: inside its forward and backward."""
+        return bits.unpack(self.mask, self.shape.numel())
+
+    def initial_units(self, active: Tensor) -> Tensor:
+        """The active units, int64 ``[k]``, on the layer's device, which may be meta."""
+        return active.nonzero().squeeze(1).to(self.mask.device)
+
+    def candidates(self, units: Tensor) -> Tensor:
+        """Incoming weights of candidates for the update to come, fp32 ``[units, candidate_numel]``.
+
+        Args:
+            units: bool ``[N]``, or int64 ``[any]``.
+        """
+        numel = self.shape.numel() * self.candidate_numel
+        uniform = hashed_uniform(self.seed, self.update_step, f"{self.name}/candidates", numel, units.device)
+        # A uniform number of variance 1/12, moved to mean 0 and to the spread of the layer's first weights.
+        return (uniform.view(-1, self.candidate_numel)[units] - 0.5) * (12**0.5 * self.candidate_std)
+
+    @torch.no_grad()
+    def all_units(self, rows: Tensor, repeats: int = 1) -> Tensor:
+        """``[repeats * k * any, ...]`` of active units as ``[repeats * N * any, ...]``, with zeros for absent ones."""
+        active = self.active_units()
+        whole = rows.new_zeros(repeats, active.numel(), rows.numel() // (repeats * self.num_active))
+        whole[:, active] = rows.reshape(repeats, self.num_active, -1)
+        return whole.view(-1, *rows.shape[1:])
+
+    def dense_linear(self, weight: Tensor, bias: Tensor | None, trained: nn.Parameter) -> nn.Linear:
+        """A Linear of this weight, ``[out, in]``; see :func:`~svite_scale.sparsity.dense.filled`."""
+        empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        return filled(empty, weight, bias, self, trained)
+
+    def hear(self, x: Tensor, gradient: Tensor) -> None:
+        """Hands what growth scores are made of to the sink, inside backward.
+
+        Args:
+            x: the layer's input, ``[B, tokens, in]``.
+            gradient: of the loss with respect to the layer's output, ``[B, tokens, out]``.
+        """
+        raise NotImplementedError
+
+
+class Hearing(Function):
+    """Passes a unit layer's output on, and hands the layer's ``hear`` its input beside the output's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, hear: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.hear = hear
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.hear(x, gradient)
+        return gradient, None, None
+
+
+class TransposedLinear(nn.Module):
+    """``nn.Linear`` whose weight is stored as ``[in_features, out_features]``, so that its rows belong to units."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        """``weight`` is ``[in_features, out_features]``; ``bias`` the dense layer's own."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous())
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return nn.functional.linear(x, self.weight.t(), self.bias)
+
+
+class RowLinear(nn.Module):
+    """Some rows of an ``nn.Linear``; a type of its own, so that nothing packs its weights once more."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dense: nn.Linear, rows: Tensor) -> None:
+        """``rows`` is int64 ``[any]``."""
+        super().__init__()
+        self.weight = nn.Parameter(dense.weight.detach()[rows])
+        bias: Tensor | None = dense.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()[rows]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., rows]``."""
+        return nn.functional.linear(x, self.weight, self.bias)

@@ -1,0 +1,1 @@
+"""The engine that prunes and grows during training."""

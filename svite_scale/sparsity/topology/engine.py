@@ -1,0 +1,317 @@
+"""The engine that moves the active weights during training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from weakref import finalize, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from svite_scale.errors import TopologyError
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
+from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
+from svite_scale.sparsity.layers.units import UnitLayer
+from svite_scale.sparsity.topology.decision import check_state, decide, write_topology
+from svite_scale.sparsity.topology.engine_checks import check_fits, check_stepped
+from svite_scale.sparsity.topology.growth import GrowthScores
+from svite_scale.sparsity.topology.history import History
+from svite_scale.sparsity.topology.methods import Method
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.recently_grown import Newcomers
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
+from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.topology.warmup import GrownWarmup
+from svite_scale.sparsity.transition import Remap
+
+logger = logging.getLogger("svite_scale")
+
+
+class TopologyEngine:
+    """Prunes and grows the sparse layers of a model on a schedule (the paper's Algorithm 1; DESIGN section 3).
+
+    After an update step's optimizer step, layer by layer: the method's weights go and as many come, by default those of
+    smallest magnitude and those of largest gradient, averaged over ranks, micro-batches and the growth window. The number of
+    active weights of a layer never changes, so neither does any shape. A weight that is dropped and grown in one update keeps
+    its value and moments; other grown weights start at 0.
+
+    A layer whose values are frozen, on all ranks or on none, keeps its weights where they are and isn't waited for; once
+    thawed, it has a part again in the first update in whose whole growth window it wasn't frozen.
+
+    A layer has one engine at a time: until :meth:`detach`, or until nothing refers to the engine any more.
+
+    Attributes:
+        layers: the sparse layers, by where they are in the model, without what engines' wrappers add to that.
+        steps: optimizer steps seen so far.
+        last_update: the step after which weights last moved; 0 before the first time.
+        postponed: updates that were put off, or left out, because a gradient wasn't finite or the step not applied.
+        history: which weights have ever been active, and which all the time.
+        newcomers: which active weights came at the last update.
+        followers: what else is carried along at an update; empty unless something is put there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        access: ParameterAccess,
+        schedule: UpdateSchedule,
+        options: TopologyOptions | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """A collective: all ranks build their engine after the model is wrapped.
+
+        Args:
+            model: holds sparse layers; wrapped by an engine or not.
+            access: reads and writes the wrapped model's parameters.
+            schedule: when weights move, and how many.
+            options: which weights move, and how they start.
+            group: the data-parallel ranks; None where ``torch.distributed`` isn't in use.
+
+        Raises:
+            TopologyError: two layers have one name.
+            ValueError: the options' windows reach from one update to the next.
+        """
+        self.layers = sparse_layers(model)
+        self.access = access
+        self.schedule = schedule
+        self.options = options or TopologyOptions()
+        check_fits(self.options, schedule)
+        self.steps = self.last_update = self.postponed = 0
+        self._retry_step = 0
+        self._state_checked = False  # since the first step, at which optimizers make it
+        self.followers: list[FollowsTopology] = []
+        for name, layer in self.layers.items():
+            layer.name = name
+        self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
+        self.history = History(group)
+        self.newcomers = Newcomers(self.layers.values(), group)
+        warmup_steps = self.options.grown_warmup_steps
+        self.warmup = GrownWarmup(self.layers.values(), access, warmup_steps) if warmup_steps else None
+        for layer in self.layers.values():
+            self.history.begin(layer, access.read(layer.mask))
+        # Last, so that an engine that couldn't be built has no layer.
+        taken = ref(self)
+        for layer in self.layers.values():
+            layer.engine = taken
+        self._detach = finalize(self, _let_go, self.growth, self.warmup, taken)
+        self._detach.atexit = False
+        self._prepare_step()
+        self._check_state()
+        if self._moves and not schedule.num_updates:
+            logger.warning(
+                "no weight will ever move: updates come every %d steps from step %d on, and stop after step %d of %d; lower "
+                "update_every, or use method static",
+                schedule.update_every,
+                schedule.start_step,
+                schedule.stop_step,
+                schedule.total_steps,
+            )
+
+    @property
+    def rate(self) -> float:
+        """Share of the active weights that an update now would move; 0 where no weight moves any more."""
+        return self.schedule.rate(self.steps) if self._moves and self.steps <= self.schedule.stop_step else 0.0
+
+    @property
+    def next_update(self) -> int | None:
+        """The optimizer step after which weights move next; None if they don't any more."""
+        if not self._moves:
+            return None
+        if self.steps < self._retry_step:
+            return self._retry_step if self._retry_step <= self.schedule.stop_step else None
+        # After a postponed update, scheduled ones may come too soon for a whole window, or amid the warm-up.
+        room = max(self.options.grow_window, self.options.grown_warmup_steps)
+        return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
+
+    def detach(self) -> None:
+        """Lets go of the layers, whose weights stay where they are from now on, and which another engine may then have."""
+        self._detach()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients heard since the last :meth:`step`. Call it where the optimizer's is called without a step in
+        between: after a backward for something else than training, or after an error. The same on all ranks.
+        """
+        self.growth.forget_step()
+
+    def step(self, *, applied: bool = True) -> TopologyUpdate | None:
+        """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
+
+        A collective on update steps: all ranks call it. Where the growth window holds a gradient that isn't finite and was
+        applied all the same, or the step on which an update is due wasn't applied, the update is postponed by another window
+        and :attr:`postponed` counts it; past the last step that the schedule allows, it is left out. So is a scheduled update
+        that would come less than a growth window, or a warm-up, after a postponed one.
+
+        Args:
+            applied: False for a step that left the weights as they were; its gradients don't count, finite or not. The same
+                on all ranks.
+
+        Returns:
+            What changed, or None where nothing did.
+
+        Raises:
+            TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, or the optimizer doesn't step a layer
+                that was thawed, or keeps state that can't follow moving weights, which the first step already tells; the
+                message names the layer. Or the engine was detached.
+        """
+        if not self._detach.alive:
+            raise TopologyError("this topology engine was detached; attach another one, and call its step()")
+        self.access.reshard()
+        if applied and not self._state_checked:
+            self._check_state()
+            self._state_checked = True
+        due = self.next_update == self.steps + 1
+        self.steps += 1
+        self.growth.end_step(applied=applied)
+        update = self._try_update(applied) if due else None
+        self._prepare_step()
+        return update
+
+    @torch.no_grad()
+    def unit_masks(self) -> dict[str, bytes]:
+        """Which units are active: by name of each layer of heads or neurons, ``ceil(N / 8)`` bytes, bit i of byte j being unit
+        8j + i. Layers packed by single weights aren't among them, for their masks are large. A collective.
+        """
+        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
+        return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
+
+    def counters(self) -> dict[str, int]:
+        """What :meth:`resume` needs besides the tensors of :meth:`state`, as plain integers."""
+        return {
+            "steps": self.steps,
+            "last_update": self.last_update,
+            "postponed": self.postponed,
+            "retry_step": self._retry_step,
+            "heard_steps": self.growth.num_steps,
+            "heard_ranks": self.growth.world_size,
+        } | {f"frozen/{name}": 1 for name in self.growth.frozen}
+
+    def state(self) -> dict[str, tuple[Tensor, int]]:
+        """The statistics: by name, this rank's chunk of a flat tensor, cut as ``Shard(0)`` cuts, and the whole's elements."""
+        state: dict[str, tuple[Tensor, int]] = {}
+        for name, layer in self.layers.items():
+            state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
+            state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
+            if self.growth.num_steps and name not in self.growth.frozen:
+                state[f"growth/{name}"] = self.growth.chunk(layer), layer.growth_numel
+        return state
+
+    def resume(self, counters: Mapping[str, int]) -> None:
+        """Goes on after the step that :meth:`counters` told; :meth:`state` then has the tensors to load, and
+        :meth:`load_state` takes them.
+        """
+        self.steps, self.last_update = counters["steps"], counters["last_update"]
+        self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
+        self.growth.clear()
+        self._prepare_step()
+        if counters["heard_steps"]:
+            frozen = {name for name in self.layers if f"frozen/{name}" in counters}
+            self.growth.resume(counters["heard_steps"], counters["heard_ranks"], frozen)
+
+    def load_state(self, chunks: Mapping[str, Tensor]) -> None:
+        """Takes the chunks that :meth:`state` has names for. A collective."""
+        self.access.reshard()
+        for name, layer in self.layers.items():
+            self.history.chunks[name] = chunks[f"history/{name}"]
+            self.newcomers.chunks[name] = chunks[f"newcomers/{name}"]
+            if self.warmup and not layer.is_frozen:
+                self.warmup.start(layer, self.newcomers.read(layer))
+        if self.growth.num_steps:
+            self.growth.load({name: chunks[f"growth/{name}"] for name in self.layers if name not in self.growth.frozen})
+        self._prepare_step()
+
+    @property
+    def _moves(self) -> bool:
+        return bool(self.layers) and self.options.scores is not None
+
+    def _prepare_step(self) -> None:
+        """Hears gradients during the next step if it lies in a growth window, and only then."""
+        due = self.next_update
+        if due is not None and due - self.steps <= self.options.grow_window:
+            self.growth.listen(due)
+        else:
+            self.growth.stop()
+        if self.warmup:
+            self.warmup.prepare(self.steps - self.last_update)
+
+    def _try_update(self, applied: bool) -> TopologyUpdate | None:
+        method = self.options.scores
+        update = None
+        if applied:
+            self.growth.check_complete()
+        if not applied:
+            self._postpone("the optimizer's step wasn't applied")
+        elif not self.growth.all_finite():
+            self._postpone("a gradient of the growth window isn't finite")
+        else:
+            assert method is not None, "only methods that move weights have updates"
+            update = self._update(method)
+        self.growth.clear()
+        return update
+
+    def _postpone(self, reason: str) -> None:
+        self.postponed += 1
+        self._retry_step = self.steps + self.options.grow_window
+        allowed = self._retry_step <= self.schedule.stop_step
+        outcome = (
+            f"postponed to step {self._retry_step}" if allowed else "left out, for its next window would end past the stop"
+        )
+        logger.warning("%s, so the topology update after step %d is %s", reason, self.steps, outcome)
+
+    @torch.no_grad()
+    def _update(self, method: Method) -> TopologyUpdate:
+        frozen = self.growth.frozen
+        moving = [layer for name, layer in self.layers.items() if name not in frozen]
+        for layer in moving:
+            check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
+        check_state(moving, self.access, self.options, stepped=True)
+        rate = self.schedule.rate(self.steps)
+        self.last_update = self.steps
+        layers = {
+            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, rate)
+            for name, layer in self.layers.items()
+        }
+        return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
+
+    def _check_state(self) -> None:
+        """Refuses an optimizer that the weights can't move under, as soon as it can be known."""
+        if self._moves:
+            check_state(self.layers.values(), self.access, self.options, stepped=False)
+
+    def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
+        """One layer's update; the layer's dense tensors live only in here."""
+        decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
+        remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
+        write_topology(layer, remap, self.access, self.options, self.followers)
+        self.history.follow(layer, decision.old_mask, decision.new_mask)
+        grown_survival = self.newcomers.follow(layer, remap)
+        if self.warmup:
+            self.warmup.start(layer, ~remap.stays)
+        return LayerUpdate(
+            unit=layer.unit,
+            numel=layer.shape.numel(),
+            num_active=layer.num_active,
+            dropped=decision.count,
+            regrown=decision.count - int((~remap.stays).count_nonzero()),
+            grown_survival=grown_survival,
+            drop_threshold=decision.drop_threshold,
+            grow_threshold=decision.grow_threshold,
+        )
+
+    def _keep_layer(self, layer: SparseLayer) -> LayerUpdate:
+        """What an update does to a frozen layer: nothing, but count."""
+        mask = self.access.read(layer.mask)
+        self.history.follow(layer, mask, mask)
+        self.newcomers.clear(layer)
+        return LayerUpdate(unit=layer.unit, numel=layer.shape.numel(), num_active=layer.num_active)
+
+
+def _let_go(growth: GrowthScores, warmup: GrownWarmup | None, taken: ref[TopologyEngine]) -> None:
+    for layer in growth.layers:
+        if layer.engine is taken:
+            layer.engine = layer.gradient_sink = None
+    if warmup:
+        warmup.remove()

@@ -1,0 +1,120 @@
+"""Where a run's numbers go: ``metrics.jsonl``, ``topology.jsonl`` and ``summary.json`` in the run directory, and MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from svite_scale.config.load import write_config
+from svite_scale.config.schema import Config
+from svite_scale.errors import RunError
+from svite_scale.runtime.durable import make_directory
+from svite_scale.tracking.metric_lines import MetricLines
+from svite_scale.tracking.mlflow_run import MlflowRun, Status
+
+METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
+Metrics = Mapping[str, float]
+
+
+class Tracker:
+    """Writes one run's metrics on the main rank; on the others it does nothing.
+
+    ``metrics.jsonl`` holds one JSON object per logged step; ``topology.jsonl``, where heads or neurons are sparse, one for the
+    start and one per topology update.
+
+    Attributes:
+        status: the status that MLflow gives the run when this is left, unless an error leaves it, which makes it ``FAILED``.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int | None, *, enabled: bool) -> None:
+        """Makes the run directory and opens its files.
+
+        Args:
+            config: the resolved config, which is written beside the metrics.
+            run_dir: where they go.
+            resumed_step: lines after this step are cut from the files there; None for a new run, whose files replace them.
+            enabled: whether this is the main rank.
+
+        Raises:
+            RunError: the run directory can't be written, or MLflow not be used at a first start.
+        """
+        self.run_dir, self._enabled = run_dir, enabled
+        self.status: Status = "FINISHED"
+        self._metrics, self._topology = MetricLines(run_dir / METRICS), MetricLines(run_dir / TOPOLOGY)
+        self._mlflow: MlflowRun | None = None
+        if not enabled:
+            return
+        try:
+            make_directory(run_dir)
+            write_config(config, run_dir / "config.yaml")
+            for lines in (self._metrics, self._topology):
+                if resumed_step is None:
+                    lines.path.unlink(missing_ok=True)
+                else:
+                    lines.cut(resumed_step)
+            if config.tracking.mlflow:
+                self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
+        except OSError as error:
+            raise self._error(error) from error
+
+    @property
+    def ui_command(self) -> str | None:
+        """What shows the run in a browser; None without MLflow."""
+        return f"mlflow ui --backend-store-uri {self._mlflow.uri}" if self._mlflow else None
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One line of metrics after an optimizer step."""
+        if self._enabled:
+            self._metrics.append({"step": step, **metrics})
+        if self._mlflow:
+            self._mlflow.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after a step to which the run has gone back. MLflow keeps it beside what is logged anew.
+
+        Raises:
+            RunError: the run directory can't be written.
+        """
+        if self._enabled:
+            try:
+                for lines in (self._metrics, self._topology):
+                    lines.cut(step)
+            except OSError as error:
+                raise self._error(error) from error
+
+    def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
+        """One line of which heads and neurons are active after an optimizer step; none where the model has no such layers.
+
+        Args:
+            step: 0 at the start.
+            unit_masks: see :meth:`~svite_scale.sparsity.topology.engine.TopologyEngine.unit_masks`; written in hexadecimal.
+        """
+        if self._enabled and unit_masks:
+            self._topology.append({"step": step, "masks": {name: mask.hex() for name, mask in unit_masks.items()}})
+
+    def summarize(self, summary: Mapping[str, object]) -> None:
+        """Writes ``summary.json``.
+
+        Raises:
+            RunError: the run directory can't be written.
+        """
+        if self._enabled:
+            try:
+                (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            except OSError as error:
+                raise self._error(error) from error
+
+    def _error(self, error: OSError) -> RunError:
+        return RunError(f"run_dir = {str(self.run_dir)!r} can't be written ({error}); free or mount the disk")
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._enabled:
+            self._metrics.close()
+            self._topology.close()
+        if self._mlflow:
+            self._mlflow.end("FAILED" if error and self.status == "FINISHED" else self.status)

@@ -1,0 +1,120 @@
+"""Small packed models on any engine, for functions that run on ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from svite_scale.config.schema import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.engines.backend import Backend, EngineOptions
+from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.vit import blocks, build_vit
+from svite_scale.sparsity.layers.packed import packed_layers
+from svite_scale.sparsity.sparsify import PACKED_TYPE, prunable_layers, random_mask, replace_module
+
+SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+"""The engines that run on several ranks."""
+
+OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def units_vit() -> nn.Module:
+    """A small ViT of which half the heads and neurons are active."""
+    config = ModelConfig(
+        name="vit_tiny_patch16_224",
+        image_size=14,
+        patch_size=7,
+        embed_dim=24,
+        depth=2,
+        num_heads=6,
+        in_channels=1,
+        num_classes=10,
+    )
+    sparsity = SparsityConfig(structured=StructuredConfig(heads=0.5, neurons=0.5))
+    return build_sparse_vit(config, sparsity, seed=0)[0]
+
+
+def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int = 2) -> VisionTransformer:
+    """A packed ViT for 1 x 14 x 14 images, the same on every rank, whose counts no world size from 2 to 4 divides."""
+    torch.manual_seed(0)
+    model = build_vit(
+        ModelConfig(
+            name="vit_tiny_patch16_224",
+            image_size=14,
+            patch_size=7,
+            embed_dim=20,
+            depth=depth,
+            num_heads=4,
+            in_channels=1,
+            num_classes=10,
+            activation_checkpointing=checkpointing,
+        )
+    )
+    pack_awkwardly(model, density)
+    return model
+
+
+def pack_awkwardly(model: nn.Module, density: float) -> None:
+    """Packs every prunable layer to the nearest count above ``density`` that neither 2 nor 3 divides."""
+    for name, dense in prunable_layers(model).items():
+        numel = dense.weight.numel()
+        num_active = next(count for count in range(int(density * numel), numel + 1) if math.gcd(count, 6) == 1)
+        packed = PACKED_TYPE[type(dense)](dense, num_active, name)  # type: ignore[arg-type]
+        packed.set_weight(dense.weight, random_mask(numel, num_active, 0, name))
+        replace_module(model, name, packed)
+
+
+def build_backend(
+    kind: str,
+    model: nn.Module,
+    optimizer_of: OptimizerOf,
+    *,
+    micro_batch_size: int = 1,
+    accumulation_steps: int = 1,
+    bf16: bool = False,
+    clip: float | None = 1.0,
+    skip_nonfinite: bool = False,
+) -> Backend:
+    """An engine by its short name: ``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``. A collective."""
+    options = EngineOptions(
+        device=torch.device("cpu"),
+        units=blocks(model) if isinstance(model, VisionTransformer) else [],
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        bf16=bf16,
+        clip_grad_norm=clip,
+        skip_nonfinite=skip_nonfinite,
+    )
+    if kind.startswith("zero"):
+        from svite_scale.engines.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(int(kind[-1]), model, optimizer_of, options)
+    from svite_scale.engines.torch_backend import TorchBackend
+
+    return TorchBackend(kind, model, optimizer_of, options)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW in two groups: weight decay on matrices and packed values, none on the rest, which stands first."""
+    return torch.optim.AdamW(decay_groups(model), lr=1e-3)
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups without and with weight decay."""
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.endswith(".values") or parameter.dim() > 1].append(parameter)
+    return [{"params": groups[decays], "weight_decay": 0.05 if decays else 0.0} for decays in groups if groups[decays]]
+
+
+def mask_digests(backend: Backend) -> dict[str, str]:
+    """A digest of every layer's full mask. A collective."""
+    layers = packed_layers(backend.model).items()
+    return {name: hashlib.sha256(bytes(backend.access.read(layer.mask).tolist())).hexdigest() for name, layer in layers}

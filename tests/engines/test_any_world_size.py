@@ -1,0 +1,155 @@
+"""Whatever the shape, the density, the fraction, the ties and the number of ranks: the decision is that of the reference."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from svite_scale.engines.torch_access import TorchAccess
+from svite_scale.sparsity import sharding
+from svite_scale.sparsity.layers.packed import PackedLinear
+from svite_scale.sparsity.sharding import chunk_numel, padded, rank_chunk, rank_numel
+from svite_scale.sparsity.sparsify import random_mask
+from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
+from tests import reference
+from tests.ranks import run_on_ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one update of it.
+
+    Attributes:
+        levels: scores are whole numbers from minus this to this: the fewer, the more ties.
+        window: steps that are averaged, of ``micro_batches`` each.
+    """
+
+    rows: int
+    columns: int
+    num_active: int
+    fraction: float
+    levels: int
+    window: int
+    micro_batches: int
+    by_magnitude: bool
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows, columns = draw(st.integers(1, 13)), draw(st.integers(1, 13))
+    return Case(
+        rows=rows,
+        columns=columns,
+        num_active=draw(st.integers(1, rows * columns)),
+        fraction=draw(st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0.0, 1.0)),
+        levels=draw(st.sampled_from([0, 1, 3, 1000])),
+        window=draw(st.integers(1, 3)),
+        micro_batches=draw(st.integers(1, 2)),
+        by_magnitude=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def drawn(case: Case, count: int, *place: int) -> list[int]:
+    """Whole numbers, so that every sum is exact in any order."""
+    generator = random.Random(f"{case.seed}/{place}")
+    return [generator.randint(-case.levels, case.levels) for _ in range(count)]
+
+
+def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
+    """Runs on every rank: the mask and the values after one update, and the threshold of growth."""
+    dense = nn.Linear(case.columns, case.rows, bias=False)
+    layer = PackedLinear(dense, case.num_active, "layer")
+    numel = dense.weight.numel()
+    layer.set_weight(torch.tensor(drawn(case, numel, -1)).float().view_as(dense.weight), mask_of(case))
+    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    schedule = UpdateSchedule(
+        total_steps=3,
+        update_every=3,
+        stop_fraction=1.0,
+        drop_fraction=case.fraction,
+        final_drop_fraction=0.0,
+        drop_schedule="constant",
+    )
+    options = TopologyOptions(grow_window=case.window, grow_by="magnitude" if case.by_magnitude else "gradient")
+    topology = TopologyEngine(layer, TorchAccess(layer, optimizer), schedule, options, group=dist.group.WORLD)
+    for step in range(3):
+        if layer.gradient_sink is not None:
+            for micro_batch in range(case.micro_batches):
+                gradient = drawn(case, numel, dist.get_rank(), step, micro_batch)
+                layer.gradient_sink(torch.tensor(gradient).float().view(layer.shape))
+        update = topology.step()
+    assert update is not None
+    mask = np.unpackbits(layer.mask.numpy(), bitorder="little")[:numel].astype(bool).tolist()
+    return mask, layer.values.detach().tolist(), update.layers["layer"].grow_threshold
+
+
+def mask_of(case: Case) -> torch.Tensor:
+    return random_mask(case.rows * case.columns, case.num_active, case.seed, "layer")
+
+
+def expected(case: Case, world_size: int) -> tuple[list[bool], list[float], list[int]]:
+    """The reference's mask and values, and its growth scores times steps and ranks, as whole numbers."""
+    numel, before = case.rows * case.columns, mask_of(case).tolist()
+    weights = drawn(case, numel, -1)
+    scores = [0] * numel
+    for step in range(3 - case.window, 3):
+        places = [(rank, step, micro) for rank in range(world_size) for micro in range(case.micro_batches)]
+        totals = [sum(column) for column in zip(*(drawn(case, numel, *place) for place in places), strict=True)]
+        scores = [score + (abs(total) if case.by_magnitude else total) for score, total in zip(scores, totals, strict=True)]
+    scores = [abs(score) for score in scores]
+    count = min(math.ceil(case.fraction * case.num_active), case.num_active)
+    after = reference.prune_and_grow(before, [abs(weight) for weight in weights], scores, count)
+    values = [float(weights[i]) if before[i] else 0.0 for i in range(numel) if after[i]]
+    return after, values, scores
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@settings(max_examples=30, deadline=None)
+@given(case=cases())
+def test_the_decision_is_that_of_the_reference(world_size: int, case: Case) -> None:
+    mask, values, scores = expected(case, world_size)
+    for found_mask, found_values, threshold in run_on_ranks(world_size, updated, case):
+        assert found_mask == mask
+        assert found_values == values
+        if threshold is not None:
+            assert np.float32(threshold) in {np.float32(score) / np.float32(world_size * case.window) for score in scores}
+
+
+def gathered(numel: int, in_one_go: int) -> list[int]:
+    """Runs on every rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "GATHERED_NUMEL", in_one_go)
+        chunk = rank_chunk(torch.arange(numel), dist.get_rank(), dist.get_world_size())
+        return sharding.gather_chunks(chunk, numel, dist.group.WORLD).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize(("numel", "in_one_go"), [(1, 8), (23, 8), (24, 1), (41, 7), (40, 100)])
+def test_what_is_gathered_piece_by_piece_is_the_whole(world_size: int, numel: int, in_one_go: int) -> None:
+    for whole in run_on_ranks(world_size, gathered, numel, in_one_go):
+        assert whole == list(range(numel))
+
+
+@given(numel=st.integers(0, 100), world_size=st.integers(1, 20))
+def test_chunks_are_equal_but_the_last_and_make_up_the_whole(numel: int, world_size: int) -> None:
+    whole = torch.arange(numel)
+    chunks = [rank_chunk(whole, rank, world_size) for rank in range(world_size)]
+    assert torch.cat(chunks).tolist() == whole.tolist()
+    assert [chunk.numel() for chunk in chunks] == [rank_numel(numel, rank, world_size) for rank in range(world_size)]
+    size = chunk_numel(numel, world_size)
+    joined = torch.cat([padded(chunk, size) for chunk in chunks])
+    assert joined[:numel].tolist() == whole.tolist()
+    assert joined.numel() == size * world_size

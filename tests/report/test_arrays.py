@@ -1,0 +1,136 @@
+"""What is to be drawn, in numbers, against the files of runs that one process and two ranks saved."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svite_scale.report.densities import curves, layer_densities
+from svite_scale.report.evaluation_images import evaluation_images
+from svite_scale.report.figures import DARK_BLUE, DIMMED, dimmed
+from svite_scale.report.saved_run import load_model, read_run
+from svite_scale.report.unit_history import unit_histories
+from tests.report.by_hand import NUM_UNITS, json_lines, tensors, unit_masks, unpacked
+from tests.tiny import NUM_VAL
+
+ENGINES = ["single", "fsdp2"]
+Saved = Callable[[str], Path]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_model_is_the_checkpoints(saved: Saved, engine: str) -> None:
+    run = read_run(saved(engine))
+    assert (run.step, run.checkpoint.name) == (20, "step-00000020")
+    by_hand, model = tensors(run.checkpoint), load_model(run)
+    assert by_hand.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy().ravel(), by_hand[name], err_msg=name)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_histories_end_with_the_masks_of_the_checkpoint(saved: Saved, engine: str) -> None:
+    run = read_run(saved(engine))
+    histories = unit_histories(load_model(run), run.topology, Path())
+    lines, masks = json_lines(saved(engine) / "topology.jsonl"), unit_masks(run.checkpoint)
+    assert [line["step"] for line in run.topology] == [0, 4, 8, 12, 16]
+    assert {history.layer: history.unit for history in histories} == {name: name.rpartition(".")[2] for name in masks}
+    for history in histories:
+        num_units = NUM_UNITS[history.unit]
+        assert (history.active.shape, history.active.dtype) == ((num_units, 5), np.bool_)
+        np.testing.assert_array_equal(history.active[:, -1], masks[history.layer], err_msg=history.layer)
+        for column, line in zip(history.active.T, lines, strict=True):
+            packed = np.frombuffer(bytes.fromhex(line["masks"][history.layer]), np.uint8)
+            np.testing.assert_array_equal(column, unpacked(packed, num_units))
+    assert any((history.active[:, 0] != history.active[:, -1]).any() for history in histories)
+
+
+def test_nothing_after_an_older_checkpoint_is_shown(saved: Saved) -> None:
+    run = read_run(saved("single"), "step-00000010")
+    assert run.step == 10
+    assert [line["step"] for line in run.topology] == [0, 4, 8]
+    assert [line["step"] for line in run.metrics] == list(range(1, 11))
+    masks = unit_masks(run.checkpoint)
+    for history in unit_histories(load_model(run), run.topology, Path()):
+        np.testing.assert_array_equal(history.active[:, -1], masks[history.layer])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_densities_of_units_are_those_of_the_masks(saved: Saved, engine: str) -> None:
+    run = read_run(saved(engine))
+    found = {entry.layer: entry.density for entry in layer_densities(load_model(run))}
+    assert found == {name: mask.mean() for name, mask in unit_masks(run.checkpoint).items()}
+    assert sorted(set(found.values())) == [4 / 8, 76 / 128]
+
+
+def test_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
+    run = read_run(saved("weights"))
+    by_hand, entries = tensors(run.checkpoint), layer_densities(load_model(run))
+    assert [entry.layer for entry in entries] == [name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")]
+    assert len({entry.density for entry in entries}) > 1, "ERK tells layers apart"
+    for entry in entries:
+        size = {"qkv": 32 * 96, "proj": 32 * (16 if "patch" in entry.layer else 32), "fc1": 32 * 128, "fc2": 32 * 128}
+        numel = size.get(entry.layer.rpartition(".")[2], 320)
+        assert (entry.unit, entry.density) == ("weights", unpacked(by_hand[f"{entry.layer}.mask"], numel).sum() / numel)
+    assert unit_histories(load_model(run), run.topology, Path()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["ever_active"])]
+)
+def test_curves_are_the_lines_that_have_them(saved: Saved, name: str, expected: list[str]) -> None:
+    lines = json_lines(saved(name) / "metrics.jsonl")
+    found = {curve.name: curve for curve in curves(read_run(saved(name)).metrics)}
+    assert list(found) == [*expected, "drop_rate"]
+    for metric, curve in found.items():
+        assert curve.steps == [line["step"] for line in lines if metric in line]
+        assert curve.values == [line[metric] for line in lines if metric in line]
+    assert len(found["drop_rate"].steps) == len(lines)
+    assert 3 <= len(found[expected[0]].steps) <= 4
+    assert curves([{"step": 1, "loss": 2.0}]) == []
+
+
+def evaluation_samples(shards: Path) -> list[tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8]], int]]:
+    """Pixels and label of each sample, read from the tars."""
+    samples = []
+    for shard in sorted(shards.glob("val-*.tar")):
+        with tarfile.open(shard) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name, content in members.items():
+            if name.endswith(".png"):
+                samples.append((np.asarray(Image.open(io.BytesIO(content))), int(members[name.replace(".png", ".cls")])))
+    assert len(samples) == NUM_VAL
+    return samples
+
+
+@pytest.mark.parametrize(("count", "expected"), [(4, [0, 9, 18, 27]), (1, [0]), (100, list(range(NUM_VAL)))])
+def test_evaluation_images_are_the_shards_own(saved: Saved, count: int, expected: list[int]) -> None:
+    run_dir = saved("single")
+    images, samples = evaluation_images(read_run(run_dir).config, count), evaluation_samples(run_dir.parent / "digits")
+    assert images.samples.tolist() == expected
+    assert images.labels.tolist() == [samples[number][1] for number in expected]
+    for number, pixels, inputs in zip(expected, images.pixels.numpy(), images.inputs.numpy(), strict=True):
+        np.testing.assert_array_equal(pixels, samples[number][0][None])
+        np.testing.assert_allclose(inputs, (samples[number][0][None] / 255 - 0.3) / 0.35, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_patches_fade_and_kept_ones_stay() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6), dtype=np.uint8)
+    kept = np.array([[True, False, False, True, True, False], [False] * 6])
+    found = dimmed(pixels, kept, (2, 3))
+    whole = pixels.transpose(0, 2, 3, 1) / 255
+    faded = DIMMED * whole + (1 - DIMMED) * DARK_BLUE
+    assert found.shape == (2, 4, 6, 3)
+    for patch in range(6):
+        area = np.s_[0, patch // 3 * 2 : patch // 3 * 2 + 2, patch % 3 * 2 : patch % 3 * 2 + 2]
+        np.testing.assert_allclose(found[area], (whole if kept[0, patch] else faded)[area], rtol=1e-5)
+    np.testing.assert_allclose(found[1], faded[1], rtol=1e-5)
+    grey = dimmed(pixels[:, :1], np.ones_like(kept), (2, 3))
+    np.testing.assert_allclose(grey, pixels[:, [0, 0, 0]].transpose(0, 2, 3, 1) / 255, rtol=1e-5)

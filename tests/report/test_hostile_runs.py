@@ -1,0 +1,104 @@
+"""The run directory may be somebody else's: a report runs nothing of it, and shows nothing of it as HTML."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.test_checkpoint_choice import rewrite_manifest
+from tests.checkpoint.test_hostile_checkpoints import PROOF, Code
+from tests.report.test_report import Page, Saved, command
+
+
+def poison_metadata(run: Path) -> None:
+    step = run / "checkpoints" / "step-00000016"
+    content = pickle.loads((step / ".metadata").read_bytes())
+    (step / ".metadata").write_bytes(pickle.dumps((content, Code())))
+    (step / "manifest.json").unlink()
+    rewrite_manifest(step)
+
+
+def edit_config(old: str, new: str) -> Callable[[Path], object]:
+    def edit(run: Path) -> None:
+        text = (run / "config.yaml").read_text()
+        assert old in text
+        (run / "config.yaml").write_text(text.replace(old, new))
+
+    return edit
+
+
+def make_directory_of(name: str) -> Callable[[Path], object]:
+    def make(run: Path) -> None:
+        (run / name).unlink()
+        (run / name).mkdir()
+
+    return make
+
+
+def add_metrics(line: str) -> Callable[[Path], object]:
+    return lambda run: (run / "metrics.jsonl").open("a").write(line + "\n")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "code in a checkpoint": (
+        poison_metadata,
+        "{run}/checkpoints/step-00000016/.metadata can't be read: it names 'posix.mkdir'",
+    ),
+    "code in the config": (
+        edit_config("method: ", f"method: !!python/object/apply:os.mkdir ['{PROOF}'] # "),
+        "config = '{run}/config.yaml': is no valid YAML: line ",
+    ),
+    "a deep config": (
+        lambda run: (run / "config.yaml").write_text("a: " + "[" * 10_000),
+        "config = '{run}/config.yaml': is no",
+    ),
+    "text as a number": (
+        add_metrics('{"step": 16, "drop_rate": "<script>"}'),
+        "metrics.jsonl: drop_rate of step 16 is damaged",
+    ),
+    "a step that is none": (add_metrics('{"step": 1e999}'), "{run}/metrics.jsonl: line "),
+    "a deep line": (add_metrics("[" * 10**5), "{run}/metrics.jsonl: line "),
+    "no file": (make_directory_of("metrics.jsonl"), "{run}/metrics.jsonl can't be read ([Errno 21] Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_a_run_holds_is_data(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    poison, message = HOSTILE[kind]
+    poison(run_dir)
+    answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
+    assert not PROOF.exists()
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith("report error: " + message.format(run=run_dir)), answer.err
+    assert len(answer.err.splitlines()) == 1, answer.err
+
+
+def test_commands_of_its_config_are_not_run(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = shutil.copytree(saved("tokens"), tmp_path / "run")
+    shards = f"{saved('tokens').parent}/digits/val-*.tar"
+    edit_config(shards, f"'pipe:mkdir {PROOF} #a.tar'")(run_dir)
+    arguments = ("--run", run_dir, "--images", 2, "--out", tmp_path / "out")
+    answer = command(capsys, *arguments)
+    assert not PROOF.exists()
+    assert (answer.status, answer.err) == (
+        2,
+        f"report error: {run_dir}/config.yaml: data.val = 'pipe:mkdir {PROOF} #a.tar' is a command, and none is run that a run "
+        "directory holds; give --val with shards, or with that command if you trust it\n",
+    )
+    answer = command(capsys, *arguments, "--val", shards)
+    assert (answer.status, answer.err) == (0, "")
+    assert len(Page(tmp_path / "out" / "report.html").images) == 6
+
+
+def test_names_are_shown_as_text(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "<script>alert(1)<script>")
+    answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
+    assert (answer.status, answer.err) == (0, "")
+    page = Page(tmp_path / "out" / "report.html")  # which lets no script in
+    assert "Run <script>alert(1)<script>" in page.text
+    assert page.links == []

@@ -1,0 +1,97 @@
+"""Which patches pass: counted out by hand, through one selector and through several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from svite_scale.config.schema import ModelConfig, TokensConfig
+from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
+from svite_scale.models.vit import build_vit
+from svite_scale.report.kept_patches import compose, kept_patches, named_selectors, tokens_passed
+
+SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
+"""25 patches."""
+
+
+def vit(name: str, **tokens: object) -> VisionTransformer:
+    """With selectors where ``tokens`` says so."""
+    torch.manual_seed(0)
+    model = build_vit(ModelConfig(name=name, **SIZES))  # type: ignore[arg-type]
+    if tokens:
+        insert_token_selectors(model, TokensConfig(**tokens))  # type: ignore[arg-type]
+    return model.eval()
+
+
+def watched(model: VisionTransformer) -> list[list[list[int]]]:
+    """By call of a selector, those of the model's forward coming first, and by image: which of the patch tokens that reach it
+    have the highest scores, ascending.
+    """
+    found: list[list[list[int]]] = []
+
+    def watch(selector: TokenSelector, arguments: tuple[Tensor]) -> None:
+        scores = (arguments[0][:, selector.num_prefix :] @ selector.weight[0]).tolist()
+        order = [sorted(range(len(row)), key=lambda patch, row=row: -row[patch]) for row in scores]
+        found.append([sorted(patches[: selector.num_patches]) for patches in order])
+
+    for _, selector in named_selectors(model):
+        selector.register_forward_pre_hook(watch)
+    return found
+
+
+# With a class token, with two prefix tokens, and with registers that come before the patches.
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_later_selectors_see_what_earlier_ones_kept(name: str) -> None:
+    model = vit(name, keep=0.65, blocks=(0, 1, 2))
+    chosen = watched(model)
+    kept = kept_patches(model, torch.randn(6, 1, 40, 40))
+    assert (kept.shape, kept.dtype) == ((3, 6, 25), torch.bool)
+    assert [name for name, _ in named_selectors(model)] == ["selector0", "selector1", "selector2"]
+    counts = [selector.num_patches for _, selector in named_selectors(model)]
+    assert 25 > counts[0] > counts[1] > counts[2]
+    assert kept.sum(dim=-1).tolist() == [[count] * 6 for count in counts]
+    for image in range(6):
+        after_first = chosen[0][image]
+        after_second = [after_first[place] for place in chosen[1][image]]
+        after_third = [after_second[place] for place in chosen[2][image]]
+        found = [row.nonzero().flatten().tolist() for row in kept[:, image]]
+        assert found == [after_first, after_second, after_third]
+    assert len({tuple(row.tolist()) for row in kept[2]}) > 1, "images differ"
+
+
+def test_masks_show_what_each_selector_chose_of_all_patches() -> None:
+    model = vit("vit_tiny_patch16_224", keep=18, blocks=(0, 2), mode="mask")
+    chosen = watched(model)
+    kept = kept_patches(model, torch.randn(5, 1, 40, 40))
+    assert kept.sum(dim=-1).tolist() == [[17] * 5] * 2
+    assert [[row.nonzero().flatten().tolist() for row in rows] for rows in kept] == chosen[:2]
+
+
+def test_without_selectors_there_is_nothing_to_keep() -> None:
+    model = vit("vit_tiny_patch16_224")
+    assert named_selectors(model) == []
+    assert kept_patches(model, torch.randn(2, 1, 40, 40)).shape[0] == 0
+
+
+def test_prefix_tokens_pass_and_the_model_is_left_as_it_was() -> None:
+    model = vit("vit_small_patch14_reg4_dinov2", keep=15, blocks=(1,))
+    ((_, selector),) = named_selectors(model)
+    images = torch.randn(2, 1, 40, 40)
+    with torch.no_grad():
+        before = model(images)
+    kept_patches(model, images)
+    assert tokens_passed(selector, torch.randn(2, 30, 24))[:, :5].all()
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert not selector._forward_pre_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_positions_compose() -> None:
+    first = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]]).bool()
+    second = torch.tensor([[0, 1, 1], [1, 0, 1]]).bool()
+    third = torch.tensor([[0, 1], [1, 0]]).bool()
+    expected = [[[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]], [[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]]
+    assert compose([first, second, third], 5).int().tolist() == expected

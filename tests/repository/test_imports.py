@@ -1,0 +1,104 @@
+"""The package's layers: who may import whom, and how lean an import is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "svite_scale"
+MAY_IMPORT = {
+    "errors": set(),
+    "runtime": {"errors"},
+    "sparsity": {"errors"},
+    "config": {"errors", "sparsity"},
+    "data": {"errors", "runtime", "config"},
+    "models": {"errors", "config", "sparsity"},
+    "engines": {"errors", "config", "sparsity"},
+    "tracking": {"errors", "runtime", "config"},
+    "attach": {"errors", "sparsity", "engines"},
+    "cost": {"errors", "config", "sparsity", "models"},
+    "checkpoint": {"errors", "runtime", "config", "sparsity", "engines"},
+    "train": {"errors", "runtime", "config", "sparsity", "data", "models", "engines", "tracking", "cost", "checkpoint"},
+    "report": {"errors", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
+    "": {"sparsity", "attach", "train"},
+}
+"""By part of the package ("" is its __init__), the other parts that it may import."""
+
+NOT_EVEN_LATE = {
+    "runtime": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "sparsity": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "config": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "data": {"deepspeed", "accelerate", "mlflow", "matplotlib"},
+    "models": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "engines": {"timm", "mlflow", "webdataset", "matplotlib"},
+    "tracking": {"timm", "deepspeed", "accelerate", "webdataset", "matplotlib"},
+    "checkpoint": {"timm", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "cost": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "train": {"matplotlib"},
+    "report": {"deepspeed", "accelerate", "mlflow", "webdataset"},
+}
+"""Libraries that a part knows nothing of."""
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a source file belongs to."""
+    inner = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if inner == ("__init__",) else inner[0]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything that a file imports, at its top or later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: import absolutely"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
+    for line, name in imported(path):
+        library, _, inner = name.partition(".")
+        assert library not in NOT_EVEN_LATE.get(part, ()), f"{path}:{line}: {part} knows nothing of {library}"
+        if library == "svite_scale":
+            target = inner.partition(".")[0]
+            assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_knows_neither_its_tests_nor_its_entries(path: Path) -> None:
+    outside = {"tests", "launch", "examples", "digits", "benchmarks", "pytest"}
+    assert not {name.partition(".")[0] for _, name in imported(path)} & outside
+
+
+@pytest.mark.parametrize("folder", ["launch", "examples"])
+def test_no_entry_shadows_a_package(folder: str) -> None:
+    """Its folder comes first on sys.path of a run, so a file there named like a library would hide it."""
+    entries = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()]
+    beside = {path.stem for path in entries}
+    assert beside
+    libraries = {name.partition(".")[0] for name in metadata.packages_distributions()}
+    assert not beside & (libraries | sys.stdlib_module_names)
+
+
+def test_importing_the_package_is_lean() -> None:
+    heavy = {"deepspeed", "timm", "mlflow", "accelerate", "matplotlib"}
+    script = (
+        "import sys, torch, svite_scale\n"
+        f"print(*sorted({{name.partition('.')[0] for name in sys.modules}} & {heavy}))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "False"]

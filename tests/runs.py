@@ -1,0 +1,126 @@
+"""Runs of a config on real ranks, and what is left of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svite_scale.checkpoint import Checkpoint
+from svite_scale.config.schema import Config
+from svite_scale.engines.moments import scalars
+from svite_scale.runtime.ranks import World
+from svite_scale.train.trainer import Trainer
+
+ENGINES = {
+    "single": ("parallel.backend=single",),
+    "ddp": ("parallel.backend=ddp",),
+    "fsdp2": ("parallel.backend=fsdp2",),
+    "zero1": ("parallel.backend=deepspeed", "parallel.zero_stage=1"),
+    "zero2": ("parallel.backend=deepspeed", "parallel.zero_stage=2"),
+    "zero3": ("parallel.backend=deepspeed", "parallel.zero_stage=3"),
+}
+"""Overrides that choose an engine."""
+
+
+@dataclass
+class State:
+    """What a rank's trainer holds, in full tensors but for ``statistics``, which are this rank's chunks.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: parameters by name, moments by ``name:moment``, averages by ``name:ema``.
+        statistics: of the topology, by name.
+        scalars: the optimizer's, such as its own count of steps.
+    """
+
+    step: int
+    tensors: dict[str, np.ndarray[Any, Any]]
+    statistics: dict[str, np.ndarray[Any, Any]]
+    scalars: dict[str, float]
+
+
+def array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().cpu().numpy().copy()
+
+
+def state_of(trainer: Trainer) -> State:
+    """A collective."""
+    access = trainer.backend.access
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    with torch.no_grad():
+        for name, parameter in trainer.backend.model.named_parameters():
+            tensors[name] = array(access.read(parameter))
+            if parameter.requires_grad:
+                moments = access.moment_names(parameter)
+                tensors |= {f"{name}:{moment}": array(access.read_moment(parameter, moment)) for moment in moments}
+                if trainer.ema:
+                    tensors[f"{name}:ema"] = array(trainer.ema.read(parameter))
+    chunks = {name: array(chunk) for name, (chunk, _) in trainer.topology.state().items()}
+    return State(trainer.step, tensors, chunks, scalars(trainer.backend.optimizer))
+
+
+def run(config: Config, *, resume: bool = False) -> State:
+    """Trains to the last step; the state at the end."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=resume)
+    trainer.run()
+    return state_of(trainer)
+
+
+def resumed_run(config: Config) -> State:
+    return run(config, resume=True)
+
+
+def loaded(config: Config, save_to: Path | None = None) -> State:
+    """The state right after loading the newest checkpoint, which may be saved again into another ``checkpoints/``."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
+    if save_to is not None:
+        held = trainer.checkpoint
+        copy = Checkpoint(
+            save_to, config, trainer.backend, trainer.topology, counts=held.counts, samples=held.samples, ema=trainer.ema
+        )
+        copy.save(wait=True)
+    return state_of(trainer)
+
+
+def whole_statistics(states: list[State]) -> dict[str, np.ndarray[Any, Any]]:
+    """The ranks' chunks put together."""
+    return {name: np.concatenate([state.statistics[name] for state in states]) for name in states[0].statistics}
+
+
+def assert_same_state(left: list[State], right: list[State]) -> None:
+    """Bit by bit, on all ranks of both."""
+    for state in (*left[1:], *right):
+        assert (state.step, state.scalars) == (left[0].step, left[0].scalars)
+        assert state.tensors.keys() == left[0].tensors.keys()
+        for name, tensor in state.tensors.items():
+            np.testing.assert_array_equal(tensor, left[0].tensors[name], err_msg=name)
+    ours, theirs = whole_statistics(left), whole_statistics(right)
+    assert ours.keys() == theirs.keys()
+    for name, statistic in ours.items():
+        np.testing.assert_array_equal(statistic, theirs[name], err_msg=name)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(run_dir)]
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

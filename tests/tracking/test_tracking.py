@@ -1,0 +1,212 @@
+"""Metrics files and MLflow: nothing is lost to a failure, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from svite_scale.config.load import flatten_config, read_config
+from svite_scale.config.schema import Config, SparsityConfig, TrackingConfig
+from svite_scale.data import Batch
+from svite_scale.engines.backend import StepResult
+from svite_scale.errors import RunError
+from svite_scale.tracking.mlflow_run import RETRY_S
+from svite_scale.tracking.tracker import Tracker
+from svite_scale.train.randomness import seed_step
+from svite_scale.train.window import MetricsWindow
+from tests.ranks import free_port, run_on_ranks
+from tests.runs import metrics_of
+
+
+def quiet(run_dir: Path) -> Config:
+    return Config(run_dir=str(run_dir), tracking=TrackingConfig(mlflow=False))
+
+
+def test_lines_are_there_at_once_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "folder" / "run"
+    with Tracker(quiet(run_dir), run_dir, None, enabled=False) as tracker:
+        tracker.log(1, {"loss": 2.0})
+        tracker.summarize({"steps": 1})
+        assert tracker.ui_command is None
+    assert not run_dir.parent.exists()
+    with Tracker(quiet(run_dir), run_dir, None, enabled=True) as tracker:
+        tracker.log(1, {"loss": 2.0})
+        assert metrics_of(run_dir) == [{"step": 1, "loss": 2.0}]
+        tracker.log(3, {"loss": 1.5, "density": 0.3})
+        tracker.summarize({"steps": 3})
+    assert metrics_of(run_dir)[1] == {"step": 3, "loss": 1.5, "density": 0.3}
+    assert json.loads((run_dir / "summary.json").read_text()) == {"steps": 3}
+    assert read_config(run_dir / "config.yaml") == quiet(run_dir)
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 5'])
+def test_a_resumed_run_cuts_the_lines_after_its_checkpoint(tmp_path: Path, torn: str) -> None:
+    whole = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 5))
+    (tmp_path / "metrics.jsonl").write_text(whole + torn)
+    with Tracker(quiet(tmp_path), tmp_path, 3, enabled=True) as tracker:
+        tracker.log(4, {"loss": 9.0})
+    assert [(line["step"], line["loss"]) for line in metrics_of(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+
+
+def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    run_dir = tmp_path / "runs" / "a"
+    config = Config(run_dir=str(run_dir), tracking=TrackingConfig(uri=uri, experiment="digits"))
+    with pytest.raises(ZeroDivisionError), Tracker(config, run_dir, None, enabled=True) as tracker:  # noqa: PT012
+        tracker.log(1, {"loss": 2.0})
+        assert tracker.ui_command == f"mlflow ui --backend-store-uri {uri}"
+        raise ZeroDivisionError
+    client = MlflowClient(uri)
+    run_id = (run_dir / "mlflow_run_id").read_text().strip()
+    assert client.get_run(run_id).info.status == "FAILED"
+    with Tracker(config, run_dir, 1, enabled=True) as tracker:
+        assert client.get_run(run_id).info.status == "RUNNING"
+        tracker.log(2, {"loss": 1.0})
+    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (run_id, "a", "FINISHED")
+    assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
+    with Tracker(config, tmp_path / "runs" / "b", None, enabled=True):
+        pass
+    assert len(client.search_runs([run.info.experiment_id])) == 2
+
+
+def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
+
+    def ours() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
+
+    refuses = patch.object(MlflowClient, "log_batch", side_effect=MlflowException("the server is away\nmore"))
+    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True) as tracker:
+        tracker.log(1, {"loss": 3.0})
+        with refuses as asked:
+            tracker.log(2, {"loss": 2.0})
+            tracker.log(3, {"loss": 1.0})
+            assert asked.call_count == 1, "not again at once"
+        assert ours() == ["MLflow doesn't take metrics (the server is away); they wait until it does, and the run goes on"]
+        with patch.object(time, "monotonic", return_value=time.monotonic() + RETRY_S):
+            tracker.log(4, {"loss": 0.0})
+    client, run_id = MlflowClient(uri), (run_dir / "mlflow_run_id").read_text().strip()
+    assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [
+        (1, 3),
+        (2, 2),
+        (3, 1),
+        (4, 0),
+    ]
+    caplog.clear()
+    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4, enabled=True) as tracker, refuses:
+        tracker.log(5, {"loss": 0.0, "density": 0.3})
+        tracker.__exit__(None, None, None)
+    assert ours()[1] == "MLflow lacks the last 2 metrics: the server is away"
+
+
+def test_a_server_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with (
+        patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
+        pytest.raises(RunError, match=rf"^tracking\.uri = '{uri}': MLflow can't be used \(.*\); start the server or correct"),
+    ):
+        Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None, enabled=True)
+
+
+def test_a_run_directory_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=rf"^run_dir = '{tmp_path}/file/run' can't be written \(.*Not a directory"):
+        Tracker(quiet(tmp_path / "file" / "run"), tmp_path / "file" / "run", None, enabled=True)
+
+
+def test_flattened_names_are_dotted_and_a_mapping_of_patterns_stays_whole() -> None:
+    nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": None}}, "sparsity": {"densities": {"blocks.*": 0.3}}}
+    flat = {"a": 1, "b.c": [2, 3], "b.d.e": None, "sparsity.densities": {"blocks.*": 0.3}}
+    assert flatten_config(nested) == flat
+
+
+def test_mlflow_takes_patterns_of_layers(tmp_path: Path) -> None:
+    """Its names of parameters allow no asterisk."""
+    from mlflow import MlflowClient
+
+    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
+    sparsity = SparsityConfig(densities={"blocks.*": 0.3, "*": 0.5})
+    with Tracker(Config(run_dir="a", sparsity=sparsity, tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True):
+        pass
+    logged = MlflowClient(uri).get_run((run_dir / "mlflow_run_id").read_text().strip()).data.params
+    assert logged["sparsity.densities"] == str({"blocks.*": 0.3, "*": 0.5})
+
+
+def windows(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str, float]]:
+    """The metrics and counts of two windows of two steps each. A micro-batch is (loss, labels); class 1 is always guessed."""
+    window = MetricsWindow(torch.device("cpu"))
+    found = []
+    for first in (0, 2):
+        for step in micro_batches[dist.get_rank()][first : first + 2]:
+            loss, labels = step
+            # Samples of class 2 count as damaged.
+            batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
+            window.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
+            window.step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
+        found.append({**window.close(global_batch_size=8), "samples": window.samples, "damaged": window.damaged})
+        window.restart()
+    return found
+
+
+def test_a_window_averages_over_samples_and_ranks() -> None:
+    ours = [(1.0, [1, 1, 0, 2]), (2.0, [0, 0, 0, 1]), (3.0, [1, 1, 1, 1]), (4.0, [2, 2, 2, 2])]
+    theirs = [(3.0, [0, 0, 1, 1]), (6.0, [0, 0, 0, 0]), (1.0, [1, 0, 1, 0]), (0.0, [1, 1, 2, 1])]
+    for first, second in run_on_ranks(2, windows, [ours, theirs]):
+        assert (first["loss"], first["accuracy"]) == ((1 + 2 + 3 + 6) / 4, 5 / 16)
+        assert (second["loss"], second["accuracy"]) == ((3 + 4 + 1 + 0) / 4, 9 / 16)
+        assert (first["samples"], first["damaged"]) == (16, 1)
+        assert (second["samples"], second["damaged"]) == (16, 5)
+        assert "grad_norm" not in first
+        assert first["samples_per_second"] > 0
+    assert second["grad_norm"] == 0.0
+
+
+def test_a_window_leaves_skipped_steps_out() -> None:
+    for skipped, nothing in run_on_ranks(2, windows_with_skipped_steps):
+        assert (skipped["loss"], skipped["accuracy"], skipped["grad_norm"]) == (2.0, 1.0, 7.0)
+        assert nothing.keys() == {"samples_per_second"}
+
+
+def windows_with_skipped_steps() -> list[dict[str, float]]:
+    """One of an applied step between two skipped ones, and one of a skipped step."""
+    window = MetricsWindow(torch.device("cpu"))
+    batch = Batch(torch.empty(0), torch.tensor([1]), torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
+    found = []
+    for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
+        for loss in losses:
+            window.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), batch)
+            window.step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
+        found.append(window.close(global_batch_size=2))
+        window.restart()
+    return found
+
+
+def test_what_a_step_draws_depends_on_where_it_is_alone() -> None:
+    def draw(*entropy: int) -> tuple[float, float, float]:
+        import random
+
+        import numpy as np
+
+        seed_step(*entropy)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 10, 0, 1), (0, 1, 0, 10)]
+    drawn = [draw(*place) for place in places]
+    assert drawn == [draw(*place) for place in places]
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == len(places)
+    assert not any(math.isclose(a, b) for a, b, _ in drawn)
