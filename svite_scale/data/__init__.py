@@ -18,8 +18,8 @@ What it guarantees
       stands in at training, and evaluation leaves it out; both are counted, and fatal above a share.
 
 How it is laid out
-    ``format`` says what a shard is, ``make`` writes shards, ``remote`` fetches them. Here they are read: ``order`` and ``steps``
-    hold the pure functions; ``reader``, ``decode``, ``dataset``, ``transforms`` and ``randomness`` make one sample;
+    ``format`` says what a shard is, ``make`` writes shards, ``remote`` fetches them. Here they are read: ``order`` and
+    ``steps`` hold the pure functions; ``reader``, ``decode``, ``dataset``, ``transforms`` and ``randomness`` make one sample;
     ``batches``, ``damage``, ``fetch_ahead``, ``loader`` and ``device`` make batches.
 """
 

@@ -29,12 +29,10 @@ from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
+from svite_scale.runtime.signals import STOP_SIGNALS
 
 PREFETCH = 2
 """Batches that each loader process makes in advance."""
-
-WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they kill; ``STOP_SIGNALS`` of ``train``, which this layer doesn't import."""
 
 PR_SET_PDEATHSIG = 1
 """From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
@@ -276,12 +274,12 @@ def serve_trainer(trainer: int, worker: int) -> None:
     if os.getppid() != trainer:
         os._exit(1)  # it ended before it could be bound to
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
 
 
 def end_with_trainer(trainer: int) -> None:
     """Takes signals, which a handler couldn't tell the sender of, until one comes from that process."""
-    while (received := signal.sigwaitinfo(WARNINGS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
+    while (received := signal.sigwaitinfo(STOP_SIGNALS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
         pass
     os._exit(0)
