@@ -36,9 +36,9 @@ from benchmarks.data_order import locality_section, order_section, shuffling_sec
 from benchmarks.data_remote import data_of_one_rank, remote_section
 from benchmarks.machine import describe_machine
 from benchmarks.timing import ratio
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data import Sample, load_indexes, write_shards
 from svite_scale.data.decode import decode
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.transforms import train_transform, with_a_bit_at_least
 
 SIZE, BATCH, POLICY = 224, 32, "rand-m9-mstd0.5-inc1"

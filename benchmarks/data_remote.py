@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import ratio
-from svite_scale.config.schema import DataConfig
 from svite_scale.data import Sample, TrainData, write_shards
+from svite_scale.data.options import DataConfig
 
 SIZE, BATCH, PER_SHARD, WINDOW, WINDOWS, WORKERS = 32, 16, 32, 4, 5, 2
 FETCH_S = 0.5

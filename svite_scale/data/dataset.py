@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.decode import UndecodableError, decode
 from svite_scale.data.format.index import ShardIndex, largest_label
+from svite_scale.data.options import DataConfig
 from svite_scale.data.randomness import restored, seed_sample
 from svite_scale.data.reader import ShardReader
 from svite_scale.data.transforms import Transform

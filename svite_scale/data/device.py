@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 
 
 class DeviceTransform:

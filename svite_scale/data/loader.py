@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.batches import BatchDataset, shared_slots
 from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
 from svite_scale.data.fetch_ahead import FetchAhead
 from svite_scale.data.format.index import ShardIndex, load_indexes
 from svite_scale.data.loader_process import LoaderContext
+from svite_scale.data.options import DataConfig
 from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window
 from svite_scale.data.steps import EpochSteps

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data import Batch, EvalData, Sample, TrainData, write_shards
+from svite_scale.data.options import DataConfig
 
 SIZE = 8
 NUM_LABELS = 7

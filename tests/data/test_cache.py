@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.data.reader import ShardReader
 from svite_scale.data.remote import cache_folder
 from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window

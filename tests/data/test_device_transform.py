@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data import DeviceTransform
+from svite_scale.data.options import AugmentConfig, DataConfig
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 3, 1, 3, 2, 0])

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import webdataset
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data import EvalData, TrainData, load_indexes, write_shards
 from svite_scale.data.format.index import sidecar_path
+from svite_scale.data.options import AugmentConfig, DataConfig
 from tests.data.numbered import numbered, picture
 from tests.data.tars import make_tar, overwrite
 

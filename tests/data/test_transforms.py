@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Resize
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.randomness import seeded
 from svite_scale.data.transforms import augment_ops, eval_transform, thinned_out, to_pil, train_transform, without_ends
 from svite_scale.errors import ConfigError

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
-from svite_scale.config.schema import Config, DataConfig
+from svite_scale.config.schema import Config
 from svite_scale.data import EvalData, Sample, load_indexes, write_shards
+from svite_scale.data.options import DataConfig
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.format.files import open_regular, replacing, sha256_of
 from svite_scale.data.format.index_time import give_time, is_as_indexed, is_newer, warn_of_newer
 from svite_scale.data.format.labels import LabelRule
 from svite_scale.data.format.patterns import find_shards, find_urls
 from svite_scale.data.format.scan import scan_tar
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.cache import RemoteShard, ShardCache
 from svite_scale.data.remote.urls import index_url, is_remote
 from svite_scale.errors import DataError

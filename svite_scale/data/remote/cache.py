@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.cache_folder import CacheFolder, open_own
 from svite_scale.data.remote.fetch import FetchError, fetch
 from svite_scale.data.remote.urls import INDEX_SUFFIX, index_url, readable_name
