@@ -12,7 +12,7 @@ from shlex import quote
 from tempfile import NamedTemporaryFile
 from typing import TypeVar
 
-from webdataset.gopen import gopen, rewrite_url
+from webdataset.gopen import gopen, rewrite_url, set_options
 
 from svite_scale.data.remote.urls import PIPE, shell_command
 from svite_scale.errors import DataError
@@ -81,18 +81,13 @@ def chunks(url: str) -> Generator[bytes, None, None]:
     if not url.startswith(PIPE) and shutil.which(program) is None:
         raise FetchError(f"{program} isn't in PATH, install it", is_final=True)
     with NamedTemporaryFile("r", errors="replace") as messages:
-        stream = gopen(f"{PIPE}exec 2>{quote(messages.name)}; {command}", "rb", CHUNK)
-        try:
-            # Its own read() raises where a command has failed by then, but with the arguments in place of the reason.
-            while chunk := stream.stream.read1(CHUNK):
+        stream = gopen(f"{PIPE}exec 2>{quote(messages.name)}; {command}", bufsize=CHUNK)
+        # Its own errors name the command in place of the reason, and GOPEN_VERBOSE silences some of them.
+        set_options(stream, ignore_errors=True)
+        with stream:
+            while chunk := stream.read(CHUNK):
                 yield chunk
-            # What close() makes of the status depends on GOPEN_VERBOSE.
-            status = stream.proc.wait()
-        finally:
-            # Ends a command whose output isn't wanted any more by SIGPIPE, which is no error here.
-            stream.ignore_errors = True
-            stream.close()
-        if status:
+        if stream.status:
             said = [line.strip() for line in messages.read().splitlines() if line.strip()]
             reason = said[-1][:300] if said else "no message"
-            raise FetchError(f"exit status {status}, {reason}", is_final=bool(FINAL.search(reason)))
+            raise FetchError(f"exit status {stream.status}, {reason}", is_final=bool(FINAL.search(reason)))
