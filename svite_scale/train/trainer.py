@@ -14,7 +14,8 @@ from svite_scale.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.config.schema import Config
 from svite_scale.config.topology import check_windows, topology_options, update_schedule
-from svite_scale.data import Batch, DeviceTransform
+from svite_scale.data.loader import Batch
+from svite_scale.data.transforms import DeviceTransform
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
 from svite_scale.models.sparse_vit import build_sparse_vit
