@@ -58,7 +58,7 @@ def measure(backend_name: str, model_name: str, density: float, precision: str) 
     earlier = storages(live_tensors()).keys()
     model, _ = build_sparse_vit(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
     options = EngineOptions(
-        device=torch.device("cpu"), units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
+        device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
     )
     backend = build_backend(BACKENDS[backend_name], model, lambda module: build_optimizer(module, OptimizerConfig()), options)
     schedule = UpdateSchedule(total_steps=1000, update_every=1000)

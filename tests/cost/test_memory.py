@@ -79,7 +79,7 @@ MODEL = ModelConfig(
 def held(engine: str) -> dict[str, int]:
     """Bytes of this rank's tensors by kind, just before the second optimizer step."""
     model, _ = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
-    options = EngineOptions(device=torch.device("cpu"), units=blocks(model), micro_batch_size=4)
+    options = EngineOptions(device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=4)
     parallel = ParallelConfig(backend=engine)  # type: ignore[arg-type]
     backend = build_backend(parallel, model, adamw, options)
     topology = TopologyEngine(model, backend.access, UpdateSchedule(total_steps=100, update_every=10), group=dist.group.WORLD)
