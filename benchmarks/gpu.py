@@ -28,7 +28,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
 from benchmarks.topology import kernel_rows
 from svite_scale import attach
-from svite_scale.config import ModelConfig, OptimizerConfig, SparsityConfig
+from svite_scale.config.model import ModelConfig
+from svite_scale.config.sparsity import SparsityConfig
+from svite_scale.config.train import OptimizerConfig
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.models.vit import blocks
 from svite_scale.sparsity import bits
@@ -82,7 +84,7 @@ class Run:
 def step_section(rounds: int) -> None:
     """Time and peak memory of a step, packed beside dense; how busy the GPU is in a packed one, and with what."""
     print(
-        f"\n{'step':33} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} {'GPU ms':>8} {'packing':>7}"
+        f"\n{'step':33} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} {'GPU ms':>8} {'pack':>7}"
     )
     for name, batch_size in STEPS:
         dense = Run(name, 1.0, batch_size)
