@@ -17,7 +17,7 @@ from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
-from svite_scale.data import explained
+from svite_scale.data.batches import explained
 from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.runtime import ranks

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from svite_scale.data import Batch, EvalData, Sample, TrainData, write_shards
+from svite_scale.data.loader import Batch, EvalData, TrainData
+from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.data.options import DataConfig
 
 SIZE = 8

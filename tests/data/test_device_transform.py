@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.data import DeviceTransform
 from svite_scale.data.options import AugmentConfig, DataConfig
+from svite_scale.data.transforms import DeviceTransform
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 3, 1, 3, 2, 0])

@@ -49,6 +49,14 @@ every part, which import nothing but each other: so the config is made of them, 
 OPTIONS_MAY_IMPORT = {"errors", "options"}
 LIGHT = {"pydantic", "typing_extensions"}
 
+ROOMS_OF_DATA = {
+    "remote": set(),
+    "format": {"remote"},
+    "make": {"format"},
+    "": {"remote", "format"},
+}
+"""By room of data ("" holds what reads shards), the other rooms of it that it may import."""
+
 NOT_EVEN_LATE = {
     "runtime": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
     "sparsity": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
@@ -122,6 +130,29 @@ def test_a_config_is_read_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def room_of(inner: list[str]) -> str:
+    """The room of data that a path within it, or a dotted name, belongs to."""
+    return inner[0] if inner and inner[0] in ROOMS_OF_DATA else ""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if part_of(path) == "data"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_imports_within_data_go_downward(path: Path) -> None:
+    room = room_of(list(path.relative_to(PACKAGE / "data").parts))
+    for line, name in imported(path):
+        library, _, inner = name.partition("svite_scale.data.")
+        target = room_of(inner.split("."))
+        allowed = library or target in ROOMS_OF_DATA[room] | {room} or is_options(name)
+        assert allowed, f"{path}:{line}: {room or 'data'} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_but_its_command_imports_what_writes_shards(path: Path) -> None:
+    if not path.is_relative_to(PACKAGE / "data" / "make"):
+        assert not [name for _, name in imported(path) if name.startswith("svite_scale.data.make")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

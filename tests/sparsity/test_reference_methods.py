@@ -291,8 +291,7 @@ def test_a_schedule_without_an_update_is_named_at_the_start(
 def test_what_was_heard_before_a_resume_is_forgotten(grow_by: str) -> None:
     fresh, resumed = (PackedTrainer(TopologyOptions(grow_window=UPDATE_EVERY, grow_by=grow_by)) for _ in range(2))
     resumed.backward(*batch(2))
-    resumed.topology.resume(fresh.topology.counters())
-    resumed.topology.load_state({name: chunk for name, (chunk, _) in fresh.topology.state().items()})
+    resumed.topology.load_state_dict(fresh.topology.state_dict())
     for trainer in (fresh, resumed):
         trainer.backward(*batch(1))
         trainer.step()

@@ -116,10 +116,9 @@ def test_every_update_has_a_whole_window_and_no_warm_up_is_cut_short(
         heard = 0 if due else heard
         found += [update.step] if update else []
         if step == resumed_after:
-            counters, state = topology.counters(), {name: chunk for name, (chunk, _) in topology.state().items()}
+            state = topology.state_dict()
             model, topology = engine_of(schedule, options)
-            topology.resume(counters)
-            topology.load_state(state)
+            topology.load_state_dict(state)
     assert found == updates
     assert topology.postponed == len(skipped)
 
