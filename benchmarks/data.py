@@ -40,7 +40,7 @@ from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.decode import decode
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.make.shards import Sample, write_shards
-from svite_scale.data.transforms import train_transform, with_a_bit_at_least
+from svite_scale.data.transforms import keep_a_bit, train_transform
 
 SIZE, BATCH, POLICY = 224, 32, "rand-m9-mstd0.5-inc1"
 OURS, LIMIT = "svite_scale", "limit: decode and augment, no loader"
@@ -78,7 +78,7 @@ def plain_transform() -> Callable[[Image.Image], Tensor]:
     transform = create_transform(
         SIZE, is_training=True, color_jitter=None, auto_augment=POLICY, interpolation="bicubic", use_prefetcher=True
     )
-    return with_a_bit_at_least(transform)
+    return keep_a_bit(transform)
 
 
 def our_config(directory: Path) -> DataConfig:

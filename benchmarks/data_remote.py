@@ -72,13 +72,4 @@ def epoch_seconds(directory: Path, windows: int, cache: Path) -> float:
 
 
 def data_of_one_rank(config: DataConfig, image_size: int, batch_size: int) -> TrainData:
-    return TrainData(
-        config,
-        image_size=image_size,
-        in_channels=3,
-        global_batch_size=batch_size,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )
+    return TrainData(config, image_shape=(3, image_size, image_size), global_batch_size=batch_size, seed=0)

@@ -18,7 +18,7 @@ from svite_scale.config.schema import Config
 from svite_scale.config.topology import check_topology
 from svite_scale.config.validate import check_config
 from svite_scale.cost.dry_run import describe
-from svite_scale.data.batches import explained
+from svite_scale.data.batches import explain_loader_error
 from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.models.teacher import check_teacher
@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
         other error, which is printed where it happens.
     """
-    failure = Failure(explained)
+    failure = Failure(explain_loader_error)
     try:
         failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.

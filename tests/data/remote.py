@@ -11,9 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from svite_scale.data.format.index import sidecar_path
 from svite_scale.data.remote.cache import ShardCache
 
 SIZE = 50_000
+NUM_BLOBS = 12
 BACKOFF_S = 0.02
 
 
@@ -23,6 +25,14 @@ def write_blobs(folder: Path, count: int) -> list[str]:
     for name in names:
         (folder / name).write_bytes(random.Random(name).randbytes(SIZE))
     return names
+
+
+def link_shards(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Links these shards of ``source`` and their indexes into the new folder ``target``."""
+    target.mkdir()
+    for name in names:
+        for path in (source / name, sidecar_path(source / name)):
+            (target / path.name).symlink_to(path)
 
 
 def cache_of(folder: Path, files: int = 100, attempts: int = 3, backoff_s: float = BACKOFF_S) -> ShardCache:

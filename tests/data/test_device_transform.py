@@ -31,7 +31,7 @@ def seed_all(seed: int) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_normalisation(training: bool) -> None:
+def test_images_are_normalised(training: bool) -> None:
     images = batch()
     inputs, targets = transform(training, label_smoothing=0.1)(images, LABELS)
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -42,7 +42,7 @@ def test_normalisation(training: bool) -> None:
     assert images.dtype == torch.uint8
 
 
-def test_one_channel() -> None:
+def test_images_of_one_channel_are_normalised() -> None:
     data = DataConfig(mean=(0.1307,), std=(0.3081,))
     inputs, _ = DeviceTransform(data, 5, CPU, training=False)(batch(channels=1), LABELS)
     torch.testing.assert_close(inputs, (batch(channels=1) / 255 - 0.1307) / 0.3081, atol=1e-5, rtol=0)
@@ -100,7 +100,7 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_area() -> None:
     torch.testing.assert_close(targets, share * torch.eye(5)[LABELS] + (1 - share) * torch.eye(5)[LABELS].flip(0))
 
 
-def test_mixup_and_cutmix_take_turns() -> None:
+def test_mixup_and_cutmix_alternate_at_random() -> None:
     plain = transform()(batch(), LABELS)[0]
     both = transform(mixup=0.8, cutmix=1.0)
     kept = 0
@@ -111,5 +111,5 @@ def test_mixup_and_cutmix_take_turns() -> None:
     assert 15 < kept < 45
 
 
-def test_without_mixing_the_loss_must_smooth() -> None:
+def test_the_loss_must_smooth_labels_without_mixing() -> None:
     assert transform(label_smoothing=0.1).loss_label_smoothing == 0.1

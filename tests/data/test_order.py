@@ -27,7 +27,7 @@ def test_an_epoch_is_a_permutation(window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_samples_stay_within_windows_of_permuted_shards(window: int) -> None:
+def test_samples_stay_within_groups_of_permuted_shards(window: int) -> None:
     order = epoch_order(COUNTS, seed=1, epoch=2, shuffle_shards=window, repeats=1)[:, 0]
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
     seen: list[int] = []
@@ -45,7 +45,7 @@ def test_samples_stay_within_windows_of_permuted_shards(window: int) -> None:
     assert sorted(seen) == [0, 1, 2, 3, 4, 6]  # no shard is in two windows
 
 
-def test_shards_are_permuted_and_samples_mixed_within_a_window() -> None:
+def test_shards_are_permuted_and_samples_mixed_within_a_group() -> None:
     counts = [50] * 8
     shard_of = np.repeat(np.arange(8), counts)
     ordered = shard_of[epoch_order(counts, seed=0, epoch=0, shuffle_shards=1, repeats=1)[:, 0]]
@@ -116,7 +116,7 @@ def test_copies_lie_where_timm_puts_them(world_size: int, repeats: int) -> None:
         assert len(theirs) == stop // world_size
 
 
-def test_a_global_batch_must_divide() -> None:
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="10 rows is not divisible by world size 3"):
         rank_rows(np.zeros((10, 2), dtype=np.int64), 0, 3)
 

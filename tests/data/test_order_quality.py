@@ -37,7 +37,7 @@ def test_shards_read_in_orders_made_by_hand() -> None:
     assert locality(np.arange(40), [10] * 4, batch=4, rank=1, world_size=2) == (1.2, 4, 1, 4)
 
 
-def test_it_shuffles_almost_as_a_true_permutation_does(order: np.ndarray) -> None:
+def test_the_order_shuffles_almost_like_a_true_permutation(order: np.ndarray) -> None:
     """A permutation moves a sample by a third of the epoch on average, and its neighbours are as far apart."""
     found = shuffling(order, COUNTS)
     for quantity in ("mean displacement", "mean distance of neighbours", "mean distance of neighbours' shards"):

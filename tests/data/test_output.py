@@ -97,7 +97,7 @@ def ended(child: int) -> bool:
     return os.waitpid(child, os.WNOHANG)[0] == child
 
 
-def test_killed_at_random_and_run_again_gives_the_same_bytes(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_writing_gives_the_same_bytes_after_random_kills(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """Each kill comes at a random moment after a few more files have appeared, among them unfinished ones."""
     draw = random.Random(7)
     workers = set()
@@ -122,7 +122,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(images: Path, whole
     assert contents(tmp_path) == whole
 
 
-def test_the_command_itself_killed(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_resumes_after_it_is_killed(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "make_shards.py"), "--source", str(images), "--out", str(tmp_path)]
     command += ["--samples-per-shard", str(PER_SHARD), "--workers", "3"]
     process = subprocess.Popen(
