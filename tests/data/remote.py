@@ -27,12 +27,13 @@ def write_blobs(folder: Path, count: int) -> list[str]:
     return names
 
 
-def link_shards(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Links these shards of ``source`` and their indexes into the new folder ``target``."""
+def link_shards(source: Path, target: Path, missing: str) -> None:
+    """Links the shards of ``source`` and their indexes into the new folder ``target``, but not the shard ``missing``."""
     target.mkdir()
-    for name in names:
-        for path in (source / name, sidecar_path(source / name)):
-            (target / path.name).symlink_to(path)
+    for shard in source.glob("*.tar"):
+        for path in (shard, sidecar_path(shard)):
+            if path.name != missing:
+                (target / path.name).symlink_to(path)
 
 
 def cache_of(folder: Path, files: int = 100, attempts: int = 3, backoff_s: float = BACKOFF_S) -> ShardCache:

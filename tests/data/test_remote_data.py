@@ -78,7 +78,7 @@ def test_only_indexes_are_fetched_before_a_sample_is_read(tmp_path: Path, server
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_can_not_be_fetched_ends_the_stream_with_its_url(tmp_path: Path, served: Path, workers: int) -> None:
-    link_shards(served, tmp_path / "shards", [name for name in SHARDS if name != SHARDS[3]])
+    link_shards(served, tmp_path / "shards", missing=SHARDS[3])
     pattern = f"pipe:cat {tmp_path}/shards/{BRACES}"
     config = config_of(pattern, tmp_path / "cache", workers, fetch_attempts=1)
     with pytest.raises(DataError, match=r"^pipe:cat .*-000003\.tar can't be fetched: exit status 1, cat: .*") as caught:
