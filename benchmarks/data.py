@@ -64,7 +64,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def write_images(images: list[bytes], directory: Path) -> None:
-    """The same images as shards and as an ImageFolder."""
+    """Writes the same images as shards and as an ImageFolder."""
     samples = [Sample(f"image-{number:05d}", content, "jpg", number % 2) for number, content in enumerate(images)]
     write_shards(samples, directory / "shards", "train", 64)
     for sample in samples:
@@ -74,7 +74,7 @@ def write_images(images: list[bytes], directory: Path) -> None:
 
 
 def plain_transform() -> Callable[[Image.Image], Tensor]:
-    """timm's own, uint8 out; Pillow's fault with posterize is mended as in ours."""
+    """Returns timm's own transform to uint8, with the same fix of posterize as ours."""
     transform = create_transform(
         SIZE, is_training=True, color_jitter=None, auto_augment=POLICY, interpolation="bicubic", use_prefetcher=True
     )
@@ -120,7 +120,7 @@ def folder_loader(directory: Path, count: int) -> Iterable[object]:
 
 
 def without_loader(directory: Path, step: Callable[[bytes], object]) -> Iterable[object]:
-    """The images in their order, read into memory before."""
+    """Applies ``step`` to the images, which are read into memory before."""
     contents = [
         index.path.read_bytes()[offset : offset + length]
         for index in load_indexes(f"{directory}/shards")
@@ -133,7 +133,7 @@ def without_loader(directory: Path, step: Callable[[bytes], object]) -> Iterable
 
 
 def samples_per_second(batches: Iterable[object]) -> float:
-    """From the first batch, which waits for the worker's start, to the last, before its end."""
+    """Returns the speed from the first batch, which waits for the worker's start, to the last."""
     times = [time.perf_counter() for _ in batches]
     return (len(times) - 1) * BATCH / (times[-1] - times[0])
 

@@ -1,4 +1,4 @@
-"""Tiny samples whose first pixel tells which sample they are."""
+"""Tiny samples whose first pixel is the sample's number."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def image_bytes(batches: Iterable[Batch], damaged: bool = False) -> Counter[byte
 
 
 def numbers(batch: Batch) -> list[int]:
-    """Which samples an unaugmented batch holds; also checks shapes, dtypes and labels."""
+    """Returns the numbers of an unaugmented batch's samples; also checks shapes, dtypes and labels."""
     size = len(batch.labels)
     assert batch.images.shape == (size, 1, SIZE, SIZE)
     assert str(batch.images.dtype) == "torch.uint8"

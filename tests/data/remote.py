@@ -42,7 +42,7 @@ def cache_of(folder: Path, files: int = 100, attempts: int = 3, backoff_s: float
 
 
 def content_of(cache: ShardCache, url: str, content: bytes) -> bytes:
-    """What the cache gives for a URL whose file is ``content``."""
+    """Returns the bytes that the cache gives for a URL whose file is ``content``."""
     descriptor = cache.shard(url, len(content), sha256(content).hexdigest()).open()
     try:
         return os.pread(descriptor, 10 * len(content), 0)

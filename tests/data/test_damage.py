@@ -1,4 +1,4 @@
-"""Damaged samples at run time: replaced by a function of the sample, marked, told once, fatal where there are too many."""
+"""Damaged samples during a run: replaced, marked, reported once, and an error if there are too many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svite_scale.errors import DataError
 from tests.data.numbered import eval_data, grey_config, image_bytes, numbered, numbers, speckled, train_data
 
 BROKEN = {4: 5, 9: 0, 21: 24, 22: 24, 23: 24}
-"""Samples that can't be decoded, in shards of 10 and a last one of 5, and those that stand in for them."""
+"""Samples that can't be decoded, in shards of 10 and a last one of 5, and the samples that replace them."""
 COUNT, BATCH = 25, 12
 
 
@@ -34,7 +34,7 @@ def config_of(damaged: str, workers: int = 0, **fields: object) -> DataConfig:
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (4, 1)])
 def test_the_next_sample_of_the_shard_replaces_a_damaged_one(damaged: str, world: int, workers: int) -> None:
-    """25 steps of 12 are 12 epochs: each broken sample comes 12 times, and its substitute, with its own label, in its place."""
+    """25 steps of 12 are 12 epochs, so each damaged sample is replaced 12 times, by a sample with its own label."""
     found: list[int] = []
     marked: list[int] = []
     for rank in range(world):
@@ -48,16 +48,16 @@ def test_the_next_sample_of_the_shard_replaces_a_damaged_one(damaged: str, world
 
 
 def test_a_replacement_is_augmented_like_the_sample_itself(damaged: str) -> None:
-    """In an epoch of one batch a substitute comes twice or more, and looks the same each time, on any number of ranks."""
+    """In an epoch of one batch a replacement comes twice or more, and looks the same each time, on any number of ranks."""
     config = config_of(damaged, augment=AugmentConfig(recipe="affine"))
 
     alone, together = (
         [next(train_data(config, COUNT, 1, rank, world).batches(0, 1)) for rank in range(world)] for world in (1, 5)
     )
-    substitutes = image_bytes(alone, damaged=True)
-    assert substitutes == image_bytes(together, damaged=True)
-    assert len(substitutes) == len(set(BROKEN.values()))
-    assert set(substitutes) <= set(image_bytes(alone))
+    replacements = image_bytes(alone, damaged=True)
+    assert replacements == image_bytes(together, damaged=True)
+    assert len(replacements) == len(set(BROKEN.values()))
+    assert set(replacements) <= set(image_bytes(alone))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -77,8 +77,9 @@ def test_the_first_damaged_sample_is_reported_once(damaged: str, workers: int, c
 
 
 def one_line(pattern: str) -> str:
-    """A pattern for the whole of a message. A test that kept the error would keep the stream too, and torch waits 5 s for each
-    worker of one that only the garbage collector finds.
+    """Returns a pattern for a message of one line.
+
+    A test that kept the error would keep the stream too. torch waits 5 s for each worker of a stream that is garbage collected.
     """
     return rf"\A[^\n]*{pattern}[^\n]*\Z"
 
@@ -100,7 +101,7 @@ def test_a_shard_without_a_decodable_sample_ends_the_stream(tmp_path: Path, work
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_shard_ends_the_stream_at_once(tmp_path: Path, workers: int) -> None:
-    """Cut off after the start, it isn't mistaken for damaged samples."""
+    """It is truncated after the start, and not mistaken for damaged samples."""
     shards = write_shards(numbered(20), tmp_path, "t", 10)
     data = train_data(config_of(str(tmp_path), workers), 20)
     with open(shards[1], "r+b") as file:

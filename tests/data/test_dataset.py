@@ -108,7 +108,7 @@ def test_a_shard_that_vanished_or_shrank_is_named(tmp_path: Path) -> None:
 
 
 def open_in(folder: Path) -> int:
-    """How many descriptors of this process lead into a folder. (Others come and go with what earlier tests left.)"""
+    """Counts this process's descriptors of files in a folder. (Earlier tests may leave others.)"""
     leads = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
     return sum(Path(path).is_relative_to(folder.resolve()) for path in leads)
 

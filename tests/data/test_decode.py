@@ -209,7 +209,7 @@ def test_an_image_of_one_very_long_row_is_decoded(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.filterwarnings("error")
 def test_a_large_image_is_converted_in_strips() -> None:
-    """What Pillow only warns of; the strips are those of a conversion at once."""
+    """Pillow only warns of it. The strips together equal a conversion of the whole image."""
     colours = np.random.default_rng(1).integers(0, 256, (2100, 2000, 3), dtype=np.uint8)
     for image in (
         Image.fromarray(colours).quantize(7),

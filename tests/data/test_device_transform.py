@@ -79,14 +79,14 @@ def test_mixup_mixes_images_and_targets_alike_and_smooths_once(smoothing: float)
     assert mix.loss_label_smoothing == 0
     seed_all(1)
     inputs, targets = mix(batch(), LABELS)
-    # Solve for the share from the images; the targets must follow from it.
+    # Solve for the fraction from the images; the targets must follow from it.
     other = plain.flip(0)
-    share = float(((inputs - other) * (plain - other)).sum() / (plain - other).square().sum())
-    assert 0 < share < 1
-    torch.testing.assert_close(inputs, share * plain + (1 - share) * other, atol=1e-4, rtol=0)
+    fraction = float(((inputs - other) * (plain - other)).sum() / (plain - other).square().sum())
+    assert 0 < fraction < 1
+    torch.testing.assert_close(inputs, fraction * plain + (1 - fraction) * other, atol=1e-4, rtol=0)
     one_hot = torch.eye(5)[LABELS]
     smooth = one_hot * (1 - smoothing) + smoothing / 5
-    torch.testing.assert_close(targets, share * smooth + (1 - share) * smooth.flip(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(targets, fraction * smooth + (1 - fraction) * smooth.flip(0), atol=1e-4, rtol=0)
 
 
 def test_cutmix_pastes_a_rectangle_and_counts_its_area() -> None:
@@ -95,9 +95,9 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_area() -> None:
     inputs, targets = transform(cutmix=1.0)(batch(), LABELS)
     pasted = (inputs == plain.flip(0)).all(1) & (inputs != plain).any(1)
     assert torch.equal(pasted[0], pasted[1])
-    share = 1 - pasted[0].sum() / 256
-    assert 0 < share < 1
-    torch.testing.assert_close(targets, share * torch.eye(5)[LABELS] + (1 - share) * torch.eye(5)[LABELS].flip(0))
+    fraction = 1 - pasted[0].sum() / 256
+    assert 0 < fraction < 1
+    torch.testing.assert_close(targets, fraction * torch.eye(5)[LABELS] + (1 - fraction) * torch.eye(5)[LABELS].flip(0))
 
 
 def test_mixup_and_cutmix_alternate_at_random() -> None:

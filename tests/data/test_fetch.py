@@ -1,4 +1,4 @@
-"""What comes through the network is whole or an error: faults of a real server, of commands, and of what isn't installed."""
+"""Fetched files are complete, or it is an error: faults of a real server, of commands, and missing programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands beside shards: a split is written as timm reads it, and shards that it lists must be there."""
+"""``_info.json`` beside shards: timm can read it, and the shards that it lists must exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shards that the command writes are read by the webdataset library and by timm's reader, whole and with equal labels."""
+"""The webdataset library and timm's reader read the shards that the command writes, completely and with equal labels."""
 
 from __future__ import annotations
 

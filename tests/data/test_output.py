@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an uninterrupted process writes."""
+    """The files that an uninterrupted process writes."""
     folder = tmp_path_factory.mktemp("whole")
     assert write(image_folder(images), folder, 1) == NUM_SHARDS
     return contents(folder)
@@ -106,7 +106,7 @@ def test_writing_gives_the_same_bytes_after_random_kills(images: Path, whole: di
         appear = len(list(tmp_path.iterdir())) + draw.randrange(8)
         while not (finished := ended(child)) and len(list(tmp_path.iterdir())) < appear:
             time.sleep(0.0002)
-        if finished:  # too late for a kill: begin anew with a part of it
+        if finished:  # too late for a kill: begin again with a part of it
             for path in sorted(tmp_path.iterdir())[::3]:
                 path.unlink()
             continue

@@ -105,7 +105,7 @@ def test_the_rule_holds_for_a_tar_of_that_folder(root: Path, tmp_path: Path, pac
 def test_a_folder_around_the_classes_may_have_the_name_of_one(
     tmp_path: Path, names: list[str], labels: list[int] | None
 ) -> None:
-    """Where a path has two classes, all class folders must stand side by side somewhere; no guess is made."""
+    """If a path has two classes, one folder must hold all class folders; otherwise it is an error."""
     shard = make_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
     rule = LabelRule(None, {"cat": 0, "train": 1})
     if labels is None:

@@ -155,10 +155,10 @@ def test_compressed_tars_are_refused_with_the_command_that_unpacks_them(
     members = [("a.png", b"x"), ("a.cls", b"1")]
     with pytest.raises(DataError, match="is compressed") as caught:
         scan_tar(make_tar(tmp_path / name, members, mode=mode))
-    told = str(caught.value).split("unpack it: ")[1]
-    assert told == command.format(tmp_path / "a")
+    advice = str(caught.value).split("unpack it: ")[1]
+    assert advice == command.format(tmp_path / "a")
     if mode == "w:gz":
-        subprocess.run(told, shell=True, check=True)
+        subprocess.run(advice, shell=True, check=True)
         assert labels(tmp_path / "a.tar") == {"a": 1}
 
 

@@ -81,7 +81,7 @@ def test_affine_is_light_and_fills_with_black() -> None:
 
 
 def smooth(width: int, height: int, mode: str) -> torch.Tensor:
-    """What a photograph has and noise has not: neighbours alike."""
+    """An image with similar neighbours, like a photograph and unlike noise."""
     coarse = torch.rand(1, len(mode), height // 8, width // 8, generator=torch.Generator().manual_seed(0)) * 255
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0].round().to(torch.uint8)
 
@@ -89,7 +89,7 @@ def smooth(width: int, height: int, mode: str) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (120, 300), (900, 80)])
 def test_crops_are_those_of_timm_and_pillow(width: int, height: int, mode: str) -> None:
-    """The same boxes, resized by another kernel: half a grey level of mean difference, from rounding."""
+    """The boxes are the same, the kernel differs: half a grey level of mean difference, from rounding."""
     image = smooth(width, height, mode)
     ours = train_transform(config("deit", len(mode), auto_augment=""), 64)
     theirs = create_transform(
@@ -166,7 +166,7 @@ def test_an_unknown_policy_is_refused(policy: str) -> None:
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("recipe", ["eval", "none", "affine", "deit"])
 def test_a_thin_image_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch, recipe: str, transpose: bool) -> None:
-    """Resized as a whole by its short side it would take gigabytes. Some of its pixels are looked at, here of one colour."""
+    """Resizing all of it by its short side would take gigabytes. Only some of its pixels are used, here of one colour."""
     resized: list[int] = []
     resize = Image.Image.resize
 
@@ -187,7 +187,7 @@ def test_a_thin_image_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_evaluation_of_a_thin_image_takes_its_centre() -> None:
-    """As the whole would be resized, which is small enough at this size."""
+    """The result equals that of resizing the whole image, which is small enough here."""
     image = smooth(8 * 700, 8, "RGB")
     whole = to_pil(image).resize((256 * 700, 256), Image.Resampling.BICUBIC)
     left = round((whole.width - 224) / 2)

@@ -1,4 +1,4 @@
-"""What a URL says: whether it is fetched, by which command, where its index is, what it is called."""
+"""URLs of shards: the command that reads one, its index, and its name."""
 
 from __future__ import annotations
 
