@@ -78,7 +78,7 @@ def explain_loader_error(error: BaseException) -> BaseException:
     if not (type(error) is RuntimeError and str(error).startswith("DataLoader worker ")):
         return error
     found, _, _ = str(error).partition(". ")
-    cause = "killed for want of memory, unless somebody ended it"
+    cause = "probably killed because memory ran out"
     return DataError(f"data.workers: a loader process is gone ({found}): {cause}; {MORE_ROOM}")
 
 
@@ -106,7 +106,7 @@ def shared_slots(count: int, batch_shape: tuple[int, int, int, int]) -> Tensor:
         memory = mmap.mmap(-1, size)
     except OSError as error:
         raise DataError(
-            f"{count} batches of {batch_size} images need {size} bytes of memory, which can't be had ({error}); lower "
+            f"{count} batches of {batch_size} images need {size} bytes of memory, which aren't available ({error}); lower "
             "data.workers, or raise train.accumulation_steps, or for evaluation lower train.eval_batch_size"
         ) from error
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape).permute(0, 1, 4, 2, 3)
@@ -170,4 +170,4 @@ class BatchDataset(Dataset[LoadedBatch]):
                 return *self._samples.load_sample((epoch, other, copy)), message
             except DamagedSampleError:
                 pass
-        raise DataError(f"{message}, nor any other of that shard; write it again")
+        raise DataError(f"{message}, and no other sample of that shard can be decoded; write it again")

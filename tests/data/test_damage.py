@@ -95,7 +95,7 @@ def test_the_first_damaged_sample_ends_the_stream_when_none_is_allowed(damaged: 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_without_a_decodable_sample_ends_the_stream(tmp_path: Path, workers: int) -> None:
     write_shards([Sample(f"s{i}", b"junk", "png", 0) for i in range(4)], tmp_path, "t", 9)
-    with pytest.raises(DataError, match=one_line(r"t-000000\.tar: .* nor any other of that shard")):
+    with pytest.raises(DataError, match=one_line(r"t-000000\.tar: .* and no other sample of that shard")):
         list(train_data(config_of(str(tmp_path), workers), 4).batches(0, 1))
 
 

@@ -96,7 +96,7 @@ def test_a_missing_index_names_the_remedy(tmp_path: Path, server: Server) -> Non
 
 
 def test_an_index_that_is_no_json_is_refused(tmp_path: Path, server: Server) -> None:
-    with pytest.raises(DataError, match=r"it is no JSON .*attempt 3 of"):
+    with pytest.raises(DataError, match=r"it isn't JSON .*attempt 3 of"):
         cache_of(tmp_path).index_text(f"pipe:echo {server.root}/a.tar")
     assert files_of(tmp_path) == []
 

@@ -63,7 +63,7 @@ def test_a_label_is_a_number_or_a_name(value: object, classes: dict[str, int] | 
         ("a\nb/c\n", "line 2 is 'b/c'"),
         (".\n", "line 1 is '.'; write the name of one class folder"),
         ("a\n..\n", "line 2 is '..'"),
-        ("a\nb\na\n", "line 3: 'a' stands on line 1 too"),
+        ("a\nb\na\n", "line 3: 'a' is on line 1 too"),
     ],
 )
 def test_bad_lists_of_classes_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -81,7 +81,7 @@ def test_bad_lists_of_classes_are_refused(tmp_path: Path, text: str, message: st
         ("a.jpg 1\n\nb.jpg 2\n", "line 2 is ''"),
         ("a.jpg 1\nb.jpg n01\n", "line 2 is 'b.jpg n01'"),
         ("a.jpg -1\n", "line 1"),
-        ("a.jpg 1\nb.jpg 1\na.jpg 2\n", "line 3: 'a.jpg' stands there twice"),
+        ("a.jpg 1\nb.jpg 1\na.jpg 2\n", "line 3: 'a.jpg' is listed twice"),
     ],
 )
 def test_bad_lists_of_labels_are_refused(tmp_path: Path, text: str, message: str) -> None:

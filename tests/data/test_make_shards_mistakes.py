@@ -26,7 +26,7 @@ from tests.data.conftest import ROOT, SCRIPT
         (["--source", "photographs", "--count", "-3", "--out", "{}"], "--count is -3; use at least 1"),
         (["--source", "photographs", "--samples-per-shard", "0", "--out", "{}"], "--samples-per-shard is 0; use at"),
         (["--source", "photographs", "--count", "1", "--out", "/dev/null/x"], "--out /dev/null/x can't be written to ("),
-        (["--source", "photographs", "--count", "1", "--out", "/dev/null"], "File exists: '/dev/null'); make room or mend"),
+        (["--source", "photographs", "--count", "1", "--out", "/dev/null"], "File exists: '/dev/null'); make room or repair"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(
@@ -105,7 +105,9 @@ def test_a_full_disk_is_reported_in_one_line(
         assert command.main([*arguments, "--workers", workers]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unbounded)
-    message = f"error: --out {tmp_path} can't be written to ([Errno 27] File too large); make room or mend it and give the same"
+    message = (
+        f"error: --out {tmp_path} can't be written to ([Errno 27] File too large); make room or repair it and give the same"
+    )
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert command.main(arguments) == 0

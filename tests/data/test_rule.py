@@ -129,7 +129,9 @@ def test_the_remedy_for_a_name_in_cls_works(command: ModuleType, tmp_path: Path,
 @pytest.mark.parametrize("label", [b"1", b"1.0", b"cat"])
 def test_a_number_is_never_taken_for_that_of_a_class_of_another_list(tmp_path: Path, label: bytes) -> None:
     shard = make_tar(tmp_path / "a.tar", [("n05/a.jpg", b"x"), ("n05/a.cls", label)])
-    with pytest.raises(DataError, match=r"\.cls holds b'\S+', which is no class of --classes \(numbers are read without it\)"):
+    with pytest.raises(
+        DataError, match=r"\.cls holds b'\S+', which is no class of --classes \(numbers are labels only without it\)"
+    ):
         scan_tar(shard, LabelRule(None, {"n01": 0, "n02": 1}))
 
 

@@ -50,8 +50,8 @@ MISTAKE = r"error: rank {last} on \S+ \(after step \d+, {phase}\) failed: KeyErr
 ENDS = {
     ("unreadable", 1, "single"): r"error on rank 0: \S+/train-00000\d\.tar ends before byte \d+, inside a sample; write .*",
     ("killed", 2, "single"): (
-        r"error on rank 0: data\.workers: a loader process is gone \(DataLoader worker .*\): killed for want of memory, unless "
-        r"somebody ended it; give the job more memory, and more of /dev/shm \(docker run --shm-size\), or lower .*"
+        r"error on rank 0: data\.workers: a loader process is gone \(DataLoader worker .*\): probably killed because "
+        r"memory ran out; give the job more memory, and more of /dev/shm \(docker run --shm-size\), or lower .*"
     ),
     (
         "memory",

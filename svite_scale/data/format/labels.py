@@ -27,7 +27,7 @@ def read_classes(path: str | Path) -> dict[str, int]:
         if name in ("", ".", "..") or "/" in name:
             raise DataError(f"{path}, line {number} is {name!r}; write the name of one class folder")
         if name in classes:
-            raise DataError(f"{path}, line {number}: {name!r} stands on line {classes[name] + 1} too; keep one")
+            raise DataError(f"{path}, line {number}: {name!r} is on line {classes[name] + 1} too; keep one")
         classes[name] = len(classes)
     if not classes:
         raise DataError(f"{path} names no class; write one class folder per line")
@@ -50,7 +50,7 @@ def read_labels(path: str | Path, classes: Mapping[str, int] | None) -> list[tup
                 known = f"a class, or its number from 0 to {len(classes) - 1}"
             raise DataError(f"{path}, line {number} is {line!r}; write a file and its label: {known}")
         if file.strip() in labels:
-            raise DataError(f"{path}, line {number}: {file.strip()!r} stands there twice; keep one")
+            raise DataError(f"{path}, line {number}: {file.strip()!r} is listed twice; keep one")
         labels[file.strip()] = label
     if not labels:
         raise DataError(f"{path} names no file; write lines of a file and its label")
@@ -121,7 +121,7 @@ class LabelRule:
         try:
             record = json.loads(members.get("json", b"{}"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f".json is not JSON ({error}); mend it") from error
+            raise DataError(f".json is not JSON ({error}); correct it") from error
         if not isinstance(record, dict) or field not in record:
             return None
         label = self._number(record[field])
@@ -141,12 +141,12 @@ class LabelRule:
 
     def _problem(self) -> str:
         if self.by_folder:
-            return "is no class of --classes (numbers are read without it); correct one of them"
+            return "is no class of --classes (numbers are labels only without it); correct one of them"
         if self.classes is not None:
             return f"is no class of --classes, nor the number of one, from 0 to {len(self.classes) - 1}; correct one of them"
         return (
             "is no class number from 0; if it is the name of a class, name the classes with --classes; else write the shard "
-            "again with numbers, or say with --label-key or --classes where else the label stands"
+            "again with numbers, or say with --label-key or --classes where else the label is"
         )
 
     def __str__(self) -> str:

@@ -161,7 +161,7 @@ def explain_missing_label(key: str, rule: LabelRule) -> str:
             f"sample {key!r} lies in the folder {'/'.join(path_parts(key)[:-1])!r}, which is no class of --classes, and so "
             f"does every other image; nor has it {rule} with the name of one; give --classes the names of the class folders"
         )
-    return f"sample {key!r} has no label ({rule}); say where it stands (--label-key, --classes), or write the shard again"
+    return f"sample {key!r} has no label ({rule}); say where it is (--label-key, --classes), or write the shard again"
 
 
 def refuse_imageless(key: str, others: list[str], *, labelled: bool) -> None:

@@ -24,7 +24,7 @@ from svite_scale.data.make.shards import Output, Source, shard_pattern
 from svite_scale.errors import DataError, SviteScaleError
 
 EXIT_FAILED, EXIT_STOPPED = 2, 130
-OUT_REMEDY = "make room or mend it and give the same command again, which keeps what is finished; or give another folder"
+OUT_REMEDY = "make room or repair it and give the same command again, which keeps what is finished; or give another folder"
 Result = TypeVar("Result")
 
 
@@ -157,7 +157,7 @@ def index_shard(shard: Path, rule: LabelRule) -> Indexed:
     except DataError as error:
         return Indexed(str(error), 0, Counter())
     except OSError as error:
-        problem = f"{shard} can't be read, or its index can't be written beside it ({error}); mend that"
+        problem = f"{shard} can't be read, or its index can't be written beside it ({error}); correct that"
         return Indexed(problem, 0, Counter())
     return Indexed("", index.count, left_out, changed)
 

@@ -78,7 +78,7 @@ def refuse_longer(directory: Path, prefix: str, num_shards: int) -> None:
     leftover = [shard for shard in existing_shards(directory, prefix) if shard not in shards]
     if leftover:
         last = shard_name(prefix, num_shards - 1)
-        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete it and its like after {last}")
+        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete all shards after {last}")
 
 
 def shard_name(prefix: str, number: int) -> str:

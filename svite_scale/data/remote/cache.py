@@ -322,7 +322,7 @@ def read_json(chunks: Iterator[bytes]) -> bytes:
     try:
         json.loads(content.decode())
     except ValueError as error:
-        raise FetchError(f"it is no JSON ({error})") from error
+        raise FetchError(f"it isn't JSON ({error})") from error
     return content
 
 
