@@ -28,15 +28,15 @@ from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
 from benchmarks.topology import kernel_rows
 from svite_scale import attach
-from svite_scale.config.model import ModelConfig
-from svite_scale.config.sparsity import SparsityConfig
-from svite_scale.config.train import OptimizerConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.selection import kth_smallest
 from svite_scale.sparsity.update import prune_and_grow
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
 
 MIB = 2**20
 STEPS = [
@@ -63,7 +63,7 @@ class Run:
         gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
-        model, _ = build_sparse_vit(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
+        model, _ = build_sparse(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
         self.model = model.cuda().train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.images = torch.randn(batch_size, 3, 224, 224, device="cuda")

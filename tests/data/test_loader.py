@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig
 from svite_scale.data.batches import copy_for_device
+from svite_scale.data.options import AugmentConfig
 from svite_scale.data.order import epoch_order
 from svite_scale.errors import ConfigError, DataError
 from tests.data.numbered import assert_same_batches, eval_data, grey_config, image_bytes, numbers, train_data
