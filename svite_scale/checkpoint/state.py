@@ -1,19 +1,19 @@
-"""A run's tensors in logical coordinates.
+"""The state of a run, and its tensors in logical coordinates.
 
-Every tensor is flat, under its parameter's name in the unwrapped model. Of a large one each rank holds a chunk; a small one is
-whole, and one rank saves it. So whatever engine held them leaves no trace, and what one engine saved on some number of ranks,
-another loads on another.
+Every tensor is flat, under its parameter's name in the unwrapped model. Each rank saves a chunk of a large tensor; one rank
+saves a small tensor whole. So a checkpoint has no trace of the engine and the number of ranks, and any other can load it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -22,10 +22,10 @@ from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chu
 from svite_scale.sparsity.topology.engine import TopologyEngine
 
 MOMENTS = "optimizer/"
-"""What the names of moments begin with."""
+"""Prefix of the names of moments."""
 
 SMALL_NUMEL = 2**16
-"""Elements up to which a tensor isn't cut: each piece in a file has 1.8 kB of framing, which would soon outweigh it."""
+"""Number of elements up to which a tensor isn't cut. Each piece in a file has 1.8 kB of framing, too much for a small piece."""
 
 
 class WeightAverage(Protocol):
@@ -39,38 +39,53 @@ class WeightAverage(Protocol):
 
 
 @dataclass(frozen=True)
-class RunTensors:
-    """The tensors of a run. All methods are collectives.
+class RunState:
+    """What a checkpoint saves of a run, besides its config.
 
     Attributes:
-        backend: holds values, masks and moments.
-        topology: holds the statistics.
-        ema: holds the average of the values; None where there is none.
-        group: the ranks, on gloo.
+        backend: the model and the optimizer.
+        topology: the topology engine.
+        ema: the average of the weights; None if there is none.
+        stateful: counters that are equal on all ranks, by name. Their state is plain numbers, for JSON.
+        samples: identity of the training samples, for JSON. A resumed run must have the same. None identifies nothing.
     """
 
     backend: Backend
     topology: TopologyEngine
-    ema: WeightAverage | None
+    ema: WeightAverage | None = None
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    samples: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class RunTensors:
+    """The tensors of a run. All methods are collectives.
+
+    Attributes:
+        run: holds the tensors.
+        group: the ranks, on gloo.
+    """
+
+    run: RunState
     group: dist.ProcessGroup
 
     def to_save(self) -> dict[str, Tensor]:
-        """Copies, in CPU memory, of what this rank saves: ``model/NAME``, ``optimizer/MOMENT/NAME``, ``ema/NAME``,
-        ``topology/STATISTIC/LAYER``. Small tensors are dealt out to the ranks.
+        """Copies what this rank saves to CPU memory: ``model/NAME``, ``optimizer/MOMENT/NAME``, ``ema/NAME``,
+        ``topology/STATISTIC/LAYER``. Ranks take turns with small tensors.
         """
         rank, world_size = rank_and_size(self.group)
         return self._copies(lambda number: number % world_size == rank)
 
     def to_load(self) -> dict[str, Tensor]:
-        """The same with all small tensors on every rank, to be loaded into."""
+        """Returns the same tensors to load into, with all small ones on every rank."""
         return self._copies(lambda number: True)
 
     @torch.no_grad()
     def write(self, state: dict[str, Tensor]) -> None:
-        """Replaces all tensors by those of a state that has the names and sizes of :meth:`to_load`."""
-        access = self.backend.access
-        device = next(self.backend.model.parameters()).device
-        for name, parameter in self.backend.model.named_parameters():
+        """Replaces the run's tensors by those of a state, which has the names and sizes of :meth:`to_load`."""
+        access = self.run.backend.access
+        device = next(self.run.backend.model.parameters()).device
+        for name, parameter in self.run.backend.model.named_parameters():
             shape = access.read(parameter).shape
 
             def saved(key: str, shape: torch.Size = shape) -> Tensor:
@@ -81,14 +96,14 @@ class RunTensors:
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
                     access.write_moment(parameter, moment, saved(f"{MOMENTS}{moment}/{name}"))
-                if self.ema:
-                    self.ema.write(parameter, saved(f"ema/{name}"))
-        statistics = self.topology.state()
-        self.topology.load_state({name: self._own(state[f"topology/{name}"]).to(device) for name in statistics})
+                if self.run.ema:
+                    self.run.ema.write(parameter, saved(f"ema/{name}"))
+        statistics = self.run.topology.state()
+        self.run.topology.load_state({name: self._own(state[f"topology/{name}"]).to(device) for name in statistics})
 
     @torch.no_grad()
     def _copies(self, holds: Callable[[int], bool]) -> dict[str, Tensor]:
-        """``holds`` tells of a small tensor's number whether it is wanted here."""
+        """``holds`` returns whether this rank gets a small tensor, given its number."""
         mesh = DeviceMesh.from_group(self.group, "cpu")
         state: dict[str, Tensor] = {}
         num_small = 0
@@ -104,27 +119,28 @@ class RunTensors:
         return state
 
     def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Each tensor's name, all of a small or the rank's chunk of a large one, and its elements; gathered one at a time."""
-        access = self.backend.access
+        """Yields the name of each tensor, this rank's part of it (a small tensor is whole), and the whole tensor's number of
+        elements. One parameter is gathered at a time."""
+        access = self.run.backend.access
         rank, world_size = rank_and_size(self.group)
 
         def part(name: str, full: Tensor) -> tuple[str, Tensor, int]:
             flat = full.flatten()
             return name, flat if flat.numel() <= SMALL_NUMEL else rank_chunk(flat, rank, world_size), flat.numel()
 
-        for name, parameter in self.backend.model.named_parameters():
+        for name, parameter in self.run.backend.model.named_parameters():
             yield part(f"model/{name}", access.read(parameter))
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
                     yield part(f"{MOMENTS}{moment}/{name}", access.read_moment(parameter, moment))
-                if self.ema:
-                    yield part(f"ema/{name}", self.ema.read(parameter))
-        for name, (chunk, numel) in self.topology.state().items():
+                if self.run.ema:
+                    yield part(f"ema/{name}", self.run.ema.read(parameter))
+        for name, (chunk, numel) in self.run.topology.state().items():
             small = numel <= SMALL_NUMEL
             yield f"topology/{name}", gather_chunks(chunk.cpu(), numel, self.group) if small else chunk, numel
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """This rank's chunk of a statistic."""
+        """Returns this rank's chunk of a statistic."""
         if isinstance(tensor, DTensor):
             return tensor.to_local()
         return rank_chunk(tensor, *rank_and_size(self.group)).clone()

@@ -107,8 +107,7 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
     assert summary["eval_accuracy"] == metrics[-1]["eval_accuracy"]
 
     checkpoints = run_dir / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"latest", "owner", "step-00000008", "step-00000016"}
-    assert (checkpoints / "latest").read_text() == "step-00000016\n"
+    assert {path.name for path in checkpoints.iterdir()} == {"owner", "step-00000008", "step-00000016"}
     assert json.loads((checkpoints / "step-00000008" / "run.json").read_text())["topology"]["steps"] == 8
     assert f"{run_dir}: 16 steps, test accuracy" in answer.err
     assert answer.err.count(f"{run_dir}: 16 steps") == 1, "one rank speaks"
