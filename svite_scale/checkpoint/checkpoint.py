@@ -18,6 +18,7 @@ from svite_scale.checkpoint.compatibility import (
     check_same_run,
     check_same_samples,
     check_same_tensors,
+    names_on_disk,
     versions,
     warn_of_other_versions,
 )
@@ -174,19 +175,19 @@ class Checkpoint:
             check_same_samples(saved["samples"], run.samples, path)
         if dist.get_rank() == 0:
             warn_of_other_versions(saved["versions"], path)
-        # Before the tensors, because it decides which there are: within a growth window, gradients are among them.
-        run.topology.resume(saved["topology"])
-        state = self._tensors.to_load()
+        # Within a growth window, gradients are among the tensors.
+        state = self._tensors.to_load(saved["topology"])
         # An optimizer has no state before its first applied step.
         is_untouched = not saved["optimizer_scalars"]
         moments = {name: state.pop(name).zero_() for name in list(state) if is_untouched and name.startswith(MOMENTS)}
-        check_same_tensors(path, state)
+        on_disk = names_on_disk(path, state)
+        check_same_tensors(path, on_disk)
         try:
-            dcp.load(state, storage_reader=TensorReader(path), process_group=self._group)
+            dcp.load(on_disk, storage_reader=TensorReader(path), process_group=self._group)
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
-        self._tensors.write(state | moments)
+        self._tensors.write(state | moments, saved["topology"])
         optimizer = run.backend.optimizer
         write_scalars(optimizer, saved["optimizer_scalars"] or dict.fromkeys(scalars(optimizer), 0.0))
         for name, stateful in run.stateful.items():

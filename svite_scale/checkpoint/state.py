@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from svite_scale.sparsity.topology.engine import TopologyEngine
 
 MOMENTS = "optimizer/"
 """Prefix of the names of moments."""
+
+STATISTICS = ("history", "recently_grown", "growth")
+"""The tensors of a topology's ``state_dict()``, each by layer."""
 
 SMALL_NUMEL = 2**16
 """Number of elements up to which a tensor isn't cut. Each piece in a file has 1.8 kB of framing, too much for a small piece."""
@@ -74,15 +77,17 @@ class RunTensors:
         ``topology/STATISTIC/LAYER``. Ranks take turns with small tensors.
         """
         rank, world_size = rank_and_size(self.group)
-        return self._copies(lambda number: number % world_size == rank)
+        return self._copies(lambda number: number % world_size == rank, self.run.topology.counters())
 
-    def to_load(self) -> dict[str, Tensor]:
-        """Returns the same tensors to load into, with all small ones on every rank."""
-        return self._copies(lambda number: True)
+    def to_load(self, counters: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns the same tensors to load into, with all small ones on every rank, for a topology with these counters."""
+        return self._copies(lambda number: True, counters)
 
     @torch.no_grad()
-    def write(self, state: dict[str, Tensor]) -> None:
-        """Replaces the run's tensors by those of a state, which has the names and sizes of :meth:`to_load`."""
+    def write(self, state: dict[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Replaces the run's tensors by those of a state, which has the names and sizes of :meth:`to_load`, and the topology's
+        counters.
+        """
         access = self.run.backend.access
         device = next(self.run.backend.model.parameters()).device
         for name, parameter in self.run.backend.model.named_parameters():
@@ -98,16 +103,21 @@ class RunTensors:
                     access.write_moment(parameter, moment, saved(f"{MOMENTS}{moment}/{name}"))
                 if self.run.ema:
                     self.run.ema.write(parameter, saved(f"ema/{name}"))
-        statistics = self.run.topology.state()
-        self.run.topology.load_state({name: self._own(state[f"topology/{name}"]).to(device) for name in statistics})
+        topology: dict[str, Any] = {kind: {} for kind in STATISTICS} | {"counters": counters}
+        for key, tensor in state.items():
+            section, _, rest = key.partition("/")
+            if section == "topology":
+                kind, _, name = rest.partition("/")
+                topology[kind][name] = tensor
+        self.run.topology.load_state_dict(topology)
 
     @torch.no_grad()
-    def _copies(self, holds: Callable[[int], bool]) -> dict[str, Tensor]:
+    def _copies(self, holds: Callable[[int], bool], counters: Mapping[str, Any]) -> dict[str, Tensor]:
         """``holds`` returns whether this rank gets a small tensor, given its number."""
         mesh = DeviceMesh.from_group(self.group, "cpu")
         state: dict[str, Tensor] = {}
         num_small = 0
-        for name, part, numel in self._parts():
+        for name, part, numel in self._parts(counters):
             if numel > SMALL_NUMEL:
                 chunk = part.to("cpu", copy=True)
                 shape = torch.Size([numel])
@@ -118,7 +128,7 @@ class RunTensors:
                 num_small += 1
         return state
 
-    def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
+    def _parts(self, counters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         """Yields the name of each tensor, this rank's part of it (a small tensor is whole), and the whole tensor's number of
         elements. One parameter is gathered at a time."""
         access = self.run.backend.access
@@ -135,12 +145,12 @@ class RunTensors:
                     yield part(f"{MOMENTS}{moment}/{name}", access.read_moment(parameter, moment))
                 if self.run.ema:
                     yield part(f"ema/{name}", self.run.ema.read(parameter))
-        for name, (chunk, numel) in self.run.topology.state().items():
-            small = numel <= SMALL_NUMEL
-            yield f"topology/{name}", gather_chunks(chunk.cpu(), numel, self.group) if small else chunk, numel
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """Returns this rank's chunk of a statistic."""
-        if isinstance(tensor, DTensor):
-            return tensor.to_local()
-        return rank_chunk(tensor, *rank_and_size(self.group)).clone()
+        statistics = self.run.topology.state_dict()
+        for kind in STATISTICS:
+            for name, tensor in statistics[kind].items():
+                # Nothing but zeros.
+                if kind == "growth" and (not counters["recorded_steps"] or name in counters["frozen"]):
+                    continue
+                chunk, numel = tensor.to_local() if isinstance(tensor, DTensor) else tensor, tensor.numel()
+                small = numel <= SMALL_NUMEL
+                yield f"topology/{kind}/{name}", gather_chunks(chunk.cpu(), numel, self.group) if small else chunk, numel
