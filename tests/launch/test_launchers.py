@@ -141,7 +141,7 @@ def test_mlflow_has_the_run_its_parameters_and_its_metrics(digits: Path) -> None
     assert run.data.metrics["eval_accuracy"] == pytest.approx(metrics_of(run_dir)[-1]["eval_accuracy"])
 
 
-def test_of_two_ranks_with_the_same_mistake_one_speaks(digits: Path, tmp_path: Path) -> None:
+def test_one_rank_reports_when_two_find_the_same_mistake(digits: Path, tmp_path: Path) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
     answer = launch("torchrun", "--config", str(path), "parallel.backend=ddp", "train.global_batch_size=15")
     assert answer.status != 0
