@@ -108,7 +108,9 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
             f"{directory} holds no checkpoint {name!r}; give --checkpoint one of {', '.join(names) or 'none'}"
         )
     if problem := problem_of(directory / name):
-        raise CheckpointError(f"{directory / name} is torn: {problem}; restore it, or give another --checkpoint")
+        raise CheckpointError(
+            f"{directory / name} is incomplete or corrupt: {problem}; restore it, or give another --checkpoint"
+        )
     return directory / name
 
 

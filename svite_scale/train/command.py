@@ -83,13 +83,13 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
         auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
     """
     validate(config, world.size)
-    device = ranks.device_of(world)
+    device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
     store = ranks.start(world, device, config.guard.hang_timeout_s)
     try:
         if auto_resume:
-            resume = ranks.main_says(world.is_main and has_saved(Path(config.run_dir)))
+            resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
         # After an error other ranks may be anywhere, and to leave the group would wait for them.

@@ -147,7 +147,7 @@ def test_counts_are_added_and_checked_together_after_resuming() -> None:
     before.add(3, MIN_SEEN)
     before.add(4, MIN_SEEN)
     resumed = DamageLimit("data.train", 0.001, "it is left out")
-    resumed.resume(before.state())
+    resumed.load_state_dict(before.state_dict())
     resumed.add(23, MIN_SEEN)
     assert (resumed.damaged, resumed.seen) == (30, 3 * MIN_SEEN)
     with pytest.raises(DataError, match=r"31 of 30,001 samples"):
