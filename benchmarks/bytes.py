@@ -58,7 +58,7 @@ def measure(backend_name: str, model_name: str, density: float, precision: str) 
     earlier = storages(live_tensors()).keys()
     model, _ = build_sparse_vit(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
     options = EngineOptions(
-        device=torch.device("cpu"), units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
+        device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
     )
     backend = build_backend(BACKENDS[backend_name], model, lambda module: build_optimizer(module, OptimizerConfig()), options)
     schedule = UpdateSchedule(total_steps=1000, update_every=1000)
@@ -119,13 +119,13 @@ def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[i
     """
     gradients = gradient_of_a_step(backend, topology)
     parameters = list(backend.model.parameters())
-    optimizer_state = backend.optimizer.state
+    optimizer_state, state = backend.optimizer.state, topology.state_dict()
     owners: list[tuple[str, Iterable[Tensor]]] = [
         ("mask", [stored(p) for p in parameters if not p.requires_grad]),
         ("values", [stored(p) for p in parameters if p.requires_grad]),
         ("master values", [stored(flat) for flat in optimizer_state]),
         ("moments", [stored(v) for state in optimizer_state.values() for v in state.values() if isinstance(v, Tensor)]),
-        ("statistics", [chunk for chunk, _ in topology.state().values()]),
+        ("statistics", [stored(t) for t in (*state["history"].values(), *state["recently_grown"].values())]),
         ("buffers", live_tensors()),
     ]
     held: dict[str, float] = {"gradients": sum(gradients.values())}

@@ -70,7 +70,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     )
     model, _ = build_sparse_vit(config.model, config.sparsity, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    options = EngineOptions(device=torch.device("cpu"), units=blocks(model), micro_batch_size=BATCH_SIZE)
+    options = EngineOptions(device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE)
     backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, OptimizerConfig()), options)
     schedule = UpdateSchedule(total_steps=2 * UPDATES, update_every=1, stop_fraction=0.5)
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)

@@ -32,9 +32,9 @@ from svite_scale.checkpoint import Checkpoint
 from svite_scale.config.schema import CheckpointConfig, Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 RANKS, STEPS_PER_EPOCH = 2, 2
@@ -212,11 +212,9 @@ def small_run(
     # The first is large enough to be saved in chunks.
     model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 11))
     sparsify(model, 0.4)
-    options = EngineOptions(device=torch.device("cpu"), units=[], micro_batch_size=1)
+    options = EngineOptions(device=torch.device("cpu"), wrap_units=[], micro_batch_size=1)
     backend = TorchBackend(kind, model, adamw, options)
-    # The optimizer makes its state at the first step.
-    backend.backward(backend.forward(torch.zeros(1, 600)).sum() * 0.0)
-    backend.step()
+    backend.init_optimizer_state(torch.zeros(1, 600))
     schedule = UpdateSchedule(total_steps=10**9, update_every=10**9)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method="static"), group=dist.group.WORLD)
     config = Config(run_dir=str(directory.parent), checkpoint=saving)

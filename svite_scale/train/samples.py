@@ -5,8 +5,8 @@ from __future__ import annotations
 from hashlib import sha256
 
 from svite_scale.config.schema import Config
-from svite_scale.data import EvalData, TrainData
-from svite_scale.data.format.index import check_contents, largest_label
+from svite_scale.data.format.patterns import check_contents, largest_label
+from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.errors import ConfigError
 from svite_scale.runtime.ranks import World
 

@@ -14,7 +14,8 @@ from svite_scale.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.config.schema import Config
 from svite_scale.config.topology import check_windows, topology_options, update_schedule
-from svite_scale.data import Batch, DeviceTransform
+from svite_scale.data.loader import Batch
+from svite_scale.data.transforms import DeviceTransform
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
 from svite_scale.models.sparse_vit import build_sparse_vit
@@ -231,7 +232,7 @@ class Trainer:
             answer_twice(model)
         options = EngineOptions(
             device=self.device,
-            units=blocks(model),
+            wrap_units=blocks(model),
             micro_batch_size=config.micro_batch_size(self.world.size),
             accumulation_steps=config.train.accumulation_steps,
             bf16=config.train.precision == "bf16",
@@ -256,14 +257,9 @@ class Trainer:
 
     def _load(self) -> int:
         """Loads the newest checkpoint; returns its step."""
-        # Optimizers create their state at their first step, so take one that changes nothing.
-        for group in self.backend.optimizer.param_groups:
-            group["lr"] = 0.0
         model, size = self.config.model, self.config.micro_batch_size(self.world.size)
         images = torch.zeros(size, model.in_channels, model.image_size, model.image_size, device=self.device)
-        for _ in range(self.config.train.accumulation_steps):
-            self.backend.backward(self.backend.forward(images).float().sum() * 0.0)
-        self.backend.step()
+        self.backend.init_optimizer_state(images)
         return self.checkpoint.load_newest()
 
     def _saves(self) -> bool:

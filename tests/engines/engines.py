@@ -84,7 +84,7 @@ def build_backend(
     """An engine by its short name: ``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``. A collective."""
     options = EngineOptions(
         device=torch.device("cpu"),
-        units=blocks(model) if isinstance(model, VisionTransformer) else [],
+        wrap_units=blocks(model) if isinstance(model, VisionTransformer) else [],
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,
         bf16=bf16,

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import SHARED, build_backend, decay_groups, mask_digests, small_vit
 from tests.ranks import run_on_ranks
