@@ -162,6 +162,7 @@ def test_evaluation_counts_every_sample_exactly_once(many: str, world: int, batc
         assert sorted(found) == list(range(53))
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_workers(many: str) -> None:
     alone, helped = (list(eval_data(grey_config(val=many, workers=workers), 8, 1, 2)) for workers in (0, 2))
     assert_same_batches(alone, helped)

@@ -17,6 +17,8 @@ from svite_scale.data.options import AugmentConfig, DataConfig
 from tests.data.numbered import numbered, picture
 from tests.data.tars import make_tar, overwrite
 
+pytestmark = pytest.mark.slow
+
 
 def test_digits_from_the_command_line_train_and_evaluate(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
