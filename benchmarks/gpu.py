@@ -107,7 +107,8 @@ class GraphedRun(Run):
 def step_section(rounds: int) -> None:
     """Time and peak memory of a step, packed beside dense; how busy the GPU is in a packed one, and with what."""
     print(
-        f"\n{'step':30} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} {'GPU ms':>7} {'packing':>7}"
+        f"\n{'step':30} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} "
+        f"{'GPU ms':>7} {'packing':>7}"
     )
     for name, batch_size in STEPS:
         dense = Run(name, 1.0, batch_size)
