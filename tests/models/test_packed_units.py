@@ -11,7 +11,7 @@ from timm.layers import LayerScale
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.attach import attach
+from svite_scale import attach
 from svite_scale.config.schema import ModelConfig
 from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers

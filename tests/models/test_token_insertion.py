@@ -19,8 +19,8 @@ from svite_scale.models.token_selector import insert_token_selectors, token_sele
 from svite_scale.models.vit import blocks, build_vit
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.packed import packed_layers
+from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.train.optimizer import parameter_groups
 
 SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
 MODELS = {

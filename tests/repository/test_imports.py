@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "models": {"errors", "options", "config", "sparsity"},
     "engines": {"errors", "options", "config", "sparsity"},
     "tracking": {"errors", "options", "runtime", "config"},
-    "attach": {"errors", "options", "sparsity", "engines"},
     "cost": {"errors", "options", "config", "sparsity", "models"},
     "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
     "train": {
@@ -40,7 +39,7 @@ MAY_IMPORT = {
         "checkpoint",
     },
     "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
-    "": {"sparsity", "attach", "train"},
+    "": {"errors", "sparsity", "engines", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import."""
 
