@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine."""
+"""The protocol between the training loop and an engine."""
 
 from __future__ import annotations
 
@@ -12,66 +12,89 @@ from torch import Tensor, nn
 from svite_scale.sparsity.access import ParameterAccess
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-"""Builds the optimizer of a model; called before or after wrapping, as the engine needs."""
+"""Builds the optimizer of a model. An engine calls it before or after it wraps the model, as it needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The options that an engine is set up with.
+
+    Attributes:
+        device: where the model trains.
+        wrap_units: submodules that are gathered and freed one at a time (FSDP2, ZeRO-3).
+        micro_batch_size: samples of one rank in one forward.
+        accumulation_steps: micro-batches in one optimizer step.
+        bf16: computes in bfloat16, with fp32 master values.
+        clip_grad_norm: largest global L2 norm of the gradient; None doesn't clip.
+        skip_nonfinite: doesn't apply a step if its gradient isn't finite on some rank. DeepSpeed never applies such a step.
+    """
+
+    device: torch.device
+    wrap_units: Sequence[nn.Module]
+    micro_batch_size: int
+    accumulation_steps: int = 1
+    bf16: bool = False
+    clip_grad_norm: float | None = None
+    skip_nonfinite: bool = False
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step came to."""
+    """The outcome of one optimizer step."""
 
     grad_norm: Tensor | None
-    """The gradient's global L2 norm before clipping, scalar; None where nobody asked for it."""
+    """Global L2 norm of the gradient before clipping, a scalar; None if it was not computed."""
     applied: bool
-    """Whether it changed the weights; the same on all ranks."""
+    """True if the step changed the weights; the same on all ranks."""
 
 
 class Backend(Protocol):
     """A wrapped model with its optimizer.
 
     Attributes:
-        model: the module as it was before wrapping; its parameters are what :attr:`access` takes.
-        wrapped: what the engine made of it, whose ``train()`` and ``eval()`` switch modes.
+        model: the module before wrapping; :attr:`access` takes its parameters.
+        wrapped: the engine's module around it; its ``train()`` and ``eval()`` switch modes.
         optimizer: the torch optimizer, for learning-rate schedules.
         access: reads and writes one parameter and its optimizer state in full.
+        options: the options that the engine was set up with.
     """
 
     model: nn.Module
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     access: ParameterAccess
+    options: EngineOptions
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of this rank's images, float ``[batch, classes]``; ``[2, batch, classes]`` of a student that answers twice. A
-        collective where parameters are sharded.
+        """Returns the logits of this rank's images ``[batch, channels, height, width]``.
+
+        They are float ``[batch, classes]``, or ``[2, batch, classes]`` if the model has a class head and a distillation head.
+        A collective if parameters are sharded: all ranks call it.
         """
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of one micro-batch's mean loss, a scalar. A collective."""
+        """Accumulates the gradient of the mean loss of one micro-batch, a scalar. A collective: all ranks call it."""
 
     def step(self) -> StepResult:
-        """Averages over ranks and micro-batches, clips, steps the optimizer, and clears the gradients. A collective.
+        """Averages the gradients over ranks and micro-batches, clips them, steps the optimizer, and clears the gradients.
 
-        A step that isn't applied leaves weights and optimizer state as they were.
+        A step that isn't applied leaves weights and optimizer state as they were. A collective: all ranks call it.
         """
 
+    def init_optimizer_state(self, images: Tensor) -> None:
+        """Creates the optimizer's state, so that a checkpoint can be loaded into it. A collective: all ranks call it.
 
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """What an engine is set up with.
+        Optimizers create their state at their first step, so this takes a step with gradients of zero and a learning rate of
+        zero. No weight changes.
 
-    Attributes:
-        device: where the model trains.
-        units: submodules that are gathered and freed one at a time (FSDP2, ZeRO-3).
-        micro_batch_size: samples of one rank in one forward.
-        accumulation_steps: micro-batches in one optimizer step.
-        bf16: compute in bfloat16, with fp32 master values.
-        clip_grad_norm: largest global L2 norm of the gradient, or None.
-        skip_nonfinite: don't apply a step whose gradient isn't finite on some rank. DeepSpeed never does.
-    """
-
-    device: torch.device
-    units: Sequence[nn.Module]
-    micro_batch_size: int
-    accumulation_steps: int = 1
-    bf16: bool = False
-    clip_grad_norm: float | None = None
-    skip_nonfinite: bool = False
+        Args:
+            images: any micro-batch, float ``[micro_batch_size, channels, height, width]``.
+        """
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        for _ in range(self.options.accumulation_steps):
+            self.backward(self.forward(images).float().sum() * 0.0)
+        self.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Choosing the engine that a config names."""
+"""Builds the engine that a config names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import importlib.util
 import torch
 from torch import nn
 
-from svite_scale.config.schema import ParallelConfig
 from svite_scale.engines.backend import Backend, EngineOptions, OptimizerFactory
+from svite_scale.engines.options import ParallelConfig
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.errors import ConfigError
 
 
 def check_parallel(config: ParallelConfig, device: torch.device, bf16: bool) -> None:
-    """Checks that this machine can run the backend, before anything starts.
+    """Checks that this machine can run the backend, before anything starts. Local.
 
     Raises:
         ConfigError: names what is missing.
@@ -29,9 +29,9 @@ def check_parallel(config: ParallelConfig, device: torch.device, bf16: bool) -> 
 def build_backend(
     config: ParallelConfig, model: nn.Module, build_optimizer: OptimizerFactory, options: EngineOptions
 ) -> Backend:
-    """Wraps a model in the config's engine. A collective: all ranks call it."""
+    """Wraps a model in the engine of the config, and returns the backend. A collective: all ranks call it."""
     if config.backend == "deepspeed":
-        # Imported here, for DeepSpeed takes seconds to import and looks for a GPU while at it.
+        # Imported here because importing DeepSpeed takes seconds and looks for a GPU.
         from svite_scale.engines.deepspeed_backend import DeepSpeedBackend
 
         return DeepSpeedBackend(config.zero_stage, model, build_optimizer, options)

@@ -95,8 +95,8 @@ def kth_smallest(scores: Tensor, k: int) -> float:
         k: 1 to the number of scores.
     """
     if scores.device.type != "cpu":
-        return float(scores.kthvalue(k).values)
-    # On the CPU torch's kthvalue copies the scores, and holds an index of 8 bytes for each.
+        return float(scores.sort().values[k - 1])
+    # Torch's sort, topk and kthvalue would hold an index of 8 bytes for each score.
     ordered = scores.numpy()
     ordered.partition(k - 1)
     return float(ordered[k - 1])

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from svite_scale.data import DeviceTransform, EvalData
+from svite_scale.data.loader import EvalData
+from svite_scale.data.transforms import DeviceTransform
 from svite_scale.engines.backend import Backend
 from svite_scale.runtime.activity import Activity
 from svite_scale.train.ema import Ema

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data import loader_process
 from svite_scale.data.batches import shared_slots
 from svite_scale.errors import DataError
 from tests.data.numbered import grey_config, numbers, train_data
@@ -55,7 +54,7 @@ def test_a_warning_to_all_processes_leaves_the_workers_at_work(many: str) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes of a group through /proc")
-def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
+def test_workers_end_with_the_training_process(many: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "12\n"
@@ -76,7 +75,7 @@ def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
     process.stdout.close()
 
 
-def test_more_memory_than_there_is_is_an_error_with_a_remedy() -> None:
+def test_too_little_memory_is_an_error_with_a_remedy() -> None:
     with pytest.raises(DataError, match=r"^1 batches of 1099511627776 images need \d+ bytes of memory, .* lower data"):
         shared_slots(1, (2**40, 3, 224, 224))
 
@@ -106,7 +105,7 @@ def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> Non
 @pytest.mark.parametrize("num_hanging", [2, 3])
 def test_a_loader_that_hangs_in_fork_is_forked_again(many: str, num_hanging: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Python before 3.12, where a thread of gloo's has Python's lock of threads at that moment."""
-    monkeypatch.setattr(loader_process, "PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
+    monkeypatch.setattr("svite_scale.data.workers.PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
     monkeypatch.setattr(Forks, "num_hanging", num_hanging)
     stream = train_data(grey_config(train=many, workers=1), 12).batches()
     if num_hanging == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,21 +16,46 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "svite_scale"
 MAY_IMPORT = {
     "errors": set(),
+    "options": {"errors"},
     "runtime": {"errors"},
-    "sparsity": {"errors"},
-    "config": {"errors", "sparsity"},
-    "data": {"errors", "runtime", "config"},
-    "models": {"errors", "config", "sparsity"},
-    "engines": {"errors", "config", "sparsity"},
-    "tracking": {"errors", "runtime", "config"},
-    "attach": {"errors", "sparsity", "engines"},
-    "cost": {"errors", "config", "sparsity", "models"},
-    "checkpoint": {"errors", "runtime", "config", "sparsity", "engines"},
-    "train": {"errors", "runtime", "config", "sparsity", "data", "models", "engines", "tracking", "cost", "checkpoint"},
-    "report": {"errors", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
+    "sparsity": {"errors", "options"},
+    "data": {"errors", "options", "runtime"},
+    "models": {"errors", "options", "sparsity"},
+    "engines": {"errors", "options", "sparsity"},
+    "tracking": {"errors", "options", "runtime"},
+    "config": {"errors", "options", "sparsity", "models"},
+    "attach": {"errors", "options", "sparsity", "engines"},
+    "cost": {"errors", "options", "config", "sparsity", "models"},
+    "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
+    "train": {
+        "errors",
+        "options",
+        "runtime",
+        "config",
+        "sparsity",
+        "data",
+        "models",
+        "engines",
+        "tracking",
+        "cost",
+        "checkpoint",
+    },
+    "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
     "": {"sparsity", "attach", "train"},
 }
-"""By part of the package ("" is its __init__), the other parts that it may import."""
+"""By part of the package ("" is its __init__), the other parts that it may import. Besides, all may import the options of
+every part, which import nothing but each other: so the config is made of them, though most components stand above it."""
+
+OPTIONS_MAY_IMPORT = {"errors", "options"}
+LIGHT = {"pydantic", "typing_extensions"}
+
+ROOMS_OF_DATA = {
+    "remote": set(),
+    "format": {"remote"},
+    "make": {"format"},
+    "": {"remote", "format"},
+}
+"""By room of data ("" holds what reads shards), the other rooms of it that it may import."""
 
 NOT_EVEN_LATE = {
     "runtime": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
@@ -74,7 +100,58 @@ def test_imports_go_downward(path: Path) -> None:
         assert library not in NOT_EVEN_LATE.get(part, ()), f"{path}:{line}: {part} knows nothing of {library}"
         if library == "svite_scale":
             target = inner.partition(".")[0]
-            assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {name}"
+            allowed = target == part or target in MAY_IMPORT[part] or is_options(name)
+            assert allowed, f"{path}:{line}: {part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("options.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_options_import_only_errors_and_options(path: Path) -> None:
+    for line, name in imported(path):
+        library, _, inner = name.partition(".")
+        if library == "svite_scale":
+            allowed = inner.partition(".")[0] in OPTIONS_MAY_IMPORT or is_options(name)
+        else:
+            allowed = library in LIGHT or library in sys.stdlib_module_names
+        assert allowed, f"{path}:{line}: options may not import {name}"
+
+
+def is_options(name: str) -> bool:
+    """Whether a dotted name is in the options module of a part."""
+    return re.fullmatch(r"svite_scale\.\w+\.options(\.\w+)?", name) is not None
+
+
+def test_a_config_is_read_without_torch() -> None:
+    heavy = {"torch", "timm", "numpy", "deepspeed", "mlflow"}
+    script = (
+        "import sys\n"
+        "from svite_scale.config.load import read_config\n"
+        "read_config('configs/quickstart.yaml')\n"
+        f"print(*sorted({{name.partition('.')[0] for name in sys.modules}} & {heavy}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def room_of(inner: list[str]) -> str:
+    """The room of data that a path within it, or a dotted name, belongs to."""
+    return inner[0] if inner and inner[0] in ROOMS_OF_DATA else ""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if part_of(path) == "data"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_imports_within_data_go_downward(path: Path) -> None:
+    room = room_of(list(path.relative_to(PACKAGE / "data").parts))
+    for line, name in imported(path):
+        library, _, inner = name.partition("svite_scale.data.")
+        target = room_of(inner.split("."))
+        assert library or target in ROOMS_OF_DATA[room] | {room}, f"{path}:{line}: {room or 'data'} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_but_its_command_imports_what_writes_shards(path: Path) -> None:
+    if not path.is_relative_to(PACKAGE / "data" / "make"):
+        assert not [name for _, name in imported(path) if name.startswith("svite_scale.data.make")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from svite_scale.engines.torch_access import TorchAccess
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 WINDOW, UPDATE_EVERY = 3, 6

@@ -16,13 +16,13 @@ from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sharding import own_chunk, sharded_tensors
 from svite_scale.sparsity.topology.decision import check_state, decide, write_topology
-from svite_scale.sparsity.topology.engine_checks import check_fits, check_stepped
+from svite_scale.sparsity.topology.engine_checks import check_stepped
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.history import History
-from svite_scale.sparsity.topology.methods import Method
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.methods import Method, find_method
 from svite_scale.sparsity.topology.recently_grown import Newcomers
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
@@ -75,13 +75,14 @@ class TopologyEngine:
 
         Raises:
             TopologyError: two layers have one name.
-            ValueError: the options' windows reach from one update to the next.
+            OptionError: the method can't be imported, or a window reaches from one update to the next.
         """
         self.layers = sparse_layers(model)
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
-        check_fits(self.options, schedule)
+        self.method = find_method(self.options.method)
+        self.options.refuse_long_windows(schedule.update_every)
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
         self._state_checked = False  # since the first step, at which optimizers make it
@@ -248,7 +249,7 @@ class TopologyEngine:
 
     @property
     def _moves(self) -> bool:
-        return bool(self.layers) and self.options.scores is not None
+        return bool(self.layers) and self.method is not None
 
     def _prepare_step(self) -> None:
         """Hears gradients during the next step if it lies in a growth window, and only then."""
@@ -261,7 +262,6 @@ class TopologyEngine:
             self.warmup.prepare(self.steps - self.last_update)
 
     def _try_update(self, applied: bool) -> TopologyUpdate | None:
-        method = self.options.scores
         update = None
         if applied:
             self.growth.check_complete()
@@ -270,8 +270,8 @@ class TopologyEngine:
         elif not self.growth.all_finite():
             self._postpone("a gradient of the growth window isn't finite")
         else:
-            assert method is not None, "only methods that move weights have updates"
-            update = self._update(method)
+            assert self.method is not None, "only methods that move weights have updates"
+            update = self._update(self.method)
         self.growth.clear()
         return update
 

@@ -14,9 +14,6 @@ from svite_scale.sparsity.layers.backward_runs import BackwardRuns, reaches
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, padded, rank_and_size, rank_numel
 
-GROW_BY = ("gradient", "magnitude")
-"""|mean of the window's gradients|, or mean of their magnitudes, step by step."""
-
 
 class GrowthScores:
     """Magnitude of the dense gradient of every packed layer over a window of steps, each rank keeping 1/W of it.
@@ -38,7 +35,7 @@ class GrowthScores:
         """Args:
         layers: of one model.
         group: the data-parallel ranks; None without ``torch.distributed``.
-        by: one of :data:`GROW_BY`.
+        by: ``gradient`` for |mean of the window's gradients|, ``magnitude`` for the mean of their magnitudes, step by step.
         """
         self.layers = list(layers)
         self.group = group
