@@ -18,7 +18,6 @@ from svite_scale.errors import ConfigError, RunError, SviteScaleError
 from svite_scale.models.vit import check_model
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
-LAUNCHERS = ("torchrun", "deepspeed", "srun")
 TEMPLATE = "launch/slurm/train.sbatch"
 SCRIPT, LOGS = "train.sbatch", "logs"
 """Names in the run directory."""
