@@ -17,7 +17,7 @@ from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
-from svite_scale.data.batches import explained
+from svite_scale.data.batches import explain_loader_error
 from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.runtime import ranks
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
         other error, which is printed where it happens.
     """
-    failure = Failure(explained)
+    failure = Failure(explain_loader_error)
     try:
         failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.
@@ -83,13 +83,13 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
         auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
     """
     validate(config, world.size)
-    device = ranks.device_of(world)
+    device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
     store = ranks.start(world, device, config.guard.hang_timeout_s)
     try:
         if auto_resume:
-            resume = ranks.main_says(world.is_main and has_saved(Path(config.run_dir)))
+            resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
         # After an error other ranks may be anywhere, and to leave the group would wait for them.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.state import RunState
 from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
@@ -90,11 +91,13 @@ class Trainer:
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
-            self.backend,
-            self.topology,
-            counts={"guard": self.guard, "damage": self.train_data.damage},
-            samples=identity(self.train_data),
-            ema=self.ema,
+            RunState(
+                self.backend,
+                self.topology,
+                self.ema,
+                stateful={"guard": self.guard, "damage": self.train_data.damage},
+                samples=identity(self.train_data),
+            ),
             keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
         )
         self.resumed_step = self._load() if resume else None
@@ -147,12 +150,12 @@ class Trainer:
                 if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
                     batches = self._roll_back(tracker, progress, metrics["loss"])
                     # Or the next start would meet the same data, and count anew how often it has gone back.
-                    self.checkpoint.save(last=stops, again=True)
+                    self.checkpoint.save(self.step, last=stops)
                     window.restart()
                     continue
                 if saves:
                     self.activity.enter("checkpoint")
-                    self.checkpoint.save(last=stops or self.step == self.last_step)
+                    self.checkpoint.save(self.step, last=stops or self.step == self.last_step)
                 if evaluates:
                     evaluation = self._evaluate()
                     metrics |= evaluation
@@ -222,10 +225,10 @@ class Trainer:
 
     def _roll_back(self, tracker: Tracker, progress: Progress, loss: float) -> Iterator[Batch]:
         """Goes back to the newest checkpoint because of a loss; returns what to train on from there."""
-        spiked_at, counted = self.step, self.guard.state()
+        spiked_at, counted = self.step, self.guard.state_dict()
         self.activity.enter("rollback")
         self.checkpoint.load_newest()
-        self.guard.resume(counted)
+        self.guard.load_state_dict(counted)
         self.guard.roll_back(spiked_at, self.step)
         tracker.rewind(self.step)
         progress.rewind(self.step)

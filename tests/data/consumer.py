@@ -17,7 +17,7 @@ PATIENCE_S = 120
 
 
 class Run(NamedTuple):
-    """What the ranks of a run agree on."""
+    """Settings that are the same on all ranks of a run."""
 
     pattern: str
     world: int

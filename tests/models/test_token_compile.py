@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
+
+pytestmark = pytest.mark.slow
 
 MODEL = ModelConfig(
     name="vit_tiny_patch16_224", num_classes=4, image_size=16, in_channels=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
