@@ -8,7 +8,7 @@ from svite_scale.config.schema import Config
 from svite_scale.data.format.patterns import check_contents, largest_label
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.errors import ConfigError
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 
 def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
