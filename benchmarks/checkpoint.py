@@ -82,7 +82,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     stalls, seconds = [], []
     for _ in range(num_saves):
         metrics: dict[str, float] = {}
-        checkpoint.save()
+        checkpoint.save(topology.steps)
         while "checkpoint_seconds" not in metrics:
             metrics |= checkpoint.metrics()
             train_step(backend, topology)

@@ -197,7 +197,7 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
         topology.step()
         write_state(backend, topology.steps)
         tell("saving", topology.steps)
-        checkpoint.save(wait=topology.steps % 2 == 0)
+        checkpoint.save(topology.steps, wait=topology.steps % 2 == 0)
         # Otherwise in the background, while this thread goes on with collectives of its own, as training does.
         while "checkpoint_seconds" not in checkpoint.metrics():
             time.sleep(0.001)

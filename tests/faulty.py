@@ -1,6 +1,6 @@
 """``launch/train.py`` in which something goes wrong on the last rank, for any launcher; ``FAULT`` in the environment says what.
 
-Most faults strike once, on entering a phase after the third step.
+Most faults strike once, when the rank enters a phase after the third step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 AFTER_STEP = 3
-PHASES = {"evaluation": "evaluation", "topology": "topology update", "saving": "checkpoint"}
-"""Where a fault strikes; if nothing is said, ``forward``."""
+PHASES = {"evaluation": "evaluation", "saving": "checkpoint"}
+"""The phase in which a fault strikes; by default ``compute``."""
 
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=512k none /dev/shm && exec "$@"', "sh")
 """Runs a command with a /dev/shm of its own, for the fault ``shm``; as root."""
@@ -41,11 +41,7 @@ def strike(fault: str, shards: Path) -> None:
         os.kill(next(child.pid or 0 for child in multiprocessing.active_children()), signal.SIGKILL)
     elif fault == "shm":
         fill_shm()
-    elif fault in ("SIGSTOP", "SIGINT"):
-        os.kill(os.getpid(), getattr(signal, fault))
-    elif fault == "exit":
-        sys.exit(0)
-    elif fault in ("evaluation", "topology", "saving", "closing"):
+    elif fault in ("evaluation", "saving", "closing"):
         mistake()
 
 
@@ -98,30 +94,23 @@ def inject(fault: str, shards: Path) -> None:
     from svite_scale.checkpoint import checkpoint
     from svite_scale.data.dataset import Row, ShardDataset
     from svite_scale.runtime import ranks
-    from svite_scale.runtime.activity import Activity
-    from svite_scale.train import trainer
+    from svite_scale.runtime.activity import Activity, Phase
+    from svite_scale.train import guard, trainer
 
-    enter, load, build_backend = Activity.enter, ShardDataset.load, trainer.build_backend
+    enter, load = Activity.enter, ShardDataset.load
 
-    def entered(self: Activity, phase: str) -> None:
+    def entered(self: Activity, phase: Phase) -> None:
         enter(self, phase)
-        if self.step >= AFTER_STEP and phase == PHASES.get(fault, "forward") and not Struck.now:
+        if self.step >= AFTER_STEP and phase == PHASES.get(fault, "compute") and not Struck.now:
             Struck.now = True
             strike(fault, shards)
 
     def load_first_epoch(self: ShardDataset, row: Row) -> Any:
         return mistake() if row[0] else load(self, row)
 
-    def build_faulty(*args: Any) -> Any:
-        backend = build_backend(*args)
-        backend.step = once_struck(mistake, backend.step)  # type: ignore[method-assign]
-        return backend
-
     replaced: dict[str, tuple[Any, str, Any]] = {
-        "memory": (trainer, "spread_nonfinite", once_struck(OutOfMemory.apply, trainer.spread_nonfinite)),
+        "memory": (guard, "spread_nonfinite", once_struck(OutOfMemory.apply, guard.spread_nonfinite)),
         "transform": (ShardDataset, "load", load_first_epoch),
-        "optimizer": (trainer, "build_backend", build_faulty),
-        "constructor": (trainer, "Guard", mistake),
         "writer": (checkpoint, "write_checkpoint", mistake),
         "closing": (trainer.Checkpoint, "close", hang),
         "group": (ranks, "stop", hang),

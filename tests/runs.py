@@ -85,7 +85,7 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
         copy = Checkpoint(
             save_to, config, trainer.backend, trainer.topology, counts=held.counts, samples=held.samples, ema=trainer.ema
         )
-        copy.save(wait=True)
+        copy.save(trainer.step, wait=True)
     return state_of(trainer)
 
 

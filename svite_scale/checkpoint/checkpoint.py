@@ -21,7 +21,7 @@ from svite_scale.checkpoint.compatibility import (
     versions,
     warn_of_other_versions,
 )
-from svite_scale.checkpoint.directory import CheckpointDirectory, newest_valid
+from svite_scale.checkpoint.directory import CheckpointDirectory, newest_valid, step_of
 from svite_scale.checkpoint.load import TensorReader, read_run_state
 from svite_scale.checkpoint.save import Snapshot, write_checkpoint
 from svite_scale.checkpoint.state import MOMENTS, RunTensors, WeightAverage
@@ -92,25 +92,27 @@ class Checkpoint:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
 
-    def save(self, *, wait: bool = False, last: bool = False, again: bool = False) -> None:
-        """Saves the state after the topology's current step, unless that is saved already.
+    def save(self, step: int, *, wait: bool = False, last: bool = False) -> None:
+        """Saves the state after an optimizer step, unless this run has saved that step already.
+
+        After a checkpoint was loaded, its step is saved again, because the run has changed since it was saved first.
 
         A save that still runs is waited for first.
 
         Args:
+            step: optimizer steps done.
             wait: until it is on the disk, as if ``checkpoint.background`` were false.
             last: the run ends after this save, so it is waited for, and must succeed.
-            again: also where this step is saved already, for its counts have changed since.
 
         Raises:
             CheckpointError: a save failed that was waited for, and ``checkpoint.on_error`` is ``stop`` or the save the last.
                 On all ranks.
         """
         started = time.perf_counter()
-        if again or self._step != self.topology.steps:
+        if self._step != step:
             self._settle()
-            snapshot = self._snapshot()
-            self._step = snapshot.step
+            snapshot = self._snapshot(step)
+            self._step = step
             may_create = self.last_saved is None
             self._running = self._thread.submit(self._write, snapshot, may_create=may_create)
         if wait or last or not self.config.checkpoint.background:
@@ -149,10 +151,10 @@ class Checkpoint:
         return newest_valid(self.directory, self._group)
 
     def load_newest(self) -> int:
-        """Loads :meth:`newest_valid`; the optimizer's state must exist (after one step, of learning rate 0 say).
+        """Loads :meth:`newest_valid`; the optimizer's state must exist (see ``Backend.init_optimizer_state``).
 
         Returns:
-            The optimizer step to go on after.
+            The optimizer step after which the run resumes.
 
         Raises:
             CheckpointError: there is none, or it belongs to another model or recipe.
@@ -179,6 +181,9 @@ class Checkpoint:
             warn_of_other_versions(run_state["versions"], path)
         # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
         self.topology.resume(run_state["topology"])
+        step = step_of(path)
+        if self.topology.steps != step:
+            raise CheckpointError(f"{path} holds the state after step {self.topology.steps}, not {step}; restore its name")
         state = self._tensors.to_load()
         # Optimizers have no state before the first step that is applied.
         is_untouched = not run_state["optimizer_scalars"]
@@ -195,10 +200,10 @@ class Checkpoint:
         )
         for name, counts in self.counts.items():
             counts.resume(run_state["counts"][name])
-        self.last_saved, self._step = path, self.topology.steps
-        return self.topology.steps
+        self.last_saved, self._step = path, None
+        return step
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, step: int) -> Snapshot:
         run_state: dict[str, Any] = {
             "topology": self.topology.counters(),
             "counts": {name: counts.state() for name, counts in self.counts.items()},
@@ -207,7 +212,7 @@ class Checkpoint:
             "config": to_dict(self.config),
             "versions": versions(),
         }
-        return Snapshot(self.topology.steps, self._tensors.to_save(), run_state)
+        return Snapshot(step, self._tensors.to_save(), run_state)
 
     def _write(self, snapshot: Snapshot, *, may_create: bool) -> tuple[Path, float]:
         """On the thread. Returns the checkpoint and the seconds it took."""

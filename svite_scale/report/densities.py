@@ -14,8 +14,11 @@ from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.tracking.tracker import METRICS
 
-CURVES = ("ever_active", "heads/ever_active", "neurons/ever_active", "drop_rate")
+CURVES = ("ever_active", "heads/ever_active", "neurons/ever_active", "drop_fraction")
 """Metrics that are shown over time."""
+
+OLD_NAMES = {"drop_rate": "drop_fraction"}
+"""Metrics of older runs, by the name that they have now."""
 
 
 class LayerDensity(NamedTuple):
@@ -51,6 +54,7 @@ def curves(metrics: Sequence[Line]) -> list[Curve]:
         RunError: one isn't a number.
     """
     found = []
+    metrics = [{OLD_NAMES.get(name, name): value for name, value in line.items()} for line in metrics]
     for name in CURVES:
         having = [line for line in metrics if name in line]
         if having:

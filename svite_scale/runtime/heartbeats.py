@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from svite_scale.runtime.activity import Phase
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
@@ -22,7 +24,7 @@ class Beat:
     pid: int
     sequence: int
     step: int
-    phase: str
+    phase: Phase
     progress: int
     timed: bool
     finished: bool = False

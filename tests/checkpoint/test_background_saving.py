@@ -22,9 +22,9 @@ def train_while_saving(directory: Path, kind: str) -> tuple[int, dict[str, float
     for step in (1, 2):
         topology.step()
         write_state(backend, step)
-        checkpoint.save()
+        checkpoint.save(step)
         # The same step again is saved already.
-        checkpoint.save()
+        checkpoint.save(step)
         write_state(backend, 100 + step)
         metrics |= checkpoint.metrics()
     exchanges = 0

@@ -26,7 +26,7 @@ def save_steps(directory: Path, saving: CheckpointConfig, steps: int) -> list[st
     for _ in range(steps):
         topology.step()
         write_state(backend, topology.steps)
-        checkpoint.save(wait=True)
+        checkpoint.save(topology.steps, wait=True)
     checkpoint.close()
     return sorted(path.name for path in directory.iterdir())
 

@@ -60,9 +60,9 @@ def takes_over(directory: Path) -> str:
         backend, topology, checkpoint = starts[start]
         topology.step()
         write_state(backend, topology.steps)
-        checkpoint.save()
+        checkpoint.save(topology.steps)
 
-    finish, taken = save._finish_files, []
+    finish, taken = writing._finish_files, []
 
     def finish_late(*arguments: Any) -> dict[str, FileDigest]:
         if not taken:

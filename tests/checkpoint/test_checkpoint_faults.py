@@ -97,7 +97,7 @@ def saves_around_a_fault(directory: Path, saving: CheckpointConfig, fault: str) 
     def save(*, wait: bool) -> None:
         topology.step()
         write_state(backend, topology.steps)
-        checkpoint.save(wait=wait)
+        checkpoint.save(topology.steps, wait=wait)
 
     def newest() -> str:
         path = checkpoint.newest_valid()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.densities import curves, layer_densities
+from svite_scale.report.densities import Curve, curves, layer_densities
 from svite_scale.report.evaluation_images import evaluation_images
 from svite_scale.report.figures import DARK_BLUE, DIMMED, dimmed
 from svite_scale.report.saved_run import load_model, read_run
@@ -88,13 +88,19 @@ def test_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
 def test_curves_are_the_lines_that_have_them(saved: Saved, name: str, expected: list[str]) -> None:
     lines = json_lines(saved(name) / "metrics.jsonl")
     found = {curve.name: curve for curve in curves(read_run(saved(name)).metrics)}
-    assert list(found) == [*expected, "drop_rate"]
+    assert list(found) == [*expected, "drop_fraction"]
     for metric, curve in found.items():
         assert curve.steps == [line["step"] for line in lines if metric in line]
         assert curve.values == [line[metric] for line in lines if metric in line]
-    assert len(found["drop_rate"].steps) == len(lines)
+    assert len(found["drop_fraction"].steps) == len(lines)
     assert 3 <= len(found[expected[0]].steps) <= 4
     assert curves([{"step": 1, "loss": 2.0}]) == []
+
+
+def test_curves_draw_the_drop_rate_of_older_runs_as_drop_fraction() -> None:
+    assert curves([{"step": 1, "drop_rate": 0.5}, {"step": 2, "drop_rate": 0.25}]) == [
+        Curve("drop_fraction", [1, 2], [0.5, 0.25])
+    ]
 
 
 def evaluation_samples(shards: Path) -> list[tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8]], int]]:

@@ -57,8 +57,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "config = '{run}/config.yaml': is no",
     ),
     "text as a number": (
-        add_metrics('{"step": 16, "drop_rate": "<script>"}'),
-        "metrics.jsonl: drop_rate of step 16 is damaged",
+        add_metrics('{"step": 16, "drop_fraction": "<script>"}'),
+        "metrics.jsonl: drop_fraction of step 16 is damaged",
     ),
     "a step that is none": (add_metrics('{"step": 1e999}'), "{run}/metrics.jsonl: line "),
     "a deep line": (add_metrics("[" * 10**5), "{run}/metrics.jsonl: line "),

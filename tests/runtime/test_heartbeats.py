@@ -15,7 +15,7 @@ def beat(rank: int, sequence: int, progress: int, *, finished: bool = False, tim
         pid=rank,
         sequence=sequence,
         step=7,
-        phase="forward",
+        phase="compute",
         progress=progress,
         timed=timed,
         finished=finished,
@@ -80,15 +80,18 @@ def test_phases_are_timed_once_all_ranks_have_done_a_step(heard: Heartbeats) -> 
 
 def test_many_ranks_are_counted_not_named() -> None:
     assert name_ranks([beat(1, 1, 1), beat(0, 1, 1)]) == (
-        "rank 0 on node-0 (after step 7, forward), rank 1 on node-1 (after step 7, forward)"
+        "rank 0 on node-0 (after step 7, compute), rank 1 on node-1 (after step 7, compute)"
     )
-    assert name_ranks(beat(rank, 1, 1) for rank in range(10)).endswith("rank 7 on node-7 (after step 7, forward) and 2 more")
+    assert name_ranks(beat(rank, 1, 1) for rank in range(10)).endswith("rank 7 on node-7 (after step 7, compute) and 2 more")
 
 
-def test_each_item_is_progress() -> None:
+def test_activity_counts_each_phase_as_progress_and_is_timed_after_the_first_step() -> None:
     activity = Activity()
-    assert not activity.timed
-    seen = [(item, activity.phase, activity.progress) for item in activity.each("ab", "evaluation")]
-    assert seen == [("a", "evaluation", 1), ("b", "evaluation", 2)]
+    assert (activity.phase, activity.timed) == ("starting", False)
+    seen = []
+    for _ in range(2):
+        activity.enter("evaluation")
+        seen.append((activity.phase, activity.progress))
+    assert seen == [("evaluation", 1), ("evaluation", 2)]
     activity.end_step(3)
     assert (activity.step, activity.timed) == (3, True)

@@ -21,8 +21,8 @@ from svite_scale.errors import DivergedError
 from svite_scale.runtime.preemption import Preempted
 from svite_scale.runtime.ranks import World
 from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.metrics import MetricsAverage
 from svite_scale.train.trainer import Trainer
-from svite_scale.train.window import MetricsWindow
 from tests.command_line import run_here
 from tests.jobs import Job
 from tests.ranks import run_on_ranks
@@ -47,17 +47,17 @@ def trained(config: Config, spoil: Callable[[int, Tensor], Tensor]) -> Seen:
         return False
 
     trainer = Trainer(config, world, torch.device("cpu"), resume=False, asked_to_stop=look)
-    forward, add = trainer.backend.forward, MetricsWindow.add
+    forward, add = trainer.backend.forward, MetricsAverage.add
 
     def spoiled(images: Tensor) -> Tensor:
         logits = forward(images)
         return spoil(trainer.step, logits) if world.rank == world.size - 1 and logits.requires_grad else logits
 
-    def noted(self: MetricsWindow, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+    def noted(self: MetricsAverage, loss: Tensor, logits: Tensor, batch: Batch) -> None:
         seen.labels.append(batch.labels.tolist())
         add(self, loss, logits, batch)
 
-    with patch.object(trainer.backend, "forward", spoiled), patch.object(MetricsWindow, "add", noted):
+    with patch.object(trainer.backend, "forward", spoiled), patch.object(MetricsAverage, "add", noted):
         trainer.run()
     return seen
 
@@ -155,7 +155,7 @@ def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(
     assert answer.status == 1
     assert answer.err.splitlines()[-1] == (
         "error: loss or gradient weren't finite in 3 steps in a row, up to step 5 (guard.max_nonfinite_steps); the last good "
-        f"checkpoint is {tmp_path}/run/checkpoints/step-00000001; go on from it with a train.clip_grad_norm, or start anew "
+        f"checkpoint is {tmp_path}/run/checkpoints/step-00000001; resume from it with a train.clip_grad_norm, or start again "
         "with a lower optimizer.lr"
     )
 
@@ -236,8 +236,8 @@ def test_after_so_many_rollbacks_a_spike_stops_the_run(tmp_path: Path, digits: P
     (message,) = run_on_ranks(1, diverging, config)
     assert re.fullmatch(
         r"the loss spiked from [12]\.\d+ to \d+(\.\d+)? at step 20 \(guard\.spike_factor\), after 2 rollbacks "
-        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016-3; start anew with a "
-        r"lower optimizer\.lr",
+        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016-3; start again with "
+        r"a lower optimizer\.lr",
         message,
     )
 
@@ -262,7 +262,7 @@ def test_a_spike_is_measured_against_the_sixteen_losses_before_it() -> None:
     assert guard.is_spike(18, 2 * usual + 0.01, lambda: path)
     assert guard.is_spike(18, 2 * usual + 0.01, lambda: path), "a spike isn't usual"
     assert not guard.is_spike(19, None, lambda: path), "a skipped step has no loss"
-    with pytest.raises(DivergedError, match=r"after 0 rollbacks .* there is no checkpoint; start anew"):
+    with pytest.raises(DivergedError, match=r"after 0 rollbacks .* there is no checkpoint; start again"):
         guard.is_spike(18, 1e9, lambda: None)
 
 
