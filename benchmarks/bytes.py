@@ -119,13 +119,13 @@ def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[i
     """
     gradients = gradient_of_a_step(backend, topology)
     parameters = list(backend.model.parameters())
-    optimizer_state = backend.optimizer.state
+    optimizer_state, state = backend.optimizer.state, topology.state_dict()
     owners: list[tuple[str, Iterable[Tensor]]] = [
         ("mask", [stored(p) for p in parameters if not p.requires_grad]),
         ("values", [stored(p) for p in parameters if p.requires_grad]),
         ("master values", [stored(flat) for flat in optimizer_state]),
         ("moments", [stored(v) for state in optimizer_state.values() for v in state.values() if isinstance(v, Tensor)]),
-        ("statistics", [chunk for chunk, _ in topology.state().values()]),
+        ("statistics", [stored(t) for t in (*state["history"].values(), *state["recently_grown"].values())]),
         ("buffers", live_tensors()),
     ]
     held: dict[str, float] = {"gradients": sum(gradients.values())}

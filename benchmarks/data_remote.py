@@ -14,7 +14,8 @@ from PIL import Image
 
 from benchmarks.timing import ratio
 from svite_scale.config.schema import DataConfig
-from svite_scale.data import Sample, TrainData, write_shards
+from svite_scale.data.loader import TrainData
+from svite_scale.data.make.shards import Sample, write_shards
 
 SIZE, BATCH, PER_SHARD, WINDOW, WINDOWS, WORKERS = 32, 16, 32, 4, 5, 2
 FETCH_S = 0.5

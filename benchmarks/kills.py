@@ -32,9 +32,9 @@ from svite_scale.checkpoint import Checkpoint
 from svite_scale.config.schema import CheckpointConfig, Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 RANKS, STEPS_PER_EPOCH = 2, 2

@@ -12,8 +12,8 @@ and ``svite_scale.to_dense(model)`` for an ordinary dense model of equal output;
 
 from svite_scale.attach import attach
 from svite_scale.sparsity.dense import to_dense
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.train.ema import Ema
 
 __all__ = ["Ema", "TopologyOptions", "attach", "sparsify", "to_dense"]

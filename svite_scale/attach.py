@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 
 from svite_scale.engines.access import Optimizers, access_for
 from svite_scale.engines.torch_access import TorchAccess, check_placement
-from svite_scale.errors import TopologyError
+from svite_scale.errors import OptionError, TopologyError
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.engine_checks import check_stepped, refuse_taken
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 
@@ -19,14 +21,9 @@ def attach(
     model: nn.Module,
     optimizer: Optimizers | None = None,
     *,
-    total_steps: int,
-    update_every: int,
-    start_step: int = 0,
-    stop_fraction: float = 0.8,
-    drop_fraction: float = 0.5,
-    final_drop_fraction: float = 0.005,
-    drop_schedule: str = "cosine",
+    schedule: UpdateSchedule | None = None,
     options: TopologyOptions | None = None,
+    **when: Any,
 ) -> TopologyEngine:
     """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
 
@@ -38,22 +35,21 @@ def attach(
             sparse layers alone then move.
         optimizer: the torch optimizer that steps it, a wrapper of it (Accelerate's, Lookahead, SAM), or a list or dict of
             several; not needed for a DeepSpeed engine.
-        total_steps: optimizer steps of the whole training.
-        update_every: optimizer steps between two topology updates.
-        start_step: no update comes before this step.
-        stop_fraction: no update comes after this share of training.
-        drop_fraction: share of the active weights moved at the start.
-        final_drop_fraction: the same at the stop.
-        drop_schedule: how the one becomes the other: ``cosine``, ``linear``, or ``constant``.
+        schedule: when weights move, and how many.
         options: the method, its growth window, how grown weights start; see
-            :class:`~svite_scale.sparsity.topology.options.TopologyOptions`.
+            :class:`~svite_scale.sparsity.options.TopologyOptions`.
+        **when: instead of ``schedule``, the fields of an :class:`~svite_scale.sparsity.topology.schedule.UpdateSchedule`:
+            ``total_steps`` and ``update_every``, and of the others those that aren't at their defaults.
 
     Raises:
         TopologyError: the model has no sparse layers, or has some under method ``dense``, or some that another engine moves
             already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other parameters, or
             keeps state that can't follow moving weights.
-        ValueError: numbers that don't fit together.
+        OptionError: an option is unknown, out of range, or doesn't fit the others; it is a ValueError too.
     """
+    if schedule is not None and when:
+        raise OptionError("schedule", schedule, f"also says {', '.join(when)}", "give one of them")
+    schedule = schedule or UpdateSchedule(**when)
     layers = sparse_layers(model)
     if not layers:
         raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
@@ -67,14 +63,5 @@ def attach(
                 check_placement(f"{name}.{key}", parameter)
     for name, layer in layers.items():
         check_stepped(name, layer, access, "build it after sparsify() and after the engine wrapped the model")
-    schedule = UpdateSchedule(
-        total_steps=total_steps,
-        update_every=update_every,
-        start_step=start_step,
-        stop_fraction=stop_fraction,
-        drop_fraction=drop_fraction,
-        final_drop_fraction=final_drop_fraction,
-        drop_schedule=drop_schedule,
-    )
     group = dist.group.WORLD if dist.is_initialized() else None
     return TopologyEngine(model, access, schedule, options, group=group)

@@ -26,12 +26,16 @@ class FieldError(SviteScaleError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
 
 
+class OptionError(FieldError, ValueError):
+    """An option or argument, by its name (``grow_window``), has a value that can't be used. A ValueError too."""
+
+
 class ConfigError(FieldError):
     """A config field, by its dotted name (``sparsity.density``), has a value that the run can't use."""
 
 
-class SparsifyError(FieldError, ValueError):
-    """An argument of ``sparsify``, by its name (``densities``), doesn't fit the model or the other arguments."""
+class SparsifyError(OptionError):
+    """An argument of ``sparsify``, by its name (``densities``), doesn't fit the model."""
 
 
 class TopologyError(SviteScaleError):

@@ -115,7 +115,7 @@ def _rank(
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-    from svite_scale.data import Batch, TrainData
+    from svite_scale.data.loader import Batch, TrainData
     from svite_scale.runtime.ending import run_process
     from svite_scale.train.command import main
 

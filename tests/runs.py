@@ -16,6 +16,8 @@ from svite_scale.checkpoint import Checkpoint
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars
 from svite_scale.runtime.ranks import World
+from svite_scale.sparsity.sharding import own_chunk
+from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.train.trainer import Trainer
 
 ENGINES = {
@@ -62,8 +64,15 @@ def state_of(trainer: Trainer) -> State:
                 tensors |= {f"{name}:{moment}": array(access.read_moment(parameter, moment)) for moment in moments}
                 if trainer.ema:
                     tensors[f"{name}:ema"] = array(trainer.ema.read(parameter))
-    chunks = {name: array(chunk) for name, (chunk, _) in trainer.topology.state().items()}
+    chunks = {name: array(chunk) for name, chunk in chunks_of(trainer.topology).items()}
     return State(trainer.step, tensors, chunks, scalars(trainer.backend.optimizer))
+
+
+def chunks_of(topology: TopologyEngine) -> dict[str, Tensor]:
+    """This rank's chunks of the statistics, by kind and layer."""
+    kinds = topology.state_dict()
+    del kinds["counters"]
+    return {f"{kind}/{name}": own_chunk(tensor, None) for kind, tensors in kinds.items() for name, tensor in tensors.items()}
 
 
 def run(config: Config, *, resume: bool = False) -> State:

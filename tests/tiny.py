@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
-from svite_scale.data import Sample, write_shards
+from svite_scale.data.make.shards import Sample, write_shards
 
 NUM_TRAIN, NUM_VAL = 64, 37
 """Nothing divides the second."""

@@ -18,6 +18,7 @@ from svite_scale.checkpoint.compatibility import (
     check_same_run,
     check_same_samples,
     check_same_tensors,
+    names_on_disk,
     versions,
     warn_of_other_versions,
 )
@@ -179,22 +180,22 @@ class Checkpoint:
             check_same_samples(run_state["samples"], self.samples, path)
         if dist.get_rank() == 0:
             warn_of_other_versions(run_state["versions"], path)
-        # Before the tensors, for it tells which there are: within a growth window, gradients are among them.
-        self.topology.resume(run_state["topology"])
-        step = step_of(path)
-        if self.topology.steps != step:
-            raise CheckpointError(f"{path} holds the state after step {self.topology.steps}, not {step}; restore its name")
-        state = self._tensors.to_load()
+        # Within a growth window, gradients are among the tensors.
+        counters, step = run_state["topology"], step_of(path)
+        if counters["steps"] != step:
+            raise CheckpointError(f"{path} holds the state after step {counters['steps']}, not {step}; restore its name")
+        state = self._tensors.to_load(counters)
         # Optimizers have no state before the first step that is applied.
         is_untouched = not run_state["optimizer_scalars"]
         moments = {name: state.pop(name).zero_() for name in list(state) if is_untouched and name.startswith(MOMENTS)}
-        check_same_tensors(path, state)
+        on_disk = names_on_disk(path, state)
+        check_same_tensors(path, on_disk)
         try:
-            dcp.load(state, storage_reader=TensorReader(path), process_group=self._group)
+            dcp.load(on_disk, storage_reader=TensorReader(path), process_group=self._group)
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
-        self._tensors.write(state | moments)
+        self._tensors.write(state | moments, counters)
         write_scalars(
             self.backend.optimizer, run_state["optimizer_scalars"] or dict.fromkeys(scalars(self.backend.optimizer), 0.0)
         )

@@ -38,6 +38,9 @@ FREE_FIELDS = ("model.activation_checkpointing", "sparsity.masks")
 """Fields of those sections that change no number: how much is kept for backward, and where the masks of the start are, in whose
 place the checkpoint's come."""
 
+RENAMED_TENSORS = ("topology/recently_grown/", "topology/newcomers/")
+"""Names of tensors, today and in older checkpoints."""
+
 PACKAGES = ("svite_scale", "torch", "deepspeed", "timm")
 
 logger = logging.getLogger("svite_scale")
@@ -74,6 +77,20 @@ def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, obj
             f"{path} was saved by a run on other training shards ({saved} there, {now} in data.train now); restore them, with "
             "their order, or start a new run"
         )
+
+
+def names_on_disk(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the same tensors by the names that the checkpoint has for them; an older one has others for some.
+
+    Raises:
+        CheckpointError: what the checkpoint says of its tensors can't be read.
+    """
+    saved = saved_sizes(path)
+    found = {}
+    for name, tensor in state.items():
+        older = name.replace(*RENAMED_TENSORS)
+        found[older if older in saved else name] = tensor
+    return found
 
 
 def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:

@@ -109,9 +109,19 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
             raise TypeError("a section is no mapping")
         if type(state["topology"]["steps"]) is not int or state["topology"]["steps"] < 0:
             raise TypeError("its step is none")
+        state["topology"] = _renamed_counters(state["topology"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read ({error!r}); {REMEDY}") from error
     return dict(state)
+
+
+def _renamed_counters(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The topology's counters by today's names; older checkpoints have others."""
+    if "heard_steps" not in saved:
+        return dict(saved)
+    frozen = [name.removeprefix("frozen/") for name in saved if name.startswith("frozen/")]
+    kept = {name: saved[name] for name in ("steps", "last_update", "postponed", "retry_step")}
+    return kept | {"recorded_steps": saved["heard_steps"], "recorded_ranks": saved["heard_ranks"], "frozen": frozen}
 
 
 def _metadata(read: object, most_pieces: int) -> Metadata:

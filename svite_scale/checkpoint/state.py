@@ -7,9 +7,9 @@ another loads on another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from svite_scale.sparsity.topology.engine import TopologyEngine
 
 MOMENTS = "optimizer/"
 """What the names of moments begin with."""
+
+STATISTICS = ("history", "recently_grown", "growth")
+"""Tensors of a topology's ``state_dict()``, by layer each."""
 
 SMALL_NUMEL = 2**16
 """Elements up to which a tensor isn't cut: each piece in a file has 1.8 kB of framing, which would soon outweigh it."""
@@ -59,15 +62,17 @@ class RunTensors:
         ``topology/STATISTIC/LAYER``. Small tensors are dealt out to the ranks.
         """
         rank, world_size = rank_and_size(self.group)
-        return self._copies(lambda number: number % world_size == rank)
+        return self._copies(lambda number: number % world_size == rank, self.topology.counters())
 
-    def to_load(self) -> dict[str, Tensor]:
-        """The same with all small tensors on every rank, to be loaded into."""
-        return self._copies(lambda number: True)
+    def to_load(self, counters: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The same with all small tensors on every rank, to be loaded into; statistics of a topology with these counters."""
+        return self._copies(lambda number: True, counters)
 
     @torch.no_grad()
-    def write(self, state: dict[str, Tensor]) -> None:
-        """Replaces all tensors by those of a state that has the names and sizes of :meth:`to_load`."""
+    def write(self, state: dict[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Replaces all tensors by those of a state that has the names and sizes of :meth:`to_load`, and the topology's
+        counters.
+        """
         access = self.backend.access
         device = next(self.backend.model.parameters()).device
         for name, parameter in self.backend.model.named_parameters():
@@ -83,16 +88,21 @@ class RunTensors:
                     access.write_moment(parameter, moment, saved(f"{MOMENTS}{moment}/{name}"))
                 if self.ema:
                     self.ema.write(parameter, saved(f"ema/{name}"))
-        statistics = self.topology.state()
-        self.topology.load_state({name: self._own(state[f"topology/{name}"]).to(device) for name in statistics})
+        topology: dict[str, Any] = {kind: {} for kind in STATISTICS} | {"counters": counters}
+        for key, tensor in state.items():
+            section, _, rest = key.partition("/")
+            if section == "topology":
+                kind, _, name = rest.partition("/")
+                topology[kind][name] = tensor
+        self.topology.load_state_dict(topology)
 
     @torch.no_grad()
-    def _copies(self, holds: Callable[[int], bool]) -> dict[str, Tensor]:
+    def _copies(self, holds: Callable[[int], bool], counters: Mapping[str, Any]) -> dict[str, Tensor]:
         """``holds`` tells of a small tensor's number whether it is wanted here."""
         mesh = DeviceMesh.from_group(self.group, "cpu")
         state: dict[str, Tensor] = {}
         num_small = 0
-        for name, part, numel in self._parts():
+        for name, part, numel in self._parts(counters):
             if numel > SMALL_NUMEL:
                 chunk = part.to("cpu", copy=True)
                 shape = torch.Size([numel])
@@ -103,7 +113,7 @@ class RunTensors:
                 num_small += 1
         return state
 
-    def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
+    def _parts(self, counters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         """Each tensor's name, all of a small or the rank's chunk of a large one, and its elements; gathered one at a time."""
         access = self.backend.access
         rank, world_size = rank_and_size(self.group)
@@ -119,12 +129,12 @@ class RunTensors:
                     yield part(f"{MOMENTS}{moment}/{name}", access.read_moment(parameter, moment))
                 if self.ema:
                     yield part(f"ema/{name}", self.ema.read(parameter))
-        for name, (chunk, numel) in self.topology.state().items():
-            small = numel <= SMALL_NUMEL
-            yield f"topology/{name}", gather_chunks(chunk.cpu(), numel, self.group) if small else chunk, numel
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """This rank's chunk of a statistic."""
-        if isinstance(tensor, DTensor):
-            return tensor.to_local()
-        return rank_chunk(tensor, *rank_and_size(self.group)).clone()
+        statistics = self.topology.state_dict()
+        for kind in STATISTICS:
+            for name, tensor in statistics[kind].items():
+                # Nothing but zeros.
+                if kind == "growth" and (not counters["recorded_steps"] or name in counters["frozen"]):
+                    continue
+                chunk, numel = tensor.to_local() if isinstance(tensor, DTensor) else tensor, tensor.numel()
+                small = numel <= SMALL_NUMEL
+                yield f"topology/{kind}/{name}", gather_chunks(chunk.cpu(), numel, self.group) if small else chunk, numel

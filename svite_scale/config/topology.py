@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.errors import ConfigError
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.methods import METHODS
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 

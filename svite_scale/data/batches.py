@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from svite_scale.data.dataset import DamagedSampleError, Row, ShardDataset
 from svite_scale.data.randomness import restored
+from svite_scale.data.workers import LoaderContext, serve_trainer
 from svite_scale.errors import DataError
+
+PREFETCH = 2
+"""Batches that each loader process makes in advance."""
+
+MORE_ROOM = "give the job more memory, and more of /dev/shm (docker run --shm-size), or lower data.workers; 0 starts none"
 
 
 class LoadedBatch(NamedTuple):
@@ -98,3 +108,58 @@ class BatchDataset(Dataset[LoadedBatch]):
             except DamagedSampleError:
                 pass
         raise DataError(f"{report}, nor any other of that shard; write it again")
+
+
+def load(
+    samples: ShardDataset, rows: Iterable[list[Row]], batch_shape: tuple[int, int, int, int], workers: int, *, substitute: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
+    """The batch of each list of rows, of the shape ``[B, C, H, W]``, through one torch DataLoader.
+
+    Returns:
+        Images, labels and marks of damage, as in :class:`Batch`, and what is to be said of the damage.
+
+    Raises:
+        DataError: a sample can't be read; or a loader process not be started, or is gone.
+    """
+    # One that is being taken, and those that are made or wait meanwhile.
+    slots = shared_slots(1 + PREFETCH * workers, batch_shape)
+    batches = DataLoader(
+        BatchDataset(samples, slots, substitute),
+        batch_size=None,  # an item is a batch
+        sampler=zip(cycle(range(len(slots))), rows),
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context=LoaderContext() if workers else None,
+        worker_init_fn=partial(serve_trainer, os.getpid()),
+        # The loader draws a base seed; without a generator of its own that would advance the training process's.
+        generator=torch.Generator(),
+    )
+    try:
+        stream = iter(batches)
+    except OSError as error:
+        raise DataError(f"data.workers = {workers}: loader processes can't be started ({error}); {MORE_ROOM}") from error
+    try:
+        for slot, labels, damaged, reports in stream:
+            yield taken(slots[slot]), torch.tensor(labels), torch.tensor(damaged), reports
+    except DataError as error:
+        # A worker's error arrives as the text of its traceback, of which the last line is the message.
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
+    except RuntimeError as error:
+        raise explained(error) from error
+
+
+def explained(error: BaseException) -> BaseException:
+    """What torch raises where a loader process is gone, as a :class:`DataError`; any other error as it is.
+
+    torch raises it in a signal handler, so from wherever the main thread is.
+    """
+    if not (type(error) is RuntimeError and str(error).startswith("DataLoader worker ")):
+        return error
+    found, _, _ = str(error).partition(". ")
+    cause = "killed for want of memory, unless somebody ended it"
+    return DataError(f"data.workers: a loader process is gone ({found}): {cause}; {MORE_ROOM}")
+
+
+def taken(images: Tensor) -> Tensor:
+    """The images in memory of their own, from which a GPU can fetch them."""
+    return images.pin_memory() if torch.cuda.is_available() else images.clone()

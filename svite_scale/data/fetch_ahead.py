@@ -15,9 +15,8 @@ import numpy as np
 
 from svite_scale.config.schema import DataConfig
 from svite_scale.data.format.index import ShardIndex
-from svite_scale.data.order import Ints, epoch_windows
+from svite_scale.data.order import EpochSteps, Ints, epoch_windows
 from svite_scale.data.remote.cache import RemoteShard, window_size
-from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
 
 

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
-import threading
-from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import count, cycle
+from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from svite_scale.config.schema import DataConfig
-from svite_scale.data.batches import BatchDataset, shared_slots
+from svite_scale.data.batches import load
 from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
 from svite_scale.data.fetch_ahead import FetchAhead
-from svite_scale.data.format.index import ShardIndex, load_indexes
-from svite_scale.data.loader_process import LoaderContext
-from svite_scale.data.order import epoch_order, evaluation_rows, rank_rows
+from svite_scale.data.format.index import ShardIndex
+from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.order import EpochSteps, epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window
-from svite_scale.data.steps import EpochSteps
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
-from svite_scale.runtime.signals import STOP_SIGNALS
-
-PREFETCH = 2
-"""Batches that each loader process makes in advance."""
-
-PR_SET_PDEATHSIG = 1
-"""From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
-
-MORE_ROOM = "give the job more memory, and more of /dev/shm (docker run --shm-size), or lower data.workers; 0 starts none"
 
 
 class Batch(NamedTuple):
@@ -202,84 +185,3 @@ class EvalData:
         for (images, labels, damaged, reports), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
             self.damage.note(reports)
             yield Batch(images, labels, counted & ~damaged, counted & damaged)
-
-
-def load(
-    samples: ShardDataset, rows: Iterable[list[Row]], batch_shape: tuple[int, int, int, int], workers: int, *, substitute: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str]]]:
-    """The batch of each list of rows, of the shape ``[B, C, H, W]``, through one torch DataLoader.
-
-    Returns:
-        Images, labels and marks of damage, as in :class:`Batch`, and what is to be said of the damage.
-
-    Raises:
-        DataError: a sample can't be read; or a loader process not be started, or is gone.
-    """
-    # One that is being taken, and those that are made or wait meanwhile.
-    slots = shared_slots(1 + PREFETCH * workers, batch_shape)
-    batches = DataLoader(
-        BatchDataset(samples, slots, substitute),
-        batch_size=None,  # an item is a batch
-        sampler=zip(cycle(range(len(slots))), rows),
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        multiprocessing_context=LoaderContext() if workers else None,
-        worker_init_fn=partial(serve_trainer, os.getpid()),
-        # The loader draws a base seed; without a generator of its own that would advance the training process's.
-        generator=torch.Generator(),
-    )
-    try:
-        stream = iter(batches)
-    except OSError as error:
-        raise DataError(f"data.workers = {workers}: loader processes can't be started ({error}); {MORE_ROOM}") from error
-    try:
-        for slot, labels, damaged, reports in stream:
-            yield taken(slots[slot]), torch.tensor(labels), torch.tensor(damaged), reports
-    except DataError as error:
-        # A worker's error arrives as the text of its traceback, of which the last line is the message.
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
-    except RuntimeError as error:
-        raise explained(error) from error
-
-
-def explained(error: BaseException) -> BaseException:
-    """What torch raises where a loader process is gone, as a :class:`DataError`; any other error as it is.
-
-    torch raises it in a signal handler, so from wherever the main thread is.
-    """
-    if not (type(error) is RuntimeError and str(error).startswith("DataLoader worker ")):
-        return error
-    found, _, _ = str(error).partition(". ")
-    cause = "killed for want of memory, unless somebody ended it"
-    return DataError(f"data.workers: a loader process is gone ({found}): {cause}; {MORE_ROOM}")
-
-
-def taken(images: Tensor) -> Tensor:
-    """The images in memory of their own, from which a GPU can fetch them."""
-    return images.pin_memory() if torch.cuda.is_available() else images.clone()
-
-
-def serve_trainer(trainer: int, worker: int) -> None:
-    """Has a loader process end with the training process, however that ends, or at a SIGTERM of it; and ignore Ctrl-C and the
-    warnings of a scheduler.
-
-    Those may go to every process of a job, and the training process needs its workers to finish the step.
-
-    Args:
-        trainer: process that forked this one, from a thread that lives as long as it does.
-        worker: number of this process.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != trainer:
-        os._exit(1)  # it ended before it could be bound to
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
-
-
-def end_with_trainer(trainer: int) -> None:
-    """Takes signals, which a handler couldn't tell the sender of, until one comes from that process."""
-    while (received := signal.sigwaitinfo(STOP_SIGNALS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
-        pass
-    os._exit(0)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from svite_scale.config.schema import Config
-from svite_scale.data import DeviceTransform, load_indexes
 from svite_scale.data.dataset import ShardDataset
+from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.remote.cache import ShardCache
-from svite_scale.data.transforms import eval_transform
+from svite_scale.data.transforms import DeviceTransform, eval_transform
 from svite_scale.errors import DataError
 
 

@@ -20,7 +20,7 @@ from svite_scale.checkpoint.load import TensorReader, read_run_state
 from svite_scale.checkpoint.manifest import problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
-from svite_scale.data.remote.urls import PIPE
+from svite_scale.data.remote.fetch import PIPE
 from svite_scale.errors import CheckpointError, RunError
 from svite_scale.models.sparse_vit import build_sparse_vit
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY

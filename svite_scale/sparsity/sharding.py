@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 GATHERED_NUMEL = 2**18
 """Elements in one all-gather, of all ranks together."""
@@ -60,6 +64,29 @@ def gather_equal(chunk: Tensor, group: dist.ProcessGroup) -> Tensor:
         dist.all_gather_into_tensor(gathered, piece, group=group)
         full[:, start : start + piece.numel()] = gathered.view(world_size, -1)
     return full.flatten()
+
+
+def sharded_tensors(chunks: Mapping[str, tuple[Tensor, int]], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """Returns the flat tensors of which each rank holds a :func:`rank_chunk`, as ``DTensor``s of ``Shard(0)``. Local.
+
+    Args:
+        chunks: by name, this rank's chunk, and the elements of the whole.
+        group: the ranks; None for a single one, whose chunks are returned as they are.
+    """
+    if group is None or not chunks:
+        return {name: chunk for name, (chunk, _) in chunks.items()}
+    mesh = DeviceMesh.from_group(group, next(iter(chunks.values()))[0].device.type)
+    return {
+        name: DTensor.from_local(chunk, mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
+        for name, (chunk, numel) in chunks.items()
+    }
+
+
+def own_chunk(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Returns this rank's chunk of a flat tensor, which is whole or one of :func:`sharded_tensors`; a copy of a whole one's."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return rank_chunk(tensor, *rank_and_size(group)).clone()
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from os import PathLike, fspath
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.allocation.layer_plan import Allocation, LayerPlan, plan_layers
+from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_layers
 from svite_scale.sparsity.allocation.mask_file import MaskFile
 from svite_scale.sparsity.hashing import hashed_uniform
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 from svite_scale.sparsity.layers.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.module_names import named_modules
+from svite_scale.sparsity.options import Allocation
 from svite_scale.sparsity.update import grow
 
 PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -28,8 +29,8 @@ def sparsify(
     model: nn.Module,
     density: float | None = None,
     *,
-    distribution: str = "erk",
-    power_scale: float = 1.0,
+    distribution: str = Allocation.distribution,
+    power_scale: float = Allocation.power_scale,
     densities: Mapping[str, float] | None = None,
     masks: str | PathLike[str] | None = None,
     keep_dense: Sequence[str] = (),
@@ -61,21 +62,40 @@ def sparsify(
     Raises:
         TopologyError: nothing is prunable, a weight is shared, sharded or frozen, or a module is packed already, or can't be,
             or has hooks or the like that packing would lose.
-        SparsifyError: patterns, masks or density don't fit the model; it is a ValueError too.
-        ValueError: an argument is out of range, or not exactly one of the three is given.
+        SparsifyError: patterns, masks or density don't fit the model.
+        OptionError: an argument is out of range, or has no effect; it is a ValueError, and so is SparsifyError.
+        ValueError: not exactly one of the three is given.
     """
+    found = {"density": density is not None, "densities": bool(densities), "masks": masks is not None}
+    given = [name for name, is_given in found.items() if is_given]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of density, densities and masks, not {' and '.join(given) or 'none'}")
     allocation = Allocation(
-        density=density,
-        distribution=distribution,
+        density=1.0 if density is None else density,
+        distribution=distribution,  # type: ignore[arg-type]
         power_scale=power_scale,
-        densities=densities,
-        masks=masks,
+        densities=densities or {},  # type: ignore[arg-type]
+        masks=None if masks is None else fspath(masks),
         keep_dense=tuple(keep_dense),
     )
+    return pack_weights(model, allocation, seed)
+
+
+def pack_weights(
+    model: nn.Module, allocation: Allocation, seed: int, packed_otherwise: Collection[str] = ()
+) -> list[LayerPlan]:
+    """Does what :func:`sparsify` says for an allocation.
+
+    Args:
+        model: see :func:`sparsify`, which says what is returned and raised too.
+        allocation: says where the active weights are.
+        seed: of the masks.
+        packed_otherwise: names of layers that are packed already, by heads or neurons; ``keep_dense`` may match them.
+    """
     layers = prunable_layers(model)
-    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation)
+    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation, packed_otherwise)
     refuse_shared(model, {entry.name for entry in plan if not entry.kept_dense})
-    file = None if masks is None else MaskFile(masks)
+    file = None if allocation.masks is None else MaskFile(allocation.masks)
     packed = {entry.name: _packed(layers[entry.name], entry, file, seed) for entry in plan if entry.is_packed}
     # Nothing can fail any more, and nothing was changed yet.
     for name, module in packed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -10,11 +11,9 @@ from torch import Tensor
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import compress, expand
+from svite_scale.sparsity.options import StateKind
 
-STATE_KINDS = ("gradient", "magnitude", "weight", "step_size")
-"""What an entry of an optimizer's state may be to its weight: a gradient, or an average or sum of them; an average or sum of
-their squares or magnitudes; another copy of the weight, where an average of weights begins, say; the size of its steps."""
-
+STATE_KINDS: tuple[str, ...] = get_args(StateKind)
 OPTIMIZER_STATE: Mapping[str, str] = {
     **dict.fromkeys(("exp_avg", "exp_avg_slow", "exp_avg_diff", "momentum_buffer", "momentum", "grad_avg"), "gradient"),
     **dict.fromkeys(("s", "prev", "last_grad", "neg_pre_grad", "e_w"), "gradient"),

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from svite_scale.config.schema import Config
 from svite_scale.config.topology import check_windows, topology_options, update_schedule
-from svite_scale.data import EvalData, TrainData
-from svite_scale.data.format.index import check_contents, largest_label
+from svite_scale.data.format.patterns import check_contents, largest_label
+from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
 from svite_scale.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from svite_scale.config.schema import CheckpointConfig, TrainConfig
-from svite_scale.data.steps import EpochSteps
+from svite_scale.data.order import EpochSteps
 
 
 @dataclass(frozen=True, kw_only=True)

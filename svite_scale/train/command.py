@@ -18,7 +18,7 @@ from svite_scale.config.schema import Config
 from svite_scale.config.topology import check_topology
 from svite_scale.config.validate import check_config
 from svite_scale.cost.dry_run import describe
-from svite_scale.data import explained
+from svite_scale.data.batches import explained
 from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
 from svite_scale.models.teacher import check_teacher

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from svite_scale.data import DeviceTransform, EvalData
+from svite_scale.data.loader import EvalData
+from svite_scale.data.transforms import DeviceTransform
 from svite_scale.engines.backend import Backend
 from svite_scale.runtime.activity import Activity
 from svite_scale.train.metrics import sum_over_ranks

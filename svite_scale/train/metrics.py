@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from svite_scale.data import Batch
+from svite_scale.data.loader import Batch
 from svite_scale.engines.backend import StepResult
 
 

@@ -12,8 +12,9 @@ import torch
 from svite_scale.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.config.schema import Config
-from svite_scale.data import Batch, DeviceTransform
+from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
+from svite_scale.data.transforms import DeviceTransform
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting

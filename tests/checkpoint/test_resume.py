@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest.mock import patch
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.checkpoint import state
+from svite_scale.checkpoint import Checkpoint, state
+from svite_scale.checkpoint.load import read_run_state
+from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.topology.topology_update import TopologyUpdate
@@ -156,6 +159,48 @@ def test_a_growth_window_goes_on_under_another_engine_on_another_number_of_ranks
     assert losses_of(source) == pytest.approx(losses_of(straight), abs=1e-5)
 
 
+def run_as_an_older_version(config: Config) -> State:
+    """Saves some statistics and counters by the names that they had before."""
+    take = Checkpoint._snapshot
+
+    def older(checkpoint: Checkpoint, step: int) -> Snapshot:
+        snapshot = take(checkpoint, step)
+        counters = dict(snapshot.run_state["topology"])
+        counters |= {"heard_steps": counters.pop("recorded_steps"), "heard_ranks": counters.pop("recorded_ranks")}
+        assert counters.pop("frozen") == []
+        tensors = {name.replace("/recently_grown/", "/newcomers/"): tensor for name, tensor in snapshot.tensors.items()}
+        return Snapshot(snapshot.step, tensors, {**snapshot.run_state, "topology": counters})
+
+    with patch.object(Checkpoint, "_snapshot", older):
+        return run(config)
+
+
+def test_a_checkpoint_of_an_older_version_loads_by_its_names(tmp_path: Path, digits: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ended = run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END, *WINDOW))
+    run_on_ranks(2, run_as_an_older_version, config_of(digits, stopped, "fsdp2", STOP, *WINDOW))
+    (run_state,) = stopped.glob("checkpoints/step-00000006/run.json")
+    assert json.loads(run_state.read_text())["topology"]["heard_steps"] == 1
+    resumed = run_on_ranks(2, resumed_run, config_of(digits, stopped, "fsdp2", END, *WINDOW))
+    assert_same_state(ended, resumed)
+
+
+def test_frozen_layers_of_an_older_checkpoint_are_known_by_name(tmp_path: Path) -> None:
+    older = {"steps": 7, "last_update": 4, "postponed": 0, "retry_step": 0, "heard_steps": 2, "heard_ranks": 3}
+    sections = {"counts": {}, "optimizer_scalars": {}, "config": {}, "versions": {}}
+    (tmp_path / "run.json").write_text(json.dumps({"topology": {**older, "frozen/a.b": 1}, **sections}))
+    counters = read_run_state(tmp_path)["topology"]
+    assert counters == {
+        "steps": 7,
+        "last_update": 4,
+        "postponed": 0,
+        "retry_step": 0,
+        "recorded_steps": 2,
+        "recorded_ranks": 3,
+        "frozen": ["a.b"],
+    }
+
+
 LONG = ("train.epochs=6", "sparsity.update_every=10", "optimizer.lr=3e-3", "train.ema_decay=0.9")
 """30 steps, whose topology moves after steps 10 and 20: a run stopped after step 6 has 20 more with both of them."""
 
@@ -246,7 +291,7 @@ def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> No
         num_active = tensors[f"{name}.values"].size
         # After the first update: of the first mask those that stayed, because they did, and those that left, because they were.
         assert marked[f"history/{name}"] == num_active
-        assert marked[f"newcomers/{name}"] > 0
+        assert marked[f"recently_grown/{name}"] > 0
 
     run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END))
     run_on_ranks(3, resumed_run, config_of(digits, back, "zero3", END))

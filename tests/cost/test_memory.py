@@ -18,6 +18,7 @@ from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
 from tests.ranks import run_on_ranks
+from tests.runs import chunks_of
 
 SIZE = ModelSize(trainable=1000, mask_bytes=400, statistics_bytes=500)
 FULL = {"values": 4000, "master values": 0, "mask": 400, "gradients": 4000, "moments": 8000}
@@ -95,7 +96,7 @@ def held(engine: str) -> dict[str, int]:
         "mask": sum(map(local_bytes, frozen)),
         "gradients": sum(local_bytes(parameter.grad) for parameter in trainable if parameter.grad is not None),
         "moments": sum(map(local_bytes, state)),
-        "statistics": sum(local_bytes(chunk) for chunk, _ in topology.state().values()),
+        "statistics": sum(map(local_bytes, chunks_of(topology).values())),
         "ema": sum(map(local_bytes, Ema(model, topology, 0.9).parts.values())),
     }
 

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from svite_scale.config.schema import DataConfig
-from svite_scale.data import Batch, EvalData, Sample, TrainData, write_shards
+from svite_scale.data.loader import Batch, EvalData, TrainData
+from svite_scale.data.make.shards import Sample, write_shards
 
 SIZE = 8
 NUM_LABELS = 7

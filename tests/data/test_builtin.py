@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.data import Sample
 from svite_scale.data.make.builtin import mnist5k, mnist5k_arrays, photograph_arrays, photographs, split_rows
+from svite_scale.data.make.shards import Sample
 from svite_scale.errors import DataError
 
 SPLIT_HASHES = {"train": "9f01eac6dd828343", "val": "138dadb91c49b9e6"}

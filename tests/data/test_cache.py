@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 
 from svite_scale.config.schema import DataConfig
-from svite_scale.data.reader import ShardReader
-from svite_scale.data.remote import cache_folder
-from svite_scale.data.remote.cache import RemoteShard, ShardCache, check_window
-from svite_scale.data.remote.cache_folder import ROOM, CacheFolder
+from svite_scale.data.dataset import ShardReader
+from svite_scale.data.remote.cache import ROOM, CacheFolder, RemoteShard, ShardCache, check_window
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
 from tests.data.remote import SIZE, cache_of, content_of, files_of, in_processes, wait_until, write_blobs
@@ -59,7 +57,7 @@ def test_processes_fetch_each_file_once_between_them(tmp_path: Path, served: Pat
 def test_the_cache_is_never_above_its_bound(
     tmp_path: Path, served: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_folder, "JUST_NOW_S", 0.02)
+    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.02)
     bound = 4
     seen, done = [0], threading.Event()
 
@@ -116,7 +114,7 @@ def test_a_time_of_use_that_is_still_to_come_is_no_time(tmp_path: Path, served: 
 
 
 def test_what_was_used_just_now_stays(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_folder, "JUST_NOW_S", 0.4)
+    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.4)
     cache = cache_of(tmp_path, 1)
     first, second = names_of(served)[:2]
     started = time.time()
@@ -129,7 +127,7 @@ def test_what_was_used_just_now_stays(tmp_path: Path, served: Path, monkeypatch:
 def test_an_evicted_shard_stays_readable_where_it_is_open(
     tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_folder, "JUST_NOW_S", 0.0)
+    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.0)
     first, second, third = names_of(served)[:3]
     cache, content = cache_of(tmp_path, 1), (served / first).read_bytes()
     reader = ShardReader([piped(cache, served, name) for name in (first, second)])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data import Sample, write_shards
 from svite_scale.data.damage import MIN_SEEN, DamageLimit
+from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import eval_data, grey_config, numbered, numbers, speckled, train_data
 

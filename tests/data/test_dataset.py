@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from svite_scale.data import Sample, load_indexes, write_shards
-from svite_scale.data.dataset import ShardDataset
-from svite_scale.data.reader import ShardReader
+from svite_scale.data.dataset import ShardDataset, ShardReader
+from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered, picture
 

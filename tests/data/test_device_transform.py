@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data import DeviceTransform
+from svite_scale.data.transforms import DeviceTransform
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 3, 1, 3, 2, 0])

@@ -11,9 +11,8 @@ import pytest
 from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.fetch_ahead import FetchAhead
 from svite_scale.data.format.index import ShardIndex, sidecar_path
-from svite_scale.data.order import epoch_order
+from svite_scale.data.order import EpochSteps, epoch_order
 from svite_scale.data.remote.cache import RemoteShard
-from svite_scale.data.steps import EpochSteps
 from svite_scale.errors import DataError
 from tests.data.flaky_server import Server
 from tests.data.numbered import grey_config, numbers, train_data, write_numbered

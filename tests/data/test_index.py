@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from svite_scale.data import load_indexes, write_shards
 from svite_scale.data.format.index import (
+    DAY_NS,
     build_index,
-    check_contents,
     confirm,
     damage,
     is_indexed,
-    largest_label,
     load_index,
     parse_index,
     save_index,
     sidecar_path,
 )
-from svite_scale.data.format.index_time import DAY_NS
-from svite_scale.data.format.patterns import find_shards
+from svite_scale.data.format.patterns import check_contents, find_shards, largest_label, load_indexes
+from svite_scale.data.make.shards import write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered
 from tests.data.tars import make_tar, overwrite

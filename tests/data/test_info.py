@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data import load_indexes, write_shards
 from svite_scale.data.format.files import replacing
 from svite_scale.data.format.info import check_classes, write_info
-from svite_scale.data.format.patterns import find_shards
+from svite_scale.data.format.patterns import find_shards, load_indexes
+from svite_scale.data.make.shards import write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered
 from tests.data.tars import make_tar

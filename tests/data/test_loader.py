@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from svite_scale.config.schema import AugmentConfig
-from svite_scale.data import loader
+from svite_scale.data.batches import taken
 from svite_scale.data.order import epoch_order
 from svite_scale.errors import ConfigError, DataError
 from tests.data.numbered import eval_data, grey_config, numbers, train_data
@@ -82,13 +82,12 @@ def test_the_stream_has_no_end_by_itself(many: str) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_no_batch_is_written_over_before_it_is_taken(many: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loader processes put images into a few slots in turn, and are faster than this process."""
-    taken = loader.taken
 
     def slowly(images: torch.Tensor) -> torch.Tensor:
         time.sleep(0.02)
         return taken(images)
 
-    monkeypatch.setattr(loader, "taken", slowly)
+    monkeypatch.setattr("svite_scale.data.batches.taken", slowly)
     batches = list(train_data(grey_config(train=many, workers=workers, shuffle_shards=2), BATCH).batches(0, 20))
     assert [numbers(batch) for batch in batches] == expected_steps(20)
 

@@ -10,8 +10,10 @@ import pytest
 import webdataset
 
 from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data import EvalData, TrainData, load_indexes, write_shards
 from svite_scale.data.format.index import sidecar_path
+from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.loader import EvalData, TrainData
+from svite_scale.data.make.shards import write_shards
 from tests.data.numbered import numbered, picture
 from tests.data.tars import make_tar, overwrite
 

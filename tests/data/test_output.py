@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from svite_scale.data.format.index import load_index, load_indexes, sidecar_path
+from svite_scale.data.format.index import load_index, sidecar_path
+from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.make.folder import ImageFiles, image_folder
-from svite_scale.data.make.output import Output
 from svite_scale.data.make.processes import in_processes
+from svite_scale.data.make.shards import Output
 from svite_scale.errors import DataError
 from tests.data.numbered import picture
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data import Batch, load_indexes
 from svite_scale.data.format.index import sidecar_path
+from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.loader import Batch
 from svite_scale.data.remote.cache import ShardCache
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data import write_shards
 from svite_scale.data.format.labels import LabelRule
 from svite_scale.data.format.scan import scan_tar
+from svite_scale.data.make.shards import write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered, picture
 from tests.data.tars import BLOCK, make_tar, overwrite

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from svite_scale.data import Sample, write_shards
+from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered, picture
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from svite_scale.data.format.patterns import find_shards, find_urls
-from svite_scale.data.remote.urls import index_url, is_remote, readable_name, shell_command
+from svite_scale.data.remote.fetch import index_url, is_remote, readable_name, shell_command
 from svite_scale.errors import DataError
 
 

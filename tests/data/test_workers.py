@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data import loader_process
 from svite_scale.data.batches import shared_slots
 from svite_scale.errors import DataError
 from tests.data.numbered import grey_config, numbers, train_data
@@ -106,7 +105,7 @@ def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> Non
 @pytest.mark.parametrize("num_hanging", [2, 3])
 def test_a_loader_that_hangs_in_fork_is_forked_again(many: str, num_hanging: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Python before 3.12, where a thread of gloo's has Python's lock of threads at that moment."""
-    monkeypatch.setattr(loader_process, "PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
+    monkeypatch.setattr("svite_scale.data.workers.PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
     monkeypatch.setattr(Forks, "num_hanging", num_hanging)
     stream = train_data(grey_config(train=many, workers=1), 12).batches()
     if num_hanging == 2:

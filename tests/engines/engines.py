@@ -80,10 +80,11 @@ def build_backend(
     bf16: bool = False,
     clip: float | None = 1.0,
     skip_nonfinite: bool = False,
+    device: str = "cpu",
 ) -> Backend:
     """An engine by its short name: ``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``. A collective."""
     options = EngineOptions(
-        device=torch.device("cpu"),
+        device=torch.device(device),
         wrap_units=blocks(model) if isinstance(model, VisionTransformer) else [],
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import svite_scale
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.options import TopologyOptions
 
 UPDATE_EVERY = 8
 """Lookahead makes its slow weights at its sixth step."""

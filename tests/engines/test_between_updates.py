@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svite_scale.engines.backend import Backend
 from svite_scale.sparsity.layers.packed import packed_layers
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks

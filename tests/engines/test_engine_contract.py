@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor, Shard
 from svite_scale.attach import attach
 from svite_scale.engines.access import access_for
 from svite_scale.engines.torch_access import TorchAccess
-from svite_scale.errors import TopologyError
+from svite_scale.errors import OptionError, TopologyError
 from svite_scale.sparsity.layers.packed import packed_layers
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sharding import rank_chunk
 from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks
 
@@ -159,3 +160,14 @@ def buffers_in_shm() -> list[str]:
 
 def test_deepspeed_makes_no_buffers_for_inference_in_shm() -> None:
     assert run_on_ranks(2, buffers_in_shm) == [[], []]
+
+
+def test_attach_takes_a_schedule_in_place_of_its_fields() -> None:
+    model = packed()
+    schedule = UpdateSchedule(total_steps=100, update_every=7)
+    assert attach(model, adamw(model), schedule=schedule).schedule is schedule
+    model = packed()
+    with pytest.raises(OptionError, match=r"^schedule = UpdateSchedule\(.*\): also says update_every; give one of them$"):
+        attach(model, adamw(model), schedule=schedule, update_every=7)
+    with pytest.raises(OptionError, match=r"^update_evry = 7: is no option of UpdateSchedule; the nearest is update_every$"):
+        attach(model, adamw(model), total_steps=100, update_evry=7)

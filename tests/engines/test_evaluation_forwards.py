@@ -41,13 +41,12 @@ def trained(*, evaluated: bool) -> list[Tensor]:
         assert (update is not None) == (step % 4 == 0)
         evaluate()
         if step == 5:  # within a warm-up
-            counters, state = topology.counters(), {name: chunk for name, (chunk, _) in topology.state().items()}
+            state = topology.state_dict()
             topology.detach()
             evaluate()
             topology = svite_scale.attach(model, optimizer, total_steps=100, update_every=4, options=OPTIONS)
-            topology.resume(counters)
             evaluate()
-            topology.load_state(state)
+            topology.load_state_dict(state)
     model.reshard()  # type: ignore[operator]
     return [parameter.full_tensor().detach() for parameter in model.parameters() if isinstance(parameter, DTensor)]
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import svite_scale
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.options import TopologyOptions
 from tests.engines.engines import adamw, build_backend, units_vit
 from tests.engines.own_loop import UPDATE_EVERY, Build, Loop, by_name, check_followed, tensors
 from tests.ranks import run_on_ranks

@@ -15,8 +15,8 @@ from svite_scale.attach import attach
 from svite_scale.config.schema import ModelConfig
 from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from tests import reference
 from tests.models.unit_scores import HeadOutputs, naive_scores
 from tests.models.unit_twins import (

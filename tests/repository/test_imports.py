@@ -15,21 +15,42 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "svite_scale"
 MAY_IMPORT = {
     "errors": set(),
+    "options": {"errors"},
     "runtime": {"errors"},
-    "sparsity": {"errors"},
-    "config": {"errors", "sparsity"},
-    "data": {"errors", "runtime", "config"},
-    "models": {"errors", "config", "sparsity"},
-    "engines": {"errors", "config", "sparsity"},
-    "tracking": {"errors", "runtime", "config"},
-    "attach": {"errors", "sparsity", "engines"},
-    "cost": {"errors", "config", "sparsity", "models"},
-    "checkpoint": {"errors", "runtime", "config", "sparsity", "engines"},
-    "train": {"errors", "runtime", "config", "sparsity", "data", "models", "engines", "tracking", "cost", "checkpoint"},
-    "report": {"errors", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
+    "sparsity": {"errors", "options"},
+    "config": {"errors", "options", "sparsity"},
+    "data": {"errors", "options", "runtime", "config"},
+    "models": {"errors", "options", "config", "sparsity"},
+    "engines": {"errors", "options", "config", "sparsity"},
+    "tracking": {"errors", "options", "runtime", "config"},
+    "attach": {"errors", "options", "sparsity", "engines"},
+    "cost": {"errors", "options", "config", "sparsity", "models"},
+    "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
+    "train": {
+        "errors",
+        "options",
+        "runtime",
+        "config",
+        "sparsity",
+        "data",
+        "models",
+        "engines",
+        "tracking",
+        "cost",
+        "checkpoint",
+    },
+    "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
     "": {"sparsity", "attach", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import."""
+
+ROOMS_OF_DATA = {
+    "remote": set(),
+    "format": {"remote"},
+    "make": {"format"},
+    "": {"remote", "format"},
+}
+"""By room of data ("" holds what reads shards), the other rooms of it that it may import."""
 
 NOT_EVEN_LATE = {
     "runtime": {"timm", "deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
@@ -75,6 +96,28 @@ def test_imports_go_downward(path: Path) -> None:
         if library == "svite_scale":
             target = inner.partition(".")[0]
             assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {name}"
+
+
+def room_of(inner: list[str]) -> str:
+    """The room of data that a path within it, or a dotted name, belongs to."""
+    return inner[0] if inner and inner[0] in ROOMS_OF_DATA else ""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if part_of(path) == "data"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_imports_within_data_go_downward(path: Path) -> None:
+    room = room_of(list(path.relative_to(PACKAGE / "data").parts))
+    for line, name in imported(path):
+        library, _, inner = name.partition("svite_scale.data.")
+        target = room_of(inner.split("."))
+        assert library or target in ROOMS_OF_DATA[room] | {room}, f"{path}:{line}: {room or 'data'} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_but_its_command_imports_what_writes_shards(path: Path) -> None:
+    if not path.is_relative_to(PACKAGE / "data" / "make"):
+        assert not [name for _, name in imported(path) if name.startswith("svite_scale.data.make")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

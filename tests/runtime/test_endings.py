@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data import explained
+from svite_scale.data.batches import explained
 from svite_scale.errors import ConfigError, DataError, DivergedError
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import Failure, reporting

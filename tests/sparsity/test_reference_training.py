@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.options import TopologyOptions
 from tests import reference
 from tests.sparsity.packed_trainer import (
     STEPS,

@@ -80,29 +80,40 @@ def test_the_rate_falls_until_the_stop(step: int) -> None:
     ("shape", "rates"), [("cosine", [0.4, 0.25, 0.1]), ("linear", [0.4, 0.25, 0.1]), ("constant", [0.4] * 3)]
 )
 def test_the_rate_falls_from_the_start(shape: str, rates: list[float]) -> None:
-    schedule = UpdateSchedule(
-        total_steps=100, update_every=1, start_step=20, drop_fraction=0.4, final_drop_fraction=0.1, drop_schedule=shape
-    )
+    final = {} if shape == "constant" else {"final_drop_fraction": 0.1}
+    schedule = UpdateSchedule(total_steps=100, update_every=1, start_step=20, drop_fraction=0.4, drop_schedule=shape, **final)
     assert [schedule.rate(step) for step in (20, 50, 80)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"total_steps": 0, "update_every": 1}, r"total_steps \(0\)"),
-        ({"total_steps": 1, "update_every": 0}, r"update_every \(0\)"),
-        ({"total_steps": 100, "update_every": 2.5}, r"update_every \(2\.5\) must be a whole number"),
-        ({"total_steps": 1e5, "update_every": 2}, r"total_steps \(100000\.0\) must be a whole number"),
-        ({"total_steps": 100, "update_every": 2, "start_step": 0.5}, r"start_step \(0\.5\) must be a whole number"),
-        ({"total_steps": 1, "update_every": 1, "stop_fraction": 1.5}, r"stop_fraction \(1\.5\)"),
-        ({"total_steps": 1, "update_every": 1, "drop_fraction": 1.5}, r"drop_fraction \(1\.5\)"),
-        ({"total_steps": 1, "update_every": 1, "drop_fraction": 0.1, "final_drop_fraction": 0.2}, r"\(0\.2\) <= drop_fraction"),
-        ({"total_steps": 1, "update_every": 1, "start_step": -1}, r"start_step \(-1\)"),
+        ({"total_steps": 0, "update_every": 1}, "total_steps = 0: is below 1; use a whole number of at least 1"),
+        ({"total_steps": 1, "update_every": 0}, "update_every = 0: is below 1"),
+        ({"total_steps": 100, "update_every": 2.5}, r"update_every = 2\.5: is not a whole number"),
+        ({"total_steps": 1e5, "update_every": 2}, r"total_steps = 100000\.0: is not a whole number"),
+        ({"total_steps": 100, "update_every": 2, "start_step": 0.5}, r"start_step = 0\.5: is not a whole number"),
+        (
+            {"total_steps": 1, "update_every": 1, "stop_fraction": 1.5},
+            r"stop_fraction = 1\.5: is above 1\.0; use a number of at least 0\.0 and up to 1\.0",
+        ),
+        ({"total_steps": 1, "update_every": 1, "drop_fraction": 1.5}, r"drop_fraction = 1\.5: is above 1\.0"),
+        (
+            {"total_steps": 1, "update_every": 1, "drop_fraction": 0.1, "final_drop_fraction": 0.2},
+            r"final_drop_fraction = 0\.2: is above drop_fraction \(0\.1\)",
+        ),
+        ({"total_steps": 1, "update_every": 1, "start_step": -1}, "start_step = -1: is below 0"),
         (
             {"total_steps": 1, "update_every": 1, "drop_schedule": "step"},
             "use one of cosine, linear, constant",
         ),
-        ({"total_steps": 1, "update_every": 1, "final_drop_fraction": -0.1}, r"final_drop_fraction \(-0\.1\)"),
+        ({"total_steps": 1, "update_evry": 1}, "update_evry = 1: is no option of UpdateSchedule; the nearest is update_every"),
+        ({"total_steps": 1}, "update_every = None: is missing and has no default"),
+        (
+            {"total_steps": 1, "update_every": 1, "drop_schedule": "constant", "final_drop_fraction": 0.1},
+            "final_drop_fraction = 0.1: isn't used by drop_schedule=constant; leave it out",
+        ),
+        ({"total_steps": 1, "update_every": 1, "final_drop_fraction": -0.1}, r"final_drop_fraction = -0\.1: is below 0\.0"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from svite_scale.engines.torch_access import TorchAccess
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 WINDOW, UPDATE_EVERY = 3, 6
@@ -116,10 +116,9 @@ def test_every_update_has_a_whole_window_and_no_warm_up_is_cut_short(
         heard = 0 if due else heard
         found += [update.step] if update else []
         if step == resumed_after:
-            counters, state = topology.counters(), {name: chunk for name, (chunk, _) in topology.state().items()}
+            state = topology.state_dict()
             model, topology = engine_of(schedule, options)
-            topology.resume(counters)
-            topology.load_state(state)
+            topology.load_state_dict(state)
     assert found == updates
     assert topology.postponed == len(skipped)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from svite_scale.config.load import flatten_config, read_config
 from svite_scale.config.schema import Config, SparsityConfig, TrackingConfig
-from svite_scale.data import Batch
+from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
 from svite_scale.engines.backend import StepResult
 from svite_scale.errors import RunError

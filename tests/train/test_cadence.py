@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from svite_scale.config.schema import CheckpointConfig, TrainConfig
-from svite_scale.data.steps import EpochSteps
+from svite_scale.data.order import EpochSteps
 from svite_scale.train.cadence import Cadence, Due
 
 WHOLE, CARRIED = EpochSteps(40, 10, carry=False), EpochSteps(45, 10, carry=True)

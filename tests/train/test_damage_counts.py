@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svite_scale.config.schema import Config
-from svite_scale.data import Sample, write_shards
+from svite_scale.data.make.shards import Sample, write_shards
 from tests.data.numbered import speckled
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, metrics_of, resumed_run, run

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from svite_scale.config.schema import Config, GuardConfig
-from svite_scale.data import Batch, TrainData
+from svite_scale.data.loader import Batch, TrainData
 from svite_scale.errors import DivergedError
 from svite_scale.runtime.preemption import Preempted
 from svite_scale.runtime.ranks import World

@@ -1,34 +1,34 @@
-"""The index of a tar shard: where each image lies, and its label; kept in a small JSON sidecar next to the shard."""
+"""The index of a tar shard: where each image lies, and its label; kept in a small JSON sidecar next to the shard.
+
+An index tells by its own time of change, in whole microseconds, when its tar was changed. A time within it would make its bytes
+depend on more than the tar. A copy that keeps times, rounded to seconds or not, keeps this; one that doesn't gives the index a
+time with other digits, from which nothing follows.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.format.files import open_regular, replacing, sha256_of
-from svite_scale.data.format.index_time import give_time, is_as_indexed, is_newer, warn_of_newer
 from svite_scale.data.format.labels import LabelRule
-from svite_scale.data.format.patterns import find_shards, find_urls
 from svite_scale.data.format.scan import scan_tar
-from svite_scale.data.remote.cache import RemoteShard, ShardCache
-from svite_scale.data.remote.urls import index_url, is_remote
+from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.errors import DataError
 
 FORMAT = 2
 """Version of the sidecar's layout."""
-FETCHES = 16
-"""Indexes that are fetched at a time."""
+DAY_NS = 86_400 * 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,48 +210,6 @@ def index_again(shard: Path) -> str:
     return f"run: python launch/make_shards.py --index '{shard}'"
 
 
-def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None = None) -> list[ShardIndex]:
-    """The indexes of all shards that ``pattern`` names, sorted by path or URL; the same list on every rank.
-
-    Warns where a tar is newer than its index.
-
-    Args:
-        pattern: brace pattern, glob, or folder; or a brace pattern of URLs.
-        field: what the pattern is called where the user wrote it, for example ``data.train``.
-        cache: keeps what is fetched; None is the one of the config's defaults.
-
-    Raises:
-        DataError: the pattern is empty or matches nothing, or an index is missing, unreadable or stale.
-    """
-    if not is_remote(pattern):
-        shards = find_shards(pattern, field)
-        indexes = [load_index(shard) for shard in shards]
-        warn_of_newer([shard for shard in shards if is_newer(shard, sidecar_path(shard))], pattern, field)
-        return indexes
-    used = cache or ShardCache.of(DataConfig())
-    pool = ThreadPoolExecutor(FETCHES)
-    try:
-        return list(pool.map(lambda url: load_remote_index(url, used), find_urls(pattern, field)))
-    finally:
-        # After an error the others aren't waited for.
-        pool.shutdown(cancel_futures=True)
-
-
-def load_remote_index(url: str, cache: ShardCache) -> ShardIndex:
-    """The index of the shard at ``url``, whose bytes will come through ``cache``.
-
-    Raises:
-        DataError: the index can't be fetched or read, or the cache can't hold the shard.
-    """
-    remedy = "write it again where the shard is stored (python launch/make_shards.py --index)"
-    try:
-        index = parse_index(cache.index_text(url), Path(url), index_url(url), remedy)
-    except DataError:
-        cache.forget_index(url)
-        raise
-    return replace(index, path=cache.shard(url, index.size, index.sha256))
-
-
 def has_index(shard: Path) -> bool:
     """Whether ``shard`` has an index that can be read, and is of the size that it tells."""
     try:
@@ -294,26 +252,22 @@ def damage(shard: Path) -> str:
     )
 
 
-def check_contents(indexes: Sequence[ShardIndex], rank: int, world_size: int) -> None:
-    """Compares this rank's share of the shards, every ``world_size``-th, with the checksums in their indexes; reads all of it.
+def give_time(sidecar: Path, shard: Path) -> None:
+    """Gives an index the time of its tar."""
+    changed_us = shard.stat().st_mtime_ns // 1000
+    os.utime(sidecar, ns=(changed_us * 1000, changed_us * 1000))
 
-    Not a collective: a rank that finds damage raises while the others go on, and its end is left to the launcher to tell, as
-    with samples that can't be read. Remote shards are left out; they are compared when they are fetched.
 
-    Raises:
-        DataError: names the first shard that differs.
+def is_as_indexed(shard: Path, sidecar: Path) -> bool:
+    """Whether a tar is of the time that its index was given; a copy without times isn't, nor one that was changed since."""
+    return sidecar.stat().st_mtime_ns // 1000 == shard.stat().st_mtime_ns // 1000
+
+
+def is_newer(shard: Path, sidecar: Path) -> bool:
+    """Whether a tar was changed after it was indexed, as far as times tell.
+
+    Of an index that was copied without times, or written by an earlier version, a tar may be newer because it was copied later;
+    but not by a day.
     """
-    for index in indexes[rank::world_size]:
-        problem = damage(index.path) if isinstance(index.path, Path) else ""
-        if problem:
-            raise DataError(problem)
-
-
-def largest_label(indexes: Sequence[ShardIndex]) -> tuple[int, str]:
-    """The largest label, and the first sample that has it, in words; -1 without samples."""
-    largest = max((int(index.labels.max()) for index in indexes if index.count), default=-1)
-    for index in indexes:
-        positions = np.flatnonzero(index.labels == largest)
-        if len(positions):
-            return largest, f"sample {index.key(int(positions[0]))!r} of {index.path}"
-    return largest, "no sample"
+    indexed, changed = sidecar.stat().st_mtime_ns, shard.stat().st_mtime_ns
+    return changed // 1000 > indexed // 1000 if indexed % 1000 == 0 else changed > indexed + DAY_NS

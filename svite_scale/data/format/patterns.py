@@ -1,20 +1,32 @@
-"""From what a config says to the shards it means."""
+"""From a pattern of shards to the shards that it names, and their indexes."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
 
+import numpy as np
 from braceexpand import braceexpand
 
+from svite_scale.config.schema import DataConfig
+from svite_scale.data.format.index import ShardIndex, damage, is_newer, load_index, parse_index, sidecar_path
 from svite_scale.data.format.info import NAME as INFO
 from svite_scale.data.format.info import listed_shards
-from svite_scale.data.remote.urls import COMMANDS, PIPE, is_remote
+from svite_scale.data.remote.cache import ShardCache
+from svite_scale.data.remote.fetch import COMMANDS, PIPE, index_url, is_remote
 from svite_scale.errors import DataError
 
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)$")
+FETCHES = 16
+"""Indexes that are fetched at a time."""
+
+logger = logging.getLogger(__name__)
 
 
 def find_urls(pattern: str, field: str) -> list[str]:
@@ -85,3 +97,80 @@ def matches(part: str, pattern: str, field: str) -> list[Path]:
     if packed:
         raise DataError(f"{field} = {pattern!r}: {min(packed)} is compressed; unpack it (gunzip), or give a glob without it")
     return found
+
+
+def load_indexes(pattern: str, field: str = "pattern", cache: ShardCache | None = None) -> list[ShardIndex]:
+    """The indexes of all shards that ``pattern`` names, sorted by path or URL; the same list on every rank.
+
+    Warns where a tar is newer than its index.
+
+    Args:
+        pattern: brace pattern, glob, or folder; or a brace pattern of URLs.
+        field: what the pattern is called where the user wrote it, for example ``data.train``.
+        cache: keeps what is fetched; None is the one of the config's defaults.
+
+    Raises:
+        DataError: the pattern is empty or matches nothing, or an index is missing, unreadable or stale.
+    """
+    if not is_remote(pattern):
+        shards = find_shards(pattern, field)
+        indexes = [load_index(shard) for shard in shards]
+        warn_of_newer([shard for shard in shards if is_newer(shard, sidecar_path(shard))], pattern, field)
+        return indexes
+    used = cache or ShardCache.of(DataConfig())
+    pool = ThreadPoolExecutor(FETCHES)
+    try:
+        return list(pool.map(lambda url: load_remote_index(url, used), find_urls(pattern, field)))
+    finally:
+        # After an error the others aren't waited for.
+        pool.shutdown(cancel_futures=True)
+
+
+def load_remote_index(url: str, cache: ShardCache) -> ShardIndex:
+    """The index of the shard at ``url``, whose bytes will come through ``cache``.
+
+    Raises:
+        DataError: the index can't be fetched or read, or the cache can't hold the shard.
+    """
+    remedy = "write it again where the shard is stored (python launch/make_shards.py --index)"
+    try:
+        index = parse_index(cache.index_text(url), Path(url), index_url(url), remedy)
+    except DataError:
+        cache.forget_index(url)
+        raise
+    return replace(index, path=cache.shard(url, index.size, index.sha256))
+
+
+def warn_of_newer(newer: Sequence[Path], pattern: str, field: str) -> None:
+    """Warns of tars that are newer than their indexes, if there are any."""
+    if newer:
+        logger.warning(
+            "%s = %r: %d shards are newer than their indexes (%s is the first), so images and labels may not be as indexed; to "
+            "compare them, and write anew what differs, run: python launch/make_shards.py --index '%s'",
+            *(field, pattern, len(newer), newer[0].name, pattern),
+        )
+
+
+def check_contents(indexes: Sequence[ShardIndex], rank: int, world_size: int) -> None:
+    """Compares this rank's share of the shards, every ``world_size``-th, with the checksums in their indexes; reads all of it.
+
+    Not a collective: a rank that finds damage raises while the others go on, and its end is left to the launcher to tell, as
+    with samples that can't be read. Remote shards are left out; they are compared when they are fetched.
+
+    Raises:
+        DataError: names the first shard that differs.
+    """
+    for index in indexes[rank::world_size]:
+        problem = damage(index.path) if isinstance(index.path, Path) else ""
+        if problem:
+            raise DataError(problem)
+
+
+def largest_label(indexes: Sequence[ShardIndex]) -> tuple[int, str]:
+    """The largest label, and the first sample that has it, in words; -1 without samples."""
+    largest = max((int(index.labels.max()) for index in indexes if index.count), default=-1)
+    for index in indexes:
+        positions = np.flatnonzero(index.labels == largest)
+        if len(positions):
+            return largest, f"sample {index.key(int(positions[0]))!r} of {index.path}"
+    return largest, "no sample"

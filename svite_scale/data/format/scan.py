@@ -10,15 +10,19 @@ from typing import IO, NamedTuple
 
 from svite_scale.data.format.files import open_regular
 from svite_scale.data.format.labels import LabelRule
-from svite_scale.data.format.left_out import CONVERT, HIDDEN, SPECIAL, in_words, kind_of
 from svite_scale.data.format.rule import (
+    CONVERT,
+    HIDDEN,
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     NO_CLASS,
+    SPECIAL,
     class_folders,
     extension,
     images_among,
+    in_words,
     is_hidden,
+    kind_of,
     parts_of,
     split_name,
 )

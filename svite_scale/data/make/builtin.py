@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svite_scale.data.make.shards import Sample
-from svite_scale.data.make.source import Source, permutation
+from svite_scale.data.make.shards import Sample, Source, permutation
 from svite_scale.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]

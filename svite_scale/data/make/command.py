@@ -15,14 +15,12 @@ from tqdm import tqdm
 from svite_scale.data.format.index import build_index, confirm, damage, has_index, is_indexed, save_index
 from svite_scale.data.format.info import check_classes, write_info
 from svite_scale.data.format.labels import LabelRule, read_classes, read_labels
-from svite_scale.data.format.left_out import in_words
 from svite_scale.data.format.patterns import find_shards
+from svite_scale.data.format.rule import in_words
 from svite_scale.data.make.builtin import mnist5k, photographs
 from svite_scale.data.make.folder import image_folder, labelled_files, numbered_as_text
-from svite_scale.data.make.output import Output
 from svite_scale.data.make.processes import in_processes
-from svite_scale.data.make.shards import shard_pattern
-from svite_scale.data.make.source import Source
+from svite_scale.data.make.shards import Output, Source, shard_pattern
 from svite_scale.errors import DataError, SviteScaleError
 
 EXIT_FAILED, EXIT_STOPPED = 2, 130

@@ -10,18 +10,21 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
-from svite_scale.data.format.left_out import CONVERT, HIDDEN, SPECIAL, in_words, kind_of
 from svite_scale.data.format.rule import (
+    CONVERT,
+    HIDDEN,
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     NO_CLASS,
+    SPECIAL,
     extension,
     images_among,
+    in_words,
     is_hidden,
+    kind_of,
     parts_of,
 )
-from svite_scale.data.make.shards import Sample
-from svite_scale.data.make.source import Source, permutation
+from svite_scale.data.make.shards import Sample, Source, permutation
 from svite_scale.errors import DataError
 
 

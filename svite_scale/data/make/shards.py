@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 from webdataset import TarWriter
 
-from svite_scale.data.format.files import replacing
-from svite_scale.data.format.index import build_index, save_index, sidecar_path
+from svite_scale.data.format.files import remove_leftovers, replacing
+from svite_scale.data.format.index import build_index, confirm, load_index, save_index, sidecar_path
 from svite_scale.data.format.rule import IMAGE_EXTENSIONS
 from svite_scale.data.format.scan import LABEL_EXTENSION
+from svite_scale.data.make.processes import in_processes
 from svite_scale.errors import DataError
 
 METADATA = re.compile(r"__[^/]*__($|/)")
@@ -135,3 +140,117 @@ def check_sample(sample: Sample) -> None:
         raise DataError(f"sample {sample.key!r} has extension {sample.extension!r}; use one of {sorted(IMAGE_EXTENSIONS)}")
     if sample.label < 0:
         raise DataError(f"sample {sample.key!r} has label {sample.label}; number classes from 0")
+
+
+class Source(ABC):
+    """Samples by number, in a fixed order, so that several processes can each make a part of them."""
+
+    keys: Sequence[str]
+    """Of the samples, in their order."""
+    classes: Sequence[str] | None = None
+    """Names of the labels from 0, where the source has them."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Files found that make no sample, counted by kind."""
+
+    @abstractmethod
+    def sample(self, number: int) -> Sample:
+        """The sample of ``keys[number]``.
+
+        Raises:
+            DataError: it can't be made.
+        """
+
+    @abstractmethod
+    def origin(self, number: int) -> str:
+        """What that sample is made of, known without making it: a text that changes when the sample does.
+
+        Raises:
+            DataError: it is missing.
+        """
+
+    def prepare(self) -> None:  # noqa: B027
+        """Loads what all samples need, before processes are forked to make them."""
+
+    @property
+    def samples(self) -> Iterator[Sample]:
+        """All samples, in order."""
+        return (self.sample(number) for number in range(len(self.keys)))
+
+
+def permutation(count: int, seed: int = 0) -> list[int]:
+    """A fixed permutation; numpy keeps the streams of RandomState for ever."""
+    return np.random.RandomState(seed).permutation(count).tolist()
+
+
+class Output:
+    """The shards of one source: ``prefix-000000.tar``, ``prefix-000001.tar`` ..., and their indexes.
+
+    Their bytes are a function of the source, whatever the number of processes and however often the writing was cut off. One
+    command at a time may write a prefix.
+
+    Args:
+        source: what to write.
+        directory: created if missing.
+        prefix: start of the shards' names.
+        samples_per_shard: the last shard may hold fewer.
+
+    Raises:
+        DataError: there are no samples, or shards of that prefix would remain from an earlier, longer output.
+    """
+
+    def __init__(self, source: Source, directory: str | Path, prefix: str, samples_per_shard: int) -> None:
+        if samples_per_shard < 1:
+            raise DataError(f"samples_per_shard is {samples_per_shard}; use at least 1")
+        folder = Path(directory)
+        if not source.keys:
+            raise DataError(f"there are no samples to write to {folder}")
+        self._source = source
+        numbers = range(len(source.keys))
+        self._parts = [numbers[start : start + samples_per_shard] for start in numbers[::samples_per_shard]]
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_longer(folder, prefix, len(self._parts))
+        self.shards = [folder / shard_name(prefix, number) for number in range(len(self._parts))]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(part) for part in self._parts]
+
+    def missing(self, workers: int) -> list[int]:
+        """Numbers of the shards that aren't finished: whose index doesn't fit the tar, or was written for other samples."""
+        finished = dict(in_processes(self._is_finished, range(len(self.shards)), workers))
+        return [number for number in range(len(self.shards)) if not finished[number]]
+
+    def write(self, missing: Sequence[int], workers: int) -> Iterator[int]:
+        """Writes these shards, and yields the number of samples of each as it is complete.
+
+        Raises:
+            DataError: a sample can't be made or stored.
+        """
+        if missing:
+            self._source.prepare()
+        try:
+            yield from in_processes(self._write, missing, workers)
+        finally:
+            # Also what earlier runs left, if they were killed.
+            remove_leftovers([*self.shards, *map(sidecar_path, self.shards)])
+
+    def _is_finished(self, number: int) -> tuple[int, bool]:
+        shard = self.shards[number]
+        if not sidecar_path(shard).exists():
+            return number, False  # without a look at the samples, which takes a while on a network's file system
+        try:
+            index = load_index(shard)
+        except DataError:
+            return number, False
+        return number, index.plan == self._plan(number) and confirm(shard)
+
+    def _write(self, number: int) -> int:
+        plan = self._plan(number)  # first: a file that changes meanwhile has the shard written again the next time
+        write_shard((self._source.sample(sample) for sample in self._parts[number]), self.shards[number], plan)
+        return len(self._parts[number])
+
+    def _plan(self, number: int) -> str:
+        """Checksum of what a shard's samples are made of."""
+        text = "\n".join(self._source.origin(sample) for sample in self._parts[number])
+        return hashlib.sha256(text.encode()).hexdigest()

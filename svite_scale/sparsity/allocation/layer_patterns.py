@@ -33,12 +33,9 @@ def densities_by_pattern(names: Iterable[str], densities: Mapping[str, float]) -
         densities: by pattern, each in (0, 1].
 
     Raises:
-        SparsifyError: a density is out of range, no pattern matches a layer, or a pattern decides no layer.
+        SparsifyError: no pattern matches a layer, or a pattern decides no layer.
     """
     names = list(names)
-    for pattern, density in densities.items():
-        if not 0.0 < density <= 1.0:
-            raise SparsifyError("densities", {pattern: density}, "is not in (0, 1]", "use a density above 0 and up to 1")
     deciding: dict[str, str] = {}
     for name in names:
         first = next((pattern for pattern in densities if fnmatchcase(name, pattern)), None)

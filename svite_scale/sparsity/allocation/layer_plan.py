@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 
 import torch
 
@@ -12,6 +11,7 @@ from svite_scale.errors import SparsifyError
 from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
 from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
 from svite_scale.sparsity.allocation.mask_file import MaskFile
+from svite_scale.sparsity.options import Allocation
 
 
 @dataclass(frozen=True)
@@ -48,56 +48,23 @@ class LayerPlan:
         return self.num_active < self.numel and not self.in_units
 
 
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """What says where the active weights are: the arguments of :func:`~svite_scale.sparsity.sparsify.sparsify`, checked.
-
-    Exactly one of ``density``, ``densities`` and ``masks`` is set.
-    """
-
-    density: float | None = None
-    distribution: str = "erk"
-    power_scale: float = 1.0
-    densities: Mapping[str, float] | None = None
-    masks: str | PathLike[str] | None = None
-    keep_dense: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        sources = {name: getattr(self, name) for name in ("density", "densities", "masks")}
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"give exactly one of density, densities and masks, not {found}")
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution {self.distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
-        if self.power_scale != 1.0 and (self.density is None or self.distribution != "erk"):
-            raise ValueError(f"power_scale ({self.power_scale}) is only for a density that is distributed by erk; leave it out")
-
-    def layer_densities(self, shapes: Mapping[str, torch.Size]) -> dict[str, float]:
-        """The density of each layer, where no file of masks says it."""
-        if self.densities is not None:
-            return densities_by_pattern(shapes, self.densities)
-        assert self.density is not None
-        if self.distribution == "erk":
-            return erk(shapes, self.density, power_scale=self.power_scale)
-        return DISTRIBUTIONS[self.distribution](shapes, self.density)
-
-
-def plan_layers(shapes: Mapping[str, torch.Size], allocation: Allocation) -> list[LayerPlan]:
-    """The exact count of active weights of each layer.
+def plan_layers(
+    shapes: Mapping[str, torch.Size], allocation: Allocation, packed_otherwise: Collection[str] = ()
+) -> list[LayerPlan]:
+    """Returns the exact count of active weights of each layer.
 
     Args:
         shapes: weight shape of each layer that may be made sparse.
         allocation: says where the active weights are.
+        packed_otherwise: names of layers that aren't among them, which ``keep_dense`` may match all the same.
 
     Returns:
         One entry per layer, in the order of ``shapes``.
 
     Raises:
         SparsifyError: patterns, masks or budget don't fit the layers.
-        ValueError: the density is out of range.
     """
-    kept = matching_layers(shapes, allocation.keep_dense)
+    kept = matching_layers([*shapes, *packed_otherwise], allocation.keep_dense) & shapes.keys()
     sparse = {name: shape for name, shape in shapes.items() if name not in kept}
     if not sparse:
         raise SparsifyError(
@@ -118,11 +85,24 @@ def _counts(shapes: Mapping[str, torch.Size], allocation: Allocation) -> tuple[d
     """Active weights of each layer, and the layers whose share is below one."""
     if allocation.masks is not None:
         return MaskFile(allocation.masks).counts(shapes), set()
-    densities = allocation.layer_densities(shapes)
+    densities = layer_densities(shapes, allocation)
     try:
         num_active = counts(shapes, densities)
     except ValueError as error:
-        field = "density" if allocation.densities is None else "densities"
+        field = "densities" if allocation.densities else "density"
         remedy = "raise it, or list small layers in keep_dense"
         raise SparsifyError(field, getattr(allocation, field), str(error), remedy) from error
     return num_active, {name for name, shape in shapes.items() if densities[name] * shape.numel() < 1}
+
+
+def layer_densities(shapes: Mapping[str, torch.Size], allocation: Allocation) -> dict[str, float]:
+    """Returns the density of each layer, where no file of masks says it.
+
+    Raises:
+        SparsifyError: patterns don't fit the layers.
+    """
+    if allocation.densities:
+        return densities_by_pattern(shapes, allocation.densities)
+    if allocation.distribution == "erk":
+        return erk(shapes, allocation.density, power_scale=allocation.power_scale)
+    return DISTRIBUTIONS[allocation.distribution](shapes, allocation.density)

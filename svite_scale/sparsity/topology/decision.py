@@ -12,9 +12,9 @@ from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.layers.base import MovingTensor, SparseLayer
+from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.methods import Candidates, Method, Score
-from svite_scale.sparsity.topology.options import TopologyOptions
 from svite_scale.sparsity.transition import Remap, grown_moment, state_kind
 from svite_scale.sparsity.update import drop, grow
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from typing import Any
 from weakref import finalize, ref
 
 import torch
@@ -15,12 +16,13 @@ from svite_scale.sparsity import bits
 from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
+from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.sharding import own_chunk, sharded_tensors
 from svite_scale.sparsity.topology.decision import check_state, decide, write_topology
-from svite_scale.sparsity.topology.engine_checks import check_fits, check_stepped
+from svite_scale.sparsity.topology.engine_checks import check_stepped
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.history import History
-from svite_scale.sparsity.topology.methods import Method
-from svite_scale.sparsity.topology.options import TopologyOptions
+from svite_scale.sparsity.topology.methods import Method, find_method
 from svite_scale.sparsity.topology.recently_grown import Newcomers
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
@@ -73,13 +75,14 @@ class TopologyEngine:
 
         Raises:
             TopologyError: two layers have one name.
-            ValueError: the options' windows reach from one update to the next.
+            OptionError: the method can't be imported, or a window reaches from one update to the next.
         """
         self.layers = sparse_layers(model)
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
-        check_fits(self.options, schedule)
+        self.method = find_method(self.options.method)
+        self.options.refuse_long_windows(schedule.update_every)
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
         self._state_checked = False  # since the first step, at which optimizers make it
@@ -178,54 +181,75 @@ class TopologyEngine:
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
         return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
 
-    def counters(self) -> dict[str, int]:
-        """What :meth:`resume` needs besides the tensors of :meth:`state`, as plain integers."""
+    def counters(self) -> dict[str, Any]:
+        """Returns the part of :meth:`state_dict` that isn't tensors: plain numbers, and the names of frozen layers. Local."""
         return {
             "steps": self.steps,
             "last_update": self.last_update,
             "postponed": self.postponed,
             "retry_step": self._retry_step,
-            "heard_steps": self.growth.num_steps,
-            "heard_ranks": self.growth.world_size,
-        } | {f"frozen/{name}": 1 for name in self.growth.frozen}
+            "recorded_steps": self.growth.num_steps,
+            "recorded_ranks": self.growth.world_size,
+            "frozen": sorted(self.growth.frozen),
+        }
 
-    def state(self) -> dict[str, tuple[Tensor, int]]:
-        """The statistics: by name, this rank's chunk of a flat tensor, cut as ``Shard(0)`` cuts, and the whole's elements."""
-        state: dict[str, tuple[Tensor, int]] = {}
-        for name, layer in self.layers.items():
-            state[f"history/{name}"] = self.history.chunks[name], bits.num_bytes(layer.shape.numel())
-            state[f"newcomers/{name}"] = self.newcomers.chunks[name], bits.num_bytes(layer.num_active)
-            if self.growth.num_steps and name not in self.growth.frozen:
-                state[f"growth/{name}"] = self.growth.chunk(layer), layer.growth_numel
-        return state
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what :meth:`load_state_dict` needs to resume exactly here, on any number of ranks. Local.
 
-    def resume(self, counters: Mapping[str, int]) -> None:
-        """Goes on after the step that :meth:`counters` told; :meth:`state` then has the tensors to load, and
-        :meth:`load_state` takes them.
+        ``torch.distributed.checkpoint`` calls it to save and to load. The tensors are the engine's own, not copies.
+
+        Returns:
+            ``counters``; and by layer name ``history``, uint8 ``[ceil(N / 8)]``, and
+            ``recently_grown``, uint8 ``[ceil(k / 8)]``. With a growth window of several steps also ``growth``, fp32: the sum of
+            the gradients recorded; zeros between two windows, because a loaded tensor must have the form of the saved one. With
+            a process group the tensors are ``DTensor``s, ``Shard(0)``.
         """
+        layers, group = self.layers.items(), self.growth.group
+        history = {name: (self.history.chunks[name], bits.num_bytes(layer.shape.numel())) for name, layer in layers}
+        recent = {name: (self.newcomers.chunks[name], bits.num_bytes(layer.num_active)) for name, layer in layers}
+        # A window of one step holds nothing once that step is done.
+        keeps_sums = self._moves and self.options.grow_window > 1
+        growth = {name: (self.growth.chunk(layer), layer.growth_numel) for name, layer in layers if keeps_sums}
+        return {
+            "counters": self.counters(),
+            "history": sharded_tensors(history, group),
+            "recently_grown": sharded_tensors(recent, group),
+            "growth": sharded_tensors(growth, group),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from what :meth:`state_dict` returned, on this or another number of ranks. A collective.
+
+        Args:
+            state: its tensors are whole, or ``DTensor``s over the ranks that there are now. ``growth`` is read within a window
+                only, of the layers that weren't frozen; the others may be left out.
+
+        Raises:
+            TopologyError: the state is of another model, or of another growth window. The message names a tensor.
+        """
+        self.access.reshard()
+        counters = state["counters"]
+        recorded = self.layers.keys() - counters["frozen"] if counters["recorded_steps"] else set()
+        here = self.state_dict()
+        for kind, names in (("history", set(self.layers)), ("recently_grown", set(self.layers)), ("growth", recorded)):
+            _check_same_shapes(kind, names, here[kind], state[kind])
         self.steps, self.last_update = counters["steps"], counters["last_update"]
         self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
-        self.growth.clear()
-        self._prepare_step()
-        if counters["heard_steps"]:
-            frozen = {name for name in self.layers if f"frozen/{name}" in counters}
-            self.growth.resume(counters["heard_steps"], counters["heard_ranks"], frozen)
-
-    def load_state(self, chunks: Mapping[str, Tensor]) -> None:
-        """Takes the chunks that :meth:`state` has names for. A collective."""
-        self.access.reshard()
         for name, layer in self.layers.items():
-            self.history.chunks[name] = chunks[f"history/{name}"]
-            self.newcomers.chunks[name] = chunks[f"newcomers/{name}"]
+            device = layer.mask.device
+            self.history.chunks[name] = own_chunk(state["history"][name], self.growth.group).to(device)
+            self.newcomers.chunks[name] = own_chunk(state["recently_grown"][name], self.growth.group).to(device)
             if self.warmup and not layer.is_frozen:
                 self.warmup.start(layer, self.newcomers.read(layer))
-        if self.growth.num_steps:
-            self.growth.load({name: chunks[f"growth/{name}"] for name in self.layers if name not in self.growth.frozen})
+        sums = {name: own_chunk(state["growth"][name], self.growth.group) for name in self.layers if name in recorded}
+        self.growth.load(sums, counters["recorded_steps"], counters["recorded_ranks"], set(counters["frozen"]))
         self._prepare_step()
 
     @property
     def _moves(self) -> bool:
-        return bool(self.layers) and self.options.scores is not None
+        return bool(self.layers) and self.method is not None
 
     def _prepare_step(self) -> None:
         """Hears gradients during the next step if it lies in a growth window, and only then."""
@@ -238,7 +262,6 @@ class TopologyEngine:
             self.warmup.prepare(self.steps - self.last_update)
 
     def _try_update(self, applied: bool) -> TopologyUpdate | None:
-        method = self.options.scores
         update = None
         if applied:
             self.growth.check_complete()
@@ -247,8 +270,8 @@ class TopologyEngine:
         elif not self.growth.all_finite():
             self._postpone("a gradient of the growth window isn't finite")
         else:
-            assert method is not None, "only methods that move weights have updates"
-            update = self._update(method)
+            assert self.method is not None, "only methods that move weights have updates"
+            update = self._update(self.method)
         self.growth.clear()
         return update
 
@@ -307,6 +330,17 @@ class TopologyEngine:
         self.history.follow(layer, mask, mask)
         self.newcomers.clear(layer)
         return LayerUpdate(unit=layer.unit, numel=layer.shape.numel(), num_active=layer.num_active)
+
+
+def _check_same_shapes(kind: str, names: Set[str], here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuses saved tensors that aren't those of the named layers."""
+    for name in sorted(names | (saved.keys() - here.keys())):
+        shapes = [tuple(tensors[name].shape) if name in tensors else "not there" for tensors in (saved, here)]
+        if shapes[0] != shapes[1]:
+            raise TopologyError(
+                f"{kind} of {name} is {shapes[0]} in the saved topology and {shapes[1]} here; load it with the same model "
+                "and grow_window as it was saved with"
+            )
 
 
 def _let_go(growth: GrowthScores, warmup: GrownWarmup | None, taken: ref[TopologyEngine]) -> None:

@@ -9,8 +9,6 @@ from torch import nn
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.layers.base import SparseLayer
-from svite_scale.sparsity.topology.options import TopologyOptions
-from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 
 def refuse_taken(layers: Mapping[str, SparseLayer]) -> None:
@@ -43,17 +41,3 @@ def check_stepped(name: str, layer: SparseLayer, access: ParameterAccess, remedy
     for key, moving in layer.moving().items():
         if not access.steps(moving.parameter):
             raise TopologyError(f"the optimizer doesn't step {name}.{key}; {remedy}")
-
-
-def check_fits(options: TopologyOptions, schedule: UpdateSchedule) -> None:
-    """Refuses windows that would reach from one update to the next.
-
-    Raises:
-        ValueError: names both numbers.
-    """
-    if options.grow_window > schedule.update_every:
-        raise ValueError(f"grow_window ({options.grow_window}) is longer than update_every ({schedule.update_every})")
-    if options.grown_warmup_steps > schedule.update_every:
-        raise ValueError(
-            f"grown_warmup_steps ({options.grown_warmup_steps}) is longer than update_every ({schedule.update_every})"
-        )

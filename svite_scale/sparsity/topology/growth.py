@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -13,9 +13,6 @@ from svite_scale.errors import TopologyError
 from svite_scale.sparsity.layers.backward_runs import BackwardRuns, reaches
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, padded, rank_and_size, rank_numel
-
-GROW_BY = ("gradient", "magnitude")
-"""|mean of the window's gradients|, or mean of their magnitudes, step by step."""
 
 
 class GrowthScores:
@@ -38,7 +35,7 @@ class GrowthScores:
         """Args:
         layers: of one model.
         group: the data-parallel ranks; None without ``torch.distributed``.
-        by: one of :data:`GROW_BY`.
+        by: ``gradient`` for |mean of the window's gradients|, ``magnitude`` for the mean of their magnitudes, step by step.
         """
         self.layers = list(layers)
         self.group = group
@@ -52,7 +49,6 @@ class GrowthScores:
         self._heard: set[str] = set()
         self._frozen_before: set[str] = set()
         self._backwards = BackwardRuns()
-        self._saved_ranks = self.world_size
 
     def listen(self, update_step: int) -> None:
         """Hears the layers' backwards from now on, for an update after that optimizer step; what was heard before stays."""
@@ -127,26 +123,29 @@ class GrowthScores:
         return magnitude.div_(self.world_size * max(self.num_steps, 1))
 
     def chunk(self, layer: SparseLayer) -> Tensor:
-        """This rank's chunk of the layer's sums without the zeros past the end."""
-        return self.sums[layer.name][: rank_numel(layer.growth_numel, self.rank, self.world_size)]
+        """This rank's chunk of the layer's sum without the zeros past the end; zeros where no step was heard in full."""
+        numel = rank_numel(layer.growth_numel, self.rank, self.world_size)
+        if self.num_steps and layer.name in self.sums:
+            return self.sums[layer.name][:numel]
+        return torch.zeros(numel, device=layer.mask.device)
 
-    def resume(self, num_steps: int, num_ranks: int, frozen: set[str]) -> None:
-        """Goes on in a window of which ``num_ranks`` ranks heard ``num_steps`` steps, of all layers but those ``frozen``;
-        :meth:`load` takes what they heard.
+    def load(self, sums: Mapping[str, Tensor], num_steps: int, num_ranks: int, frozen: set[str]) -> None:
+        """Resumes in a window of which ``num_ranks`` ranks heard ``num_steps`` steps.
+
+        Args:
+            sums: by layer name, this rank's part, cut as :meth:`chunk` cuts, of all layers that weren't frozen.
+            num_steps: optimizer steps heard in full; 0 outside of windows.
+            num_ranks: ranks whose gradients the sums add up.
+            frozen: names of layers that were frozen during some of these steps.
         """
-        self.num_steps = num_steps
-        self._saved_ranks = num_ranks
-        self.frozen = frozen
-        for layer in self._heard_layers():
-            size = chunk_numel(layer.growth_numel, self.world_size)
-            self.sums[layer.name] = torch.zeros(size, device=layer.mask.device)
-
-    def load(self, chunks: dict[str, Tensor]) -> None:
-        """Takes this rank's part, cut as :meth:`chunk` cuts, of what was saved."""
-        for layer in self._heard_layers():
-            size = self.sums[layer.name].numel()
-            # The mean over as many ranks as there were is the same; what was saved is their sum.
-            self.sums[layer.name] = padded(chunks[layer.name], size) * (self.world_size / self._saved_ranks)
+        self.clear()
+        self.num_steps, self.frozen = num_steps, frozen
+        for layer in self.layers:
+            if layer.name in sums:
+                size = chunk_numel(layer.growth_numel, self.world_size)
+                # The gradients' mean stays, for as many ranks as there are now.
+                scale = self.world_size / num_ranks
+                self.sums[layer.name] = padded(sums[layer.name].to(layer.mask.device), size) * scale
 
     def _add(self, layer: SparseLayer, gradient: Tensor) -> None:
         """Adds one micro-batch's dense gradient. A collective, called inside backward in the same order on every rank."""
@@ -161,9 +160,6 @@ class GrowthScores:
 
     def _frozen_now(self) -> set[str]:
         return {layer.name for layer in self.layers if layer.is_frozen}
-
-    def _heard_layers(self) -> list[SparseLayer]:
-        return [layer for layer in self.layers if layer.name not in self.frozen]
 
     def _accumulate(self, held: dict[str, Tensor], name: str, chunk: Tensor) -> None:
         if name in held:

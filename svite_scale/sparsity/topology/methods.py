@@ -1,18 +1,21 @@
 """What moves the weights: a method is a pair of scores, one that drops and one that grows.
 
-A score is a function of a layer's :class:`Candidates` that returns a float for every position of the weight. To add a method,
-write the score that it needs and give the pair a line in :data:`METHODS`; docs/methods.md shows one.
+A score is a function of a layer's :class:`Candidates` that returns a float for every position of the weight. A method of your
+own is a :class:`~svite_scale.sparsity.options.Method` of two of them; docs/methods.md shows one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from svite_scale.errors import OptionError
 from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.options import Method
 from svite_scale.sparsity.update import choose
 
 
@@ -61,14 +64,6 @@ Score = Callable[[Candidates], Tensor]
 """Float ``[N]``, read where eligible: the smallest scores drop, the largest grow."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """The weights of smallest ``drop`` score go, those of largest ``grow`` score come."""
-
-    drop: Score
-    grow: Score
-
-
 def magnitude(candidates: Candidates) -> Tensor:
     """|weight|."""
     return candidates.values().abs_()
@@ -98,4 +93,25 @@ METHODS: dict[str, Method | None] = {
     "static": None,  # the random mask stays as it was drawn
     "dense": None,  # no mask at all: nothing is packed
 }
-"""By the name in a config; None where no weight moves."""
+"""By the name in the options; None where no weight moves."""
+
+
+def find_method(method: str | Method) -> Method | None:
+    """Returns the pair of scores that :attr:`~svite_scale.sparsity.options.MethodOptions.method` names; None if nothing moves.
+
+    Raises:
+        OptionError: ``MODULE:NAME`` can't be imported, or isn't a Method.
+    """
+    if isinstance(method, Method):
+        return method
+    if method in METHODS:
+        return METHODS[method]
+    module, _, name = method.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises
+        problem = f"can't be imported ({type(error).__name__}: {error})"
+        raise OptionError("method", method, problem, "check the name, and that PYTHONPATH has its folder") from error
+    if not isinstance(found, Method):
+        raise OptionError("method", method, f"is of type {type(found).__name__}, and no Method", "name a svite_scale.Method")
+    return found

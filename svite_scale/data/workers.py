@@ -1,4 +1,4 @@
-"""Loader processes that don't stay behind in ``fork``.
+"""Processes of a DataLoader: they don't stay behind in ``fork``, and they end with the training process.
 
 Before Python 3.12 the child of a fork may hang for ever, before any code of its own: if a thread that isn't Python's, such as
 gloo's that let go of tensors, takes Python's lock of threads at that moment, the child waits for a lock that nobody holds any
@@ -8,10 +8,20 @@ answer is ended, and another one is forked.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import socket
+import sys
+import threading
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from multiprocessing.process import BaseProcess
+
+from svite_scale.runtime.signals import STOP_SIGNALS
+
+PR_SET_PDEATHSIG = 1
+"""From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
 
 PATIENCE_S = (5.0, 10.0, 20.0, 40.0, 80.0)
 """How long each attempt waits for an answer; on a busy machine it may come late."""
@@ -59,3 +69,29 @@ class LoaderContext(ForkContext):
     """For a DataLoader's ``multiprocessing_context``."""
 
     Process = LoaderProcess
+
+
+def serve_trainer(trainer: int, worker: int) -> None:
+    """Has a loader process end with the training process, however that ends, or at a SIGTERM of it; and ignore Ctrl-C and the
+    warnings of a scheduler.
+
+    Those may go to every process of a job, and the training process needs its workers to finish the step.
+
+    Args:
+        trainer: process that forked this one, from a thread that lives as long as it does.
+        worker: number of this process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer:
+        os._exit(1)  # it ended before it could be bound to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
+
+
+def end_with_trainer(trainer: int) -> None:
+    """Takes signals, which a handler couldn't tell the sender of, until one comes from that process."""
+    while (received := signal.sigwaitinfo(STOP_SIGNALS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
+        pass
+    os._exit(0)
