@@ -84,7 +84,7 @@ def write_damaged(shards: Path, directory: Path) -> str:
     return f"{directory}/val-*.tar"
 
 
-def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
+def test_evaluate_counts_every_sample_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
     """37 samples in batches of 10 per rank: the last batches are part or all padding. Dropping paths is for training only.
 
     40 samples of which 3 can't be decoded give the same averages, and are counted.
