@@ -1,4 +1,4 @@
-"""``launch/train.py`` in which something goes wrong on the last rank, for any launcher; ``FAULT`` in the environment says what.
+"""``launch/train.py`` with a fault on the last rank. ``FAULT`` in the environment names the fault.
 
 Most faults strike once, when the rank enters a phase after the third step.
 """
@@ -23,17 +23,17 @@ PHASES = {"evaluation": "evaluation", "saving": "checkpoint"}
 """The phase in which a fault strikes; by default ``compute``."""
 
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=512k none /dev/shm && exec "$@"', "sh")
-"""Runs a command with a /dev/shm of its own, for the fault ``shm``; as root."""
+"""Runs a command with a small /dev/shm of its own, for the fault ``shm``. Needs root."""
 
 
 class Struck:
-    """Whether the fault has struck."""
+    """True once the fault has struck."""
 
     now = False
 
 
 def strike(fault: str, shards: Path) -> None:
-    """What happens on the main thread."""
+    """Does what the fault does on the main thread."""
     if fault == "unreadable":
         for path in shards.glob("train-*.tar"):
             path.write_bytes(b"")
@@ -46,7 +46,7 @@ def strike(fault: str, shards: Path) -> None:
 
 
 def fill_shm() -> None:
-    """To the last byte, if it is the small one."""
+    """Fills /dev/shm to the last byte. Refuses to fill a large one."""
     disk = os.statvfs("/dev/shm")
     assert disk.f_blocks * disk.f_frsize <= 2**20, "this is everybody's"
     with Path("/dev/shm/full").open("wb", buffering=0) as file:
@@ -80,7 +80,7 @@ class OutOfMemory(torch.autograd.Function):
 
 
 def once_struck(then: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
-    """One function until the fault strikes, another from then on."""
+    """Returns a function that calls ``before`` until the fault strikes, and ``then`` afterwards."""
     return lambda *args, **kwargs: (then if Struck.now else before)(*args, **kwargs)
 
 

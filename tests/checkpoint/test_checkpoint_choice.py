@@ -73,6 +73,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def test_checkpoint_of_another_step_than_its_name_is_refused(tmp_path: Path) -> None:
+    run_on_ranks(1, save_steps, tmp_path / "checkpoints", SAVING, 2)
+    renamed = (tmp_path / "checkpoints" / "step-00000002").rename(tmp_path / "checkpoints" / "step-00000007")
+    (found,) = run_on_ranks(1, load, tmp_path / "checkpoints")
+    assert found.message == f"{renamed} holds the state after step 2, not 7; restore its name"
+
+
 def another_size(path: Path) -> None:
     content = json.loads(path.read_text())
     content["files"]["run.json"]["size"] += 1
