@@ -97,7 +97,7 @@ def inject(fault: str, shards: Path) -> None:
     from svite_scale.runtime.activity import Activity, Phase
     from svite_scale.train import guard, trainer
 
-    enter, load = Activity.enter, ShardDataset.load
+    enter, load = Activity.enter, ShardDataset.load_sample
 
     def entered(self: Activity, phase: Phase) -> None:
         enter(self, phase)
@@ -110,7 +110,7 @@ def inject(fault: str, shards: Path) -> None:
 
     replaced: dict[str, tuple[Any, str, Any]] = {
         "memory": (guard, "spread_nonfinite", once_struck(OutOfMemory.apply, guard.spread_nonfinite)),
-        "transform": (ShardDataset, "load", load_first_epoch),
+        "transform": (ShardDataset, "load_sample", load_first_epoch),
         "writer": (checkpoint, "write_checkpoint", mistake),
         "closing": (trainer.Checkpoint, "close", hang),
         "group": (ranks, "stop", hang),

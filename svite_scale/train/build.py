@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 
 from svite_scale.config.schema import Config
-from svite_scale.config.topology import check_windows, topology_options, update_schedule
 from svite_scale.data.format.patterns import check_contents, largest_label
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
 from svite_scale.errors import ConfigError
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.dense import blocks
+from svite_scale.models.sparse import build_sparse
 from svite_scale.models.teacher import answer_twice
-from svite_scale.models.vit import blocks
+from svite_scale.options import in_section
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.allocation.layer_plan import plan_density
 from svite_scale.sparsity.topology.engine import TopologyEngine
@@ -31,24 +31,16 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
         DataError: the shards can't be read.
     """
     model, train = config.model, config.train
+    image_shape = (model.in_channels, model.image_size, model.image_size)
     train_data = TrainData(
         config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
+        image_shape=image_shape,
         global_batch_size=train.global_batch_size,
-        accumulation_steps=train.accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
         seed=config.seed,
+        accumulation_steps=train.accumulation_steps,
+        world=world,
     )
-    eval_data = EvalData(
-        config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
-        batch_size=train.eval_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    eval_data = EvalData(config.data, image_shape=image_shape, batch_size=train.eval_batch_size, world=world)
     indexes = train_data.indexes + eval_data.indexes
     if config.data.verify_checksums:
         check_contents(indexes, world.rank, world.size)
@@ -70,7 +62,7 @@ def build_sparse_model(config: Config, world: World, device: torch.device, *, sk
     Returns:
         The backend, and the active fraction of the prunable weights.
     """
-    model, plan = build_sparse_vit(config.model, config.sparsity, config.seed)
+    model, plan = build_sparse(config.model, config.sparsity, config.seed)
     if config.distillation.teacher is not None:
         answer_twice(model)
     options = EngineOptions(
@@ -92,6 +84,6 @@ def build_topology(config: Config, backend: Backend, steps_per_epoch: float, tot
     Raises:
         ConfigError: a window is longer than the steps between two updates.
     """
-    schedule = update_schedule(config, steps_per_epoch, total_steps)
-    check_windows(config.sparsity, schedule.update_every)
-    return TopologyEngine(backend.model, backend.access, schedule, topology_options(config), group=dist.group.WORLD)
+    schedule, options = config.update_schedule(steps_per_epoch, total_steps), config.topology_options()
+    with in_section("sparsity"):
+        return TopologyEngine(backend.model, backend.access, schedule, options, group=dist.group.WORLD)

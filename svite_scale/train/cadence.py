@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svite_scale.config.schema import CheckpointConfig, TrainConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.data.order import EpochSteps
+from svite_scale.train.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.state import RunState
+from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
@@ -93,11 +95,13 @@ class Trainer:
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
-            self.backend,
-            self.topology,
-            counts={"guard": self.guard, "damage": self.train_data.damage},
-            samples=fingerprint(self.train_data),
-            ema=self.ema,
+            RunState(
+                self.backend,
+                self.topology,
+                self.ema,
+                stateful={"guard": self.guard, "damage": self.train_data.damage},
+                samples=fingerprint(self.train_data),
+            ),
             keeps=self.cadence.keeps,
         )
         self.resumed_step = self.load() if resume else None
@@ -112,7 +116,7 @@ class Trainer:
         """
         started = time.perf_counter()
         with (
-            Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as self.tracker,
+            self.open_tracker() as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
             Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
@@ -137,6 +141,17 @@ class Trainer:
                 self.tracker.status = "KILLED"
                 raise Preempted(self.step)
             self.finish(started)
+
+    def open_tracker(self) -> Tracker:
+        """Opens the files of the run directory, and MLflow, on the main rank."""
+        return Tracker(
+            self.config.tracking,
+            self.run_dir,
+            self.resumed_step,
+            config_text=to_yaml(self.config),
+            parameters=flatten_config(to_dict(self.config)),
+            enabled=self.world.is_main,
+        )
 
     def begin(self) -> None:
         """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
@@ -210,9 +225,9 @@ class Trainer:
     def roll_back(self, loss: float, *, last: bool) -> None:
         """Returns to the newest checkpoint after the loss spiked, and leaves out the data since then. A collective."""
         self.activity.enter("checkpoint")
-        spiked_at, counted = self.step, self.guard.state()
+        spiked_at, counted = self.step, self.guard.state_dict()
         self.step = self.checkpoint.load_newest()
-        self.guard.resume(counted)
+        self.guard.load_state_dict(counted)
         self.guard.roll_back(spiked_at, self.step)
         self.batches = self.remaining_batches()
         self.tracker.rewind(self.step)

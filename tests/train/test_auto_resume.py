@@ -38,7 +38,7 @@ def test_auto_resume_starts_without_a_checkpoint_and_resumes_with_one(
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
 
 
-def test_auto_resume_refuses_a_run_whose_checkpoints_are_incomplete(
+def test_auto_resume_refuses_a_run_whose_checkpoints_are_corrupt(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -48,7 +48,7 @@ def test_auto_resume_refuses_a_run_whose_checkpoints_are_incomplete(
     answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
     assert answer.status == 1
     assert (
-        f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is whole; restore one, or start a new run" in answer.err
+        f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is valid; restore one, or start a new run" in answer.err
     )
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
 

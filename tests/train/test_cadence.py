@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from svite_scale.config.schema import CheckpointConfig, TrainConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.data.order import EpochSteps
 from svite_scale.train.cadence import Cadence, Due
+from svite_scale.train.options import TrainConfig
 
 WHOLE, CARRIED = EpochSteps(40, 10, carry=False), EpochSteps(45, 10, carry=True)
 """4 steps an epoch; and 4.5, so that epochs end in steps 5, 9, 14 and 18."""
