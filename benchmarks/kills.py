@@ -28,9 +28,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever this is started
 
-from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.checkpoint import Checkpoint
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.checkpoint.state import RunState
-from svite_scale.config.schema import CheckpointConfig, Config
+from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.sparsity.options import TopologyOptions

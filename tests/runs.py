@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars
 from svite_scale.runtime.ranks import World

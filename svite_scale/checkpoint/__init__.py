@@ -14,9 +14,3 @@ SHA-256 of each file. The directory gets its name when it is complete.
 - :mod:`.manifest`: sizes and checksums of files
 - :mod:`.collective_io`: file operations that succeed or fail on all ranks together
 """
-
-from __future__ import annotations
-
-from svite_scale.checkpoint.checkpoint import Checkpoint
-
-__all__ = ["Checkpoint"]

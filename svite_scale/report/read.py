@@ -23,11 +23,10 @@ from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.data.dataset import ShardDataset
 from svite_scale.data.format.patterns import load_indexes
-from svite_scale.data.remote.cache import ShardCache
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.data.transforms import DeviceTransform, eval_transform
 from svite_scale.errors import CheckpointError, DataError, RunError
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.sparse import build_sparse
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 Line = dict[str, Any]
@@ -156,7 +155,7 @@ def load_model(run: SavedRun) -> nn.Module:
         ConfigError: the model can't be built.
         CheckpointError: the checkpoint is damaged, or of another model.
     """
-    model, _ = build_sparse_vit(run.config.model, run.config.sparsity, run.config.seed)
+    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed)
     parameters = dict(model.named_parameters())
     # Flat, as every engine saves them.
     state = {f"model/{name}": torch.empty_like(parameter).flatten() for name, parameter in parameters.items()}
@@ -198,7 +197,7 @@ def evaluation_images(config: Config, count: int) -> EvaluationImages:
         DataError: the shards can't be read, or hold no sample.
     """
     data, model = config.data, config.model
-    indexes = load_indexes(data.val, "data.val", ShardCache.of(data))
+    indexes = load_indexes(data.val, "data.val", data)
     transform = eval_transform(data, model.image_size)
     dataset = ShardDataset(indexes, transform, model.in_channels, seed=0, max_pixels=data.max_pixels)
     if not len(dataset):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svite_scale.config.schema import GuardConfig
 from svite_scale.errors import DivergedError
+from svite_scale.train.options import GuardConfig
 
 Newest = Callable[[], Path | None]
 """Looks up the last good checkpoint; a collective."""

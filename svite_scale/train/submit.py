@@ -12,10 +12,8 @@ from pathlib import Path
 
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
-from svite_scale.config.topology import check_topology
-from svite_scale.config.validate import check_config
+from svite_scale.config.validate import check_world_size, validate
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
-from svite_scale.models.vit import check_model
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
 TEMPLATE = "launch/slurm/train.sbatch"
@@ -66,12 +64,11 @@ def check(config: Config, arguments: argparse.Namespace) -> None:
     for num_nodes in node_counts(arguments.nodes):
         num_ranks = num_nodes * arguments.gpus_per_node
         try:
-            check_config(config, num_ranks)
+            check_world_size(config, num_ranks)
         except ConfigError as error:
             problem = f"{error.problem}, on {num_nodes} of --nodes {arguments.nodes}"
             raise ConfigError(error.field, error.value, problem, error.remedy) from error
-    check_model(config.model)
-    check_topology(config)
+    validate(config, world_size=None)
 
 
 def node_counts(nodes: str) -> range:

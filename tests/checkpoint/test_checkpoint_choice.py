@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.kills import SAVING, STEPS_PER_EPOCH, check_state, small_run, write_state
 from svite_scale.checkpoint.compatibility import versions
-from svite_scale.config.schema import CheckpointConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
 from tests.runs import Lines

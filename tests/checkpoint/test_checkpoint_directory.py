@@ -14,7 +14,7 @@ from benchmarks.kills import check_state, small_run, write_state
 from svite_scale.checkpoint import save as writing
 from svite_scale.checkpoint.directory import CheckpointDirectory
 from svite_scale.checkpoint.manifest import FileDigest, digest, problem_of
-from svite_scale.config.schema import CheckpointConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
 

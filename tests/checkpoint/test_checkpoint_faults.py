@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.kills import check_state, small_run, write_state
-from svite_scale.config.schema import CheckpointConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
 from tests.small_disk import fill

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.checkpoint import Checkpoint, state
+from svite_scale.checkpoint import state
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from svite_scale.config.load import read_config
-from svite_scale.config.schema import Config, ParallelConfig, TrackingConfig
+from svite_scale.config.schema import Config
+from svite_scale.engines.options import ParallelConfig
+from svite_scale.tracking.options import TrackingConfig
 from tests.command_line import Answer, run_command
 from tests.ranks import free_port
 from tests.runs import metrics_of

@@ -103,6 +103,10 @@ def test_options_that_are_not_given_stay_as_in_the_template(submit: Submit) -> N
         ((*SIZE, "--sbatch=exclusive"), "--sbatch = 'exclusive'"),
         ((*SIZE, "--sbatch=--account=a"), "--sbatch = '--account=a'"),
         ((*SIZE, "sparsity.densty=0.3"), "sparsity.densty"),
+        (
+            (*SIZE, "distillation.teacher=deit_nano", "distillation.checkpoint=a"),
+            "distillation.teacher = 'deit_nano': is no model that timm knows",
+        ),
         ((*SIZE, "model.name=vit_none"), "model.name = 'vit_none'"),
         ((*SIZE, "parallel.backend=single"), "parallel.backend = 'single'"),
     ],
