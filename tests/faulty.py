@@ -119,7 +119,7 @@ def inject(fault: str, shards: Path) -> None:
 
     replaced: dict[str, tuple[Any, str, Any]] = {
         "memory": (trainer, "spread_nonfinite", once_struck(OutOfMemory.apply, trainer.spread_nonfinite)),
-        "transform": (ShardDataset, "load", load_first_epoch),
+        "transform": (ShardDataset, "load_sample", load_first_epoch),
         "optimizer": (trainer, "build_backend", build_faulty),
         "constructor": (trainer, "Guard", mistake),
         "writer": (checkpoint, "write_checkpoint", mistake),
