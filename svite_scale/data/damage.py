@@ -60,13 +60,13 @@ class DamageLimit:
         self.seen += seen
         self.check(self.damaged, self.seen)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Returns the counts, for a checkpoint."""
         return {"damaged": self.damaged, "seen": self.seen}
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Restores the counts that :meth:`state` returned."""
-        self.damaged, self.seen = state["damaged"], state["seen"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Sets the counts to those of :meth:`state_dict`."""
+        self.damaged, self.seen = state_dict["damaged"], state_dict["seen"]
 
     def check(self, damaged: float, seen: float) -> None:
         """Checks counts that are summed over all ranks, so that either all ranks fail or none.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.decode import UndecodableError, decode
 from svite_scale.data.format.index import ShardIndex
+from svite_scale.data.options import DataConfig
 from svite_scale.data.randomness import restored_random_state, seed_sample
 from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.data.transforms import Transform

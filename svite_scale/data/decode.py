@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's modes, by the number of channels."""

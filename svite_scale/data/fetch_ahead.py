@@ -13,8 +13,8 @@ from types import TracebackType
 
 import numpy as np
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.format.index import ShardIndex
+from svite_scale.data.options import DataConfig
 from svite_scale.data.order import EpochSteps, Ints, shuffle_groups
 from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.errors import ConfigError, DataError

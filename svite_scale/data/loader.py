@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.batches import load_batches
 from svite_scale.data.damage import DamageLimit
 from svite_scale.data.dataset import Row, ShardDataset
 from svite_scale.data.fetch_ahead import FetchAhead, check_cache_room, remote_sizes
 from svite_scale.data.format.index import ShardIndex
 from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.options import DataConfig
 from svite_scale.data.order import EpochSteps, epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError

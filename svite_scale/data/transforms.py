@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomAffine, Resize
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from svite_scale.config.schema import AugmentConfig
+from svite_scale.data.options import AugmentConfig
 from tests.data.numbered import grey_config, numbers, train_data
 
 BATCH, ACCUMULATION, SEED = 24, 2, 3

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.loader import Batch, EvalData, TrainData
 from svite_scale.data.make.shards import Sample, Source, write_shards
+from svite_scale.data.options import DataConfig
 from svite_scale.runtime.ranks import World
 
 SIZE = 8

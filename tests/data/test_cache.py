@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.dataset import ShardReader
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.cache import ROOM, CacheFolder, RemoteShard, ShardCache
 from svite_scale.errors import DataError
 from tests.data.flaky_server import Server

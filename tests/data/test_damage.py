@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.damage import MIN_SEEN, DamageLimit
 from svite_scale.data.make.shards import Sample, write_shards
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.errors import DataError
 from tests.data.numbered import eval_data, grey_config, image_bytes, numbered, numbers, speckled, train_data
 
@@ -147,7 +147,7 @@ def test_counts_are_added_and_checked_together_after_resuming() -> None:
     before.add(3, MIN_SEEN)
     before.add(4, MIN_SEEN)
     resumed = DamageLimit("data.train", 0.001, "it is left out")
-    resumed.resume(before.state())
+    resumed.load_state_dict(before.state_dict())
     resumed.add(23, MIN_SEEN)
     assert (resumed.damaged, resumed.seen) == (30, 3 * MIN_SEEN)
     with pytest.raises(DataError, match=r"31 of 30,001 samples"):

@@ -146,6 +146,7 @@ def test_the_reader_keeps_few_files_open_and_closes_them(tmp_path: Path) -> None
     assert open_in(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_descriptors_serve_forked_processes_too(many: str) -> None:
     dataset = dataset_of(many)
     dataset[0, 0, 0]

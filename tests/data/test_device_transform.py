@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.transforms import DeviceTransform
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.fetch_ahead import FetchAhead, check_cache_room
 from svite_scale.data.format.index import ShardIndex
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.order import EpochSteps, epoch_order
 from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.errors import ConfigError, DataError

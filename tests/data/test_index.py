@@ -217,6 +217,7 @@ def write_labels(shard: Path, labels: list[int], seconds: int) -> None:
     os.utime(shard, ns=(seconds * 10**9 + 123456789,) * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [-100, 100])
 def test_a_tar_is_indexed_again_when_it_changed_at_equal_size(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], later: int

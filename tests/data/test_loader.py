@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig
 from svite_scale.data.batches import copy_for_device
+from svite_scale.data.options import AugmentConfig
 from svite_scale.data.order import epoch_order
 from svite_scale.errors import ConfigError, DataError
 from tests.data.numbered import assert_same_batches, eval_data, grey_config, image_bytes, numbers, train_data
@@ -162,6 +162,7 @@ def test_evaluation_counts_every_sample_exactly_once(many: str, world: int, batc
         assert sorted(found) == list(range(53))
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_workers(many: str) -> None:
     alone, helped = (list(eval_data(grey_config(val=many, workers=workers), 8, 1, 2)) for workers in (0, 2))
     assert_same_batches(alone, helped)

@@ -9,13 +9,15 @@ from types import ModuleType
 import pytest
 import webdataset
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.format.index import sidecar_path
 from svite_scale.data.format.patterns import largest_label, load_indexes
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.data.make.shards import write_shards
+from svite_scale.data.options import AugmentConfig, DataConfig
 from tests.data.numbered import numbered, picture
 from tests.data.tars import make_tar, overwrite
+
+pytestmark = pytest.mark.slow
 
 
 def test_digits_from_the_command_line_train_and_evaluate(

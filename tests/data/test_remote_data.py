@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.loader import Batch
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
 from tests.data.numbered import assert_same_batches, eval_data, grey_config, train_data

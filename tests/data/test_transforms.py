@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Resize
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.randomness import restored_random_state, seed_sample
 from svite_scale.data.transforms import augment_ops, crop_ends, eval_transform, thin_out, to_pil, train_transform
 from svite_scale.errors import ConfigError

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
-from svite_scale.config.schema import Config, DataConfig
+from svite_scale.config.schema import Config
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.loader import EvalData
 from svite_scale.data.make.shards import Sample, write_shards
+from svite_scale.data.options import DataConfig
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate

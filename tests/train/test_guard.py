@@ -15,12 +15,13 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
-from svite_scale.config.schema import Config, GuardConfig
+from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch, TrainData
 from svite_scale.errors import DivergedError
 from svite_scale.runtime.preemption import Preempted
 from svite_scale.runtime.ranks import World
 from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.options import GuardConfig
 from svite_scale.train.trainer import Trainer
 from svite_scale.train.window import MetricsWindow
 from tests.command_line import run_here
@@ -205,7 +206,7 @@ def test_a_rollback_is_counted_by_the_next_start_too(tmp_path: Path, digits: Pat
     """Where the run is asked to stop in the very step that spikes."""
     config = tiny_config(digits, tmp_path / "run", *ROLLBACK)
     run_on_ranks(1, spikes_and_stops, config)
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{SAVED:08d}-2\n"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{SAVED:08d}-2").is_dir()
     assert run_on_ranks(1, offset_after_a_resume, config) == [SPIKE_STEP - SAVED]
 
 
@@ -271,7 +272,7 @@ def test_what_was_counted_survives_a_resume() -> None:
     for _ in range(16):
         guard.is_spike(4, 1.0, lambda: Path("checkpoint"))
     resumed = Guard(guard.config)
-    resumed.resume(json.loads(json.dumps(guard.state())))
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert resumed.metrics() == {"skipped_steps": 3, "rollbacks": 1}
     assert resumed.data_offset == 4
     assert resumed.is_spike(5, 2.1, lambda: Path("checkpoint"))

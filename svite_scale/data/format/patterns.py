@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.format.index import ShardIndex, find_damage, is_newer, load_index, parse_index, sidecar_path
 from svite_scale.data.format.info import INFO_NAME, listed_shards
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.cache import ShardCache
 from svite_scale.data.remote.fetch import COMMANDS, PIPE, index_url, is_remote
 from svite_scale.errors import DataError

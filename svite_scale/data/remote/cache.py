@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.fetch import INDEX_SUFFIX, FetchError, fetch, index_url, readable_name
 from svite_scale.errors import DataError
 
