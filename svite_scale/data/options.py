@@ -53,8 +53,8 @@ class DataConfig:
     max_damaged: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Largest allowed fraction of undecodable samples, measured over at least 10,000; at 0 the first one ends the run."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
-    """Pixels of the largest image that is decoded; a row counts as at least 64. Larger images count as damaged. A loader process
-    takes up to 10 bytes per pixel."""
+    """Pixels of the largest image that is decoded; a row counts as at least 64. Larger images count as damaged. A loader
+    process takes up to 10 bytes per pixel."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.229, 0.224, 0.225)
