@@ -173,8 +173,6 @@ class Trainer:
             What the topology update did; None where there was none.
         """
         self.schedule.step_update(self.step)
-        for selector in self.selectors:
-            selector.anneal(self.step / self.total_steps)
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
             self.activity.enter("waiting for data")
@@ -288,11 +286,14 @@ class Trainer:
         }
 
     def _token_metrics(self) -> dict[str, float]:
-        """The temperature, which all selectors share, and how many tokens the last one lets pass; empty without selectors."""
+        """The last step's temperature, which all selectors share, and how many tokens the last one lets pass; empty without
+        selectors.
+        """
         if not self.selectors:
             return {}
         last = self.selectors[-1]
-        return {"temperature": last.temperature, "tokens": last.num_tokens}
+        # topology.step() has already set the next step's temperature.
+        return {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
 
     def _summary(self, seconds: float, evaluation: dict[str, float]) -> dict[str, object]:
         parallel = self.config.parallel
