@@ -1,5 +1,6 @@
 # make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml
-# make test         sets up .venv, runs the tests, two files at a time; PYTEST_ARGS="-k config" picks some
+# make test         sets up .venv, runs all tests, two files at a time; PYTEST_ARGS="-k config" picks some
+# make test-fast    the same without the tests that start processes or take long
 # make lint         sets up .venv, checks style and types
 #
 # PYTHON is the interpreter .venv is made from, RANKS the number of processes that train, RUN_DIR where the run goes.
@@ -10,7 +11,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # In the recipes' PATH, so that DeepSpeed finds ninja there and starts its ranks with this Python.
 IN_VENV := PATH="$(BIN):$$PATH"
 SHARDS := data/mnist5k
-# A process that hangs ends itself (faulthandler_timeout); another one would hang in the same test.
+# Where a process of pytest dies, the run ends: a new one would die in the same test.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Both are expanded where a recipe uses them, after .venv is ready: at most 2 GPUs, or 2 processes where there is none;
@@ -18,7 +19,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restar
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 RUN_DIR ?= $(shell run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; echo $$run)
 
-.PHONY: quickstart test lint compiler
+.PHONY: quickstart test test-fast lint compiler
 .NOTPARALLEL:
 
 quickstart: compiler $(SHARDS)/.made
@@ -26,6 +27,9 @@ quickstart: compiler $(SHARDS)/.made
 
 test: compiler $(VENV)/.installed-test
 	$(IN_VENV) python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-test
+	$(IN_VENV) python -m pytest $(TWO_AT_A_TIME) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) ruff check .

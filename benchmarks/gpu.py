@@ -1,6 +1,6 @@
 """Costs and savings of sparsity on one GPU: kernels, selection, training steps, topology updates, torch.compile.
 
-    python benchmarks/gpu.py [--sections kernels selection steps update compile] [--rounds 15]
+    python benchmarks/gpu.py [--sections kernels selection steps update compile graph] [--rounds 15]
 
 A training step is forward, backward and fused AdamW in bf16 autocast at 224 px. Packed and dense models run alternately in one
 process, so that whatever else the machine does meets both alike. Times are medians, ratios are medians of the ratios of
@@ -14,7 +14,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,15 +29,14 @@ from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
 from benchmarks.topology import kernel_rows
 from svite_scale import attach
-from svite_scale.config.model import ModelConfig
-from svite_scale.config.sparsity import SparsityConfig
-from svite_scale.config.train import OptimizerConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.selection import kth_smallest
-from svite_scale.sparsity.update import prune_and_grow
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
+from svite_scale.sparsity import bits, kernels
+from svite_scale.sparsity.update import kth_smallest, prune_and_grow
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
 
 MIB = 2**20
 STEPS = [
@@ -48,6 +48,7 @@ STEPS = [
 ]
 """Models and batch sizes."""
 DENSITIES = (0.3, 0.1)
+DEIT_SMALL = {"packed": ("deit_small_patch16_224", 0.3), "dense": ("deit_small_patch16_224", 1.0)}
 LAYERS = {"proj": 768 * 768, "qkv": 2304 * 768, "fc1, fc2": 3072 * 768}
 """Weights of the layers of DeiT-Base."""
 OF_PACKING = ("_count_kernel", "_expand_kernel", "_compress_kernel", "scan")
@@ -63,7 +64,7 @@ class Run:
         gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
-        model, _ = build_sparse_vit(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
+        model, _ = build_sparse(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
         self.model = model.cuda().train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.images = torch.randn(batch_size, 3, 224, 224, device="cuda")
@@ -73,18 +74,42 @@ class Run:
         self.step()
         self.peak = (torch.cuda.max_memory_allocated() - held) / MIB
 
+    def loss(self) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # no parameter is used twice
+            return F.cross_entropy(self.model(self.images).float(), self.labels)
+
     def step(self) -> None:
         self.optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = F.cross_entropy(self.model(self.images).float(), self.labels)
-        loss.backward()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+class GraphedRun(Run):
+    """The same, its forward and backward being one CUDA graph."""
+
+    def __init__(self, name: str, density: float, batch_size: int) -> None:
+        super().__init__(name, density, batch_size)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.loss().backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.graph_loss = self.loss()
+            self.graph_loss.backward()
+
+    def step_graphed(self) -> None:
+        self.graph.replay()
         self.optimizer.step()
 
 
 def step_section(rounds: int) -> None:
     """Time and peak memory of a step, packed beside dense; how busy the GPU is in a packed one, and with what."""
     print(
-        f"\n{'step':33} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} {'GPU ms':>8} {'pack':>7}"
+        f"\n{'step':30} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} "
+        f"{'GPU ms':>7} {'packing':>7}"
     )
     for name, batch_size in STEPS:
         dense = Run(name, 1.0, batch_size)
@@ -94,9 +119,9 @@ def step_section(rounds: int) -> None:
             times = [statistics.median(seconds[kind]) * 1e3 for kind in ("packed", "dense")]
             busy, packing = gpu_times(packed.step)
             print(
-                f"{f'{name[:10]}, batch {batch_size}, density {density}':33} {times[0]:9.2f} {times[1]:9.2f} "
+                f"{f'{name[:10]}, batch {batch_size}, density {density}':30} {times[0]:9.2f} {times[1]:9.2f} "
                 f"{ratio(seconds['packed'], seconds['dense']):6.3f} {packed.peak:7.0f} {dense.peak:7.0f} "
-                f"{packed.peak / dense.peak:6.3f} {busy:8.2f} {packing:7.2f}",
+                f"{packed.peak / dense.peak:6.3f} {busy:7.2f} {packing:7.2f}",
                 flush=True,
             )
             del packed
@@ -122,14 +147,16 @@ def kernel_section(rounds: int) -> None:
 
 
 def selection_section(rounds: int) -> None:
-    """The k-th smallest of a layer's scores by this package's radix selection, beside torch's own ways; a whole decision."""
-    print(f"\n{'selection, ms':12} {'scores':>9} {'radix':>8} {'kthvalue':>9} {'topk':>8} {'sort':>8} {'prune_and_grow':>15}")
-    for name, numel in LAYERS.items():
-        score = torch.rand(numel, device="cuda")
-        active = torch.rand(numel, device="cuda") < 0.3
-        mask, k = bits.pack(active), int(active.sum()) // 2
+    """The k-th smallest of a layer's scores by this package's selection, beside torch's own ways; a whole decision."""
+    header = ("ours", "kthvalue", "topk", "sort", "prune_and_grow")
+    print(f"\n{'selection, ms':15} {'scores':>9} {' '.join(f'{name:>9}' for name in header)}")
+    for device, (name, numel) in product(("cuda", "cpu"), LAYERS.items()):
+        score = torch.rand(numel, device=device)
+        active = torch.rand(numel, device=device) < 0.3
+        mask, available = bits.pack(active), int(active.sum())
+        k = available // 2
         tasks: dict[str, Callable[[], object]] = {
-            "radix": lambda: kth_smallest(score, mask, k),  # noqa: B023
+            "ours": lambda: kth_smallest(kernels.compress(score, mask, available), k),  # noqa: B023
             "kthvalue": lambda: float(score[active].kthvalue(k).values),  # noqa: B023
             "topk": lambda: float(score[active].topk(k, largest=False, sorted=False).values.max()),  # noqa: B023
             "sort": lambda: float(score[active].sort().values[k - 1]),  # noqa: B023
@@ -137,11 +164,9 @@ def selection_section(rounds: int) -> None:
         }
         found = {way: task() for way, task in tasks.items() if way != "prune_and_grow"}
         assert len(set(found.values())) == 1, found
-        seconds = alternate(tasks, rounds, "cuda")
-        times = [statistics.median(each) * 1e3 for each in seconds.values()]
-        print(
-            f"{name:13} {numel:9,} {times[0]:8.3f} {times[1]:9.3f} {times[2]:8.3f} {times[3]:8.3f} {times[4]:15.3f}", flush=True
-        )
+        seconds = alternate(tasks, rounds, device)
+        times = " ".join(f"{statistics.median(each) * 1e3:9.3f}" for each in seconds.values())
+        print(f"{f'{name}, {device}':15} {numel:9,} {times}", flush=True)
 
 
 def update_section(rounds: int) -> None:
@@ -188,29 +213,46 @@ def timed(task: Callable[[], object]) -> float:
 
 def compile_section(rounds: int) -> None:
     """A step of DeiT-Small whose blocks are compiled one by one, packed beside dense, each beside its eager twin."""
-    print(
-        f"\n{'compiled blocks':22} {'packed ms':>10} {'eager ms':>9} {'ratio':>6} {'dense ms':>9} {'eager ms':>9} {'ratio':>6}"
-    )
-    runs = {kind: Run("deit_small_patch16_224", density, 128) for kind, density in (("packed", 0.3), ("dense", 1.0))}
-    twins = {
-        f"{kind} compiled": Run("deit_small_patch16_224", density, 128) for kind, density in (("packed", 0.3), ("dense", 1.0))
-    }
-    losses: dict[str, Tensor] = {}
-    for twin in twins.values():
-        for block in blocks(twin.model):
+    runs, compiled = ({kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()} for _ in range(2))
+    for run in compiled.values():
+        for block in blocks(run.model):
             block.compile(fullgraph=True)
     start = time.perf_counter()
-    seconds = alternate({name: run.step for name, run in (runs | twins).items()}, rounds, "cuda")
-    for name, run in (runs | twins).items():
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            losses[name] = F.cross_entropy(run.model(run.images).float(), run.labels)
-    times = {name: statistics.median(each) * 1e3 for name, each in seconds.items()}
-    cells = [
-        f"{times[f'{kind} compiled']:10.2f} {times[kind]:9.2f} {ratio(seconds[f'{kind} compiled'], seconds[kind]):6.3f}"
-        for kind in runs
-    ]
-    print(f"{'deit_small, batch 128':22} {' '.join(cells)}; losses {[round(float(loss), 4) for loss in losses.values()]}")
+    tasks = {kind: run.step for kind, run in runs.items()}
+    print_twins("compiled blocks", tasks, {kind: run.step for kind, run in compiled.items()}, rounds)
     print(f"compiling and timing took {time.perf_counter() - start:.0f} s")
+    for kind in runs:
+        print(f"loss, {kind}: compiled {float(compiled[kind].loss()):.4f}, eager {float(runs[kind].loss()):.4f}")
+
+
+def graph_section(rounds: int) -> None:
+    """A step of DeiT-Small whose forward and backward are replayed as one CUDA graph; the graph after an update."""
+    runs = {kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()}
+    graphed = {kind: GraphedRun(*small, 128) for kind, small in DEIT_SMALL.items()}
+    tasks = {kind: run.step for kind, run in runs.items()}
+    print_twins("CUDA graph", tasks, {kind: run.step_graphed for kind, run in graphed.items()}, rounds)
+    run = graphed["packed"]
+    topology = attach(run.model, run.optimizer, total_steps=100, update_every=1)
+    run.step()
+    update = topology.step()
+    topology.detach()
+    assert update is not None, "each step has an update"
+    run.graph.replay()
+    print(f"loss after an update: graph {float(run.graph_loss):.6f}, eager {float(run.loss()):.6f}")
+
+
+def print_twins(
+    name: str, tasks: Mapping[str, Callable[[], None]], twins: Mapping[str, Callable[[], None]], rounds: int
+) -> None:
+    """Times packed and dense steps, and those of their twins, in turns."""
+    seconds = alternate({**tasks, **{f"{kind} twin": task for kind, task in twins.items()}}, rounds, "cuda")
+    times = {kind: statistics.median(each) * 1e3 for kind, each in seconds.items()}
+    print(f"\n{name:22} {'ms':>8} {'eager ms':>9} {'ratio':>6}")
+    for kind in tasks:
+        gain = ratio(seconds[f"{kind} twin"], seconds[kind])
+        print(f"{kind:22} {times[f'{kind} twin']:8.2f} {times[kind]:9.2f} {gain:6.3f}")
+    relative = [ratio(seconds[f"packed{which}"], seconds[f"dense{which}"]) for which in ("", " twin")]
+    print(f"{'packed / dense':22} {relative[1]:8.3f} {relative[0]:9.3f}")
 
 
 SECTIONS = {
@@ -219,6 +261,7 @@ SECTIONS = {
     "steps": step_section,
     "update": update_section,
     "compile": compile_section,
+    "graph": graph_section,
 }
 
 

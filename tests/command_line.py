@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,10 +56,23 @@ def run_here(
     return Answer(end.value.code, captured.out, captured.err)
 
 
-def run_command(*command: str, timeout: float = 600.0) -> Answer:
-    """Runs a command on CPUs, with this Python's programs first in the path and one thread in each process."""
+def run_command(*command: str, timeout: float = 500.0) -> Answer:
+    """Runs a command on CPUs, with this Python's programs first in the path and one thread in each process.
+
+    Raises:
+        AssertionError: it took longer than ``timeout`` seconds; the message holds the stacks of its Python processes.
+    """
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**plain, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    return Answer(ended.returncode, ended.stdout, ended.stderr)
+    environment = {**plain, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            _, err = process.communicate(timeout=10)
+            raise AssertionError(f"{' '.join(command)}: no end in {timeout} s\n{err}") from None
+    return Answer(process.returncode, out, err)

@@ -1,5 +1,8 @@
+"""The two tiers of tests, and fixtures that several folders use."""
+
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,39 @@ from tests.small_disk import mounted
 from tests.tiny import write_digits
 
 torch.set_num_threads(1)
+
+SLOW_IMPORTS = {"Cluster", "Job", "Server", "forked", "in_processes", "kill_at_random", "run_command", "run_on_ranks"}
+SLOW_IMPORTS |= {"multiprocessing", "subprocess"}
+"""What starts processes: a file of tests that imports one of these is slow."""
+
+SLOW_FIXTURES = {"small_disk"}
+
+_started: list[str] = []
+"""The processes that were started since the present test began."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Marks as slow the tests that start processes, as far as it shows; the others carry the mark themselves."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        by_parameter = parameters.get("workers")
+        if SLOW_IMPORTS & vars(item.module).keys() or SLOW_FIXTURES & set(item.fixturenames) or by_parameter:
+            item.add_marker(pytest.mark.slow)
+
+
+@sys.addaudithook
+def _note_start(event: str, arguments: tuple[object, ...]) -> None:
+    if event in ("os.fork", "os.posix_spawn", "os.system", "subprocess.Popen"):
+        _started.append(f"{event}{arguments[:2]}")
+
+
+@pytest.fixture(autouse=True)
+def _starts_processes_only_if_slow(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test of the fast tier that starts a process."""
+    _started.clear()
+    yield
+    if _started and request.node.get_closest_marker("slow") is None:
+        pytest.fail(f"a test that starts a process must be marked slow: {_started[0]}")
 
 
 @pytest.fixture(scope="session")

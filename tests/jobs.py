@@ -6,6 +6,7 @@ The processes are forked from a server that has imported what takes seconds.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import forked, free_port
+from tests.ranks import DUMP_SIGNAL, forked, free_port
 
 DEADLINE_S = 200
 """A job that takes longer is stuck."""
@@ -78,12 +79,17 @@ class Job:
         return Path(f"/proc/{self.processes[rank].pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def wait(self, *ranks: int) -> list[Ended]:
-        """What the ranks, by default all, came to; ends the rest. Fails where one of them doesn't end."""
+        """Returns how the ranks, by default all, ended, and kills the rest.
+
+        Raises:
+            AssertionError: one of them hangs; the message holds the stacks of its threads.
+        """
         deadline = time.monotonic() + DEADLINE_S
         waited = ranks or range(len(self.processes))
         try:
             for rank in waited:
                 self.processes[rank].join(max(0.0, deadline - time.monotonic()))
+                self._dump_if_alive(rank)
             ended = [Ended(self.processes[rank].exitcode, self.logs[rank].read_text()) for rank in waited]
             assert all(one.status is not None for one in ended), ended
             return ended
@@ -91,6 +97,12 @@ class Job:
             for process in self.processes:
                 process.kill()
                 process.join()
+
+    def _dump_if_alive(self, rank: int) -> None:
+        """Lets a rank that hangs write the stacks of its threads to its log."""
+        if self.processes[rank].is_alive():
+            os.kill(self.processes[rank].pid, DUMP_SIGNAL)  # type: ignore[arg-type]
+            time.sleep(1)
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -113,6 +125,7 @@ def _rank(
     """One rank's process, in a group of its own, by which its loader's are found."""
     os.setpgrp()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    faulthandler.register(DUMP_SIGNAL, 2, all_threads=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     from svite_scale.data.loader import Batch, TrainData

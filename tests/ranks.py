@@ -7,10 +7,14 @@ has imported it.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +24,9 @@ from typing import Any
 
 TIMEOUT_S = 240
 """Longest that one function may take on the ranks; a hang becomes a failure."""
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a rank write the stacks of its threads to its file, whatever it waits for."""
 
 
 # A process has one such server, which imports what the last module that was imported before its start asks for: so all
@@ -34,11 +41,13 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         port = free_port()
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.stacks = [Path(self.folder.name, f"rank-{rank}") for rank in range(world_size)]
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = forked.Pipe()
-            process = forked.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process = forked.Process(target=_serve, args=(theirs, rank, world_size, port, self.stacks[rank]), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -48,7 +57,8 @@ class Ranks:
         """Runs ``function(*args)`` on every rank, and returns what each returned.
 
         Raises:
-            AssertionError: a rank raised, died, or took longer than TIMEOUT_S; the message holds its traceback.
+            AssertionError: a rank raised, died, or took longer than TIMEOUT_S. The message holds its traceback, or the stacks
+                of all threads of all ranks.
         """
         for connection in self.connections:
             connection.send((function, args))
@@ -56,7 +66,7 @@ class Ranks:
         for rank, connection in enumerate(self.connections):
             try:
                 answered = connection.poll(TIMEOUT_S)
-                ok, result = connection.recv() if answered else (False, f"no answer in {TIMEOUT_S} s")
+                ok, result = connection.recv() if answered else (False, f"no answer in {TIMEOUT_S} s\n{self._dumped()}")
             except EOFError:
                 ok, result = False, f"died with exit code {self.processes[rank].exitcode}"
             if not ok:
@@ -70,6 +80,15 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self.folder.cleanup()
+
+    def _dumped(self) -> str:
+        """Returns the stacks of all threads of all ranks."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, DUMP_SIGNAL)  # type: ignore[arg-type]
+        time.sleep(1)
+        return "\n".join(f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self.stacks))
 
 
 _started: dict[int, Ranks] = {}
@@ -99,7 +118,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, stacks: Path) -> None:
+    faulthandler.register(DUMP_SIGNAL, stacks.open("w"), all_threads=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     # Where this Python's ninja is: DeepSpeed compiles its op anew whenever it finds another version of ninja.

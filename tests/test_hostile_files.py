@@ -91,6 +91,7 @@ def forge_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forge", [forge_writable, forge_link, forge_pipe])
 def test_forged_files_of_a_cache_are_fetched_anew(tmp_path: Path, forge: Callable[[Path], None]) -> None:
     (tmp_path / "a.tar").write_bytes(OURS)
@@ -113,6 +114,7 @@ def test_forged_files_of_a_cache_are_fetched_anew(tmp_path: Path, forge: Callabl
     assert read() == (OURS, '"ours"')
 
 
+@pytest.mark.slow
 def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
@@ -126,6 +128,7 @@ def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
     assert cache.index_text("pipe:echo '\"a.tar\"'").strip() == '"a.tar.index.json"'
 
 
+@pytest.mark.slow
 def test_a_cache_removes_nothing_but_its_own(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_bytes(b"x" * 10_000)
     os.utime(tmp_path / "thesis.txt", (0, 0))

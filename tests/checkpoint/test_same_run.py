@@ -89,6 +89,7 @@ def test_a_field_that_the_saved_run_did_not_know_has_its_default() -> None:
         check_same_run(saved, Config(run_dir="runs/a", seed=3), Path("step-1"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_alike_with_recomputation_and_masks_elsewhere(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from svite_scale.config.schema import TokensConfig
 from svite_scale.errors import OptionError
+from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import TokenSelector, kept_tokens
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 INSTALL = "python -m pip install -c constraints.txt -e .[{}]"
@@ -61,12 +62,12 @@ def calls(clone: Path) -> list[str]:
     return lines
 
 
-def test_the_quick_start_sets_up_makes_shards_and_trains(clone: Path) -> None:
+def test_quickstart_sets_up_makes_shards_and_trains(clone: Path) -> None:
     assert make(clone, "quickstart").returncode == 0
     assert calls(clone) == ["base -m venv .venv", INSTALL.format("quickstart"), SHARDS, TRAIN.format(2, "runs/quickstart")]
 
 
-def test_a_second_quick_start_trains_alone_and_beside_the_first_run(clone: Path) -> None:
+def test_second_quickstart_trains_beside_the_first_run_and_sets_up_nothing(clone: Path) -> None:
     make(clone, "quickstart")
     calls(clone)
     (clone / "runs" / "quickstart").mkdir(parents=True)
@@ -75,7 +76,7 @@ def test_a_second_quick_start_trains_alone_and_beside_the_first_run(clone: Path)
     assert calls(clone) == [TRAIN.format(2, "runs/quickstart-3")]
 
 
-def test_ranks_follow_the_machine_unless_given(clone: Path) -> None:
+def test_quickstart_takes_ranks_from_the_machine_unless_given(clone: Path) -> None:
     make(clone, "quickstart", GPUS="1")
     assert calls(clone)[-1] == TRAIN.format(1, "runs/quickstart")
     make(clone, "quickstart", "RANKS=4", "RUN_DIR=runs/mine")
@@ -83,7 +84,7 @@ def test_ranks_follow_the_machine_unless_given(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["-m venv", "-m pip", "launch/make_shards.py"])
-def test_what_failed_midway_is_repaired_by_running_again(clone: Path, step: str) -> None:
+def test_quickstart_repairs_what_failed_midway_when_run_again(clone: Path, step: str) -> None:
     assert make(clone, "quickstart", FAIL=step).returncode != 0
     assert step in calls(clone)[-1]
     assert make(clone, "quickstart").returncode == 0
@@ -92,7 +93,12 @@ def test_what_failed_midway_is_repaired_by_running_again(clone: Path, step: str)
     assert again[-1] == TRAIN.format(2, "runs/quickstart")
 
 
-def test_tests_and_lint_install_their_own_extras_once(clone: Path) -> None:
+def test_test_fast_leaves_slow_tests_out_and_needs_no_compiler(clone: Path) -> None:
+    assert make(clone, "test-fast", "PYTEST_ARGS=-k config", CXX="no-such-compiler").returncode == 0
+    assert calls(clone) == ["base -m venv .venv", INSTALL.format("test"), f"{TEST} -m not slow -k config"]
+
+
+def test_test_and_lint_install_their_own_extras_once(clone: Path) -> None:
     assert make(clone, "test", "PYTEST_ARGS=-k config").returncode == 0
     assert calls(clone) == ["base -m venv .venv", INSTALL.format("test"), f"{TEST} -k config"]
     assert make(clone, "lint").returncode == 0
@@ -101,7 +107,7 @@ def test_tests_and_lint_install_their_own_extras_once(clone: Path) -> None:
     assert calls(clone) == [TEST, "ruff check .", "ruff format --check .", "mypy"]
 
 
-def test_a_change_of_the_dependencies_installs_again(clone: Path) -> None:
+def test_test_installs_again_when_dependencies_change(clone: Path) -> None:
     make(clone, "test")
     calls(clone)
     later = (clone / ".venv" / ".installed-test").stat().st_mtime + 10
@@ -111,20 +117,22 @@ def test_a_change_of_the_dependencies_installs_again(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("goal", ["quickstart", "test"])
-def test_a_missing_compiler_is_told_before_anything_else(clone: Path, goal: str) -> None:
+def test_goal_reports_a_missing_compiler_before_anything_else(clone: Path, goal: str) -> None:
     done = make(clone, goal, CXX="no-such-compiler")
     assert done.returncode != 0
     assert done.stderr.splitlines()[0].startswith("No C++ compiler: ")
     assert calls(clone) == []
 
 
-def test_failing_tests_and_checks_fail(clone: Path) -> None:
+def test_goal_fails_when_its_command_fails(clone: Path) -> None:
     assert make(clone, "test", FAIL="-m pytest").returncode != 0
     assert make(clone, "lint", FAIL="format").returncode != 0
 
 
-def test_the_ci_script_runs_both() -> None:
+def test_ci_script_runs_lint_and_tests_and_the_workflow_runs_it() -> None:
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in lines
     assert lines[-2:] == ["make lint", "make test"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {job["steps"][-1]["run"] for job in workflow["jobs"].values()} == {"make lint test-fast", ".ci/run"}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config.schema import Config, OptimizerConfig, TrainConfig
+from svite_scale.config.schema import Config
 from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, peak_lr
+from svite_scale.train.options import OptimizerConfig, TrainConfig
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

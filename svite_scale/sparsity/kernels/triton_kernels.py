@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels import digits, torch_kernels
+from svite_scale.sparsity.kernels import torch_kernels
 
 BLOCK = 2048
 """Positions of one program; a power of 2, at least 8."""
@@ -34,7 +34,7 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     return dense
 
 
-def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
+def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.compress`; for elements of 2 or 4 bytes.
 
     On a count that doesn't match, values that don't fit are dropped, and values that nothing comes to are left undefined.
@@ -44,15 +44,10 @@ def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
         return dense.new_empty(0)
     with torch.cuda.device_of(mask):
         counts, ends = _count_blocks(mask, numel)
-        values = dense.new_empty(int(ends[-1]) if num_active is None else num_active)
+        values = dense.new_empty(num_active)
         source, target = _as_integers(dense), _as_integers(values)
-        _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, len(values), block=BLOCK)
+        _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, num_active, block=BLOCK)
     return values
-
-
-def count_digits(floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
-    """See :func:`svite_scale.sparsity.kernels.count_digits`."""
-    counts += digits.count_digits(compress(floats, mask, None), shift, prefix)
 
 
 def try_out(device: torch.device) -> None:
@@ -78,10 +73,10 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 def _count_blocks(mask: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Active positions of each block, int32 ``[blocks]``, and of it and all before it, int64 ``[blocks]``."""
-    counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int32, device=mask.device)
+    """Active positions of each block, and of it and all before it; int64 ``[blocks]``, which are summed without a cast."""
+    counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int64, device=mask.device)
     _count_kernel[(len(counts),)](mask.contiguous(), counts, numel, block=BLOCK)
-    return counts, counts.cumsum(dim=0, dtype=torch.int64)
+    return counts, counts.cumsum(dim=0)
 
 
 @triton.jit
@@ -108,7 +103,7 @@ def _value_positions(active, counts, ends):  # type: ignore[no-untyped-def]
 @triton.jit
 def _count_kernel(mask, counts, numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
     positions, exists = _block_positions(numel, block)
-    tl.store(counts + tl.program_id(0), tl.sum(_load_active(mask, positions, exists), 0))
+    tl.store(counts + tl.program_id(0), tl.sum(_load_active(mask, positions, exists), 0).to(tl.int64))
 
 
 @triton.jit
