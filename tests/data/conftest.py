@@ -6,12 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from tests.data.flaky_server import Server, serving
 from tests.data.numbered import write_numbered
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "make_shards.py"
 

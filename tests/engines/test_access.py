@@ -121,11 +121,6 @@ def engine(request: pytest.FixtureRequest) -> tuple[bool, list[dict[str, Any]]]:
     return bf16, run_on_ranks(world_size, exercise, kind, bf16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def assert_same(found: Snapshot, expected: Mapping[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
