@@ -28,14 +28,17 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests use, too
 
 from benchmarks.machine import describe_machine
-from svite_scale.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, SparsityConfig
+from svite_scale.config.schema import SparsityConfig
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks
+from svite_scale.engines.options import ParallelConfig
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
 from tests.ranks import close_all, run_on_ranks
 
 BACKENDS = {
@@ -56,7 +59,7 @@ BYTES_RECEIVED = 128
 def measure(backend_name: str, model_name: str, density: float, precision: str) -> dict[str, float]:
     """On each rank: bytes by kind on this rank, and bytes sent by an average rank in a step."""
     earlier = storages(live_tensors()).keys()
-    model, _ = build_sparse_vit(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
+    model, _ = build_sparse(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
     options = EngineOptions(
         device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
     )

@@ -25,16 +25,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tes
 
 from benchmarks.bytes import BACKENDS, BATCH_SIZE
 from benchmarks.machine import describe_machine
-from svite_scale.checkpoint import Checkpoint
-from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from svite_scale.checkpoint.checkpoint import Checkpoint
+from svite_scale.checkpoint.state import RunState
+from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig, TrainConfig
 from tests.ranks import close_all, run_on_ranks
 
 UPDATES = 2
@@ -68,7 +71,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
         train=TrainConfig(ema_decay=0.9999 if ema else None),
         parallel=BACKENDS[backend_name],
     )
-    model, _ = build_sparse_vit(config.model, config.sparsity, seed=0)
+    model, _ = build_sparse(config.model, config.sparsity, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     options = EngineOptions(device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE)
     backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, OptimizerConfig()), options)
@@ -76,13 +79,13 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
     average = Ema(model, topology, 0.9999) if ema else None
     name = f"{backend_name}-{density}-{ema}"
-    checkpoint = Checkpoint(folder / name, config, backend, topology, counts={}, ema=average)
+    checkpoint = Checkpoint(folder / name, config, RunState(backend, topology, average))
     for _ in range(UPDATES):
         train_step(backend, topology)
     stalls, seconds = [], []
     for _ in range(num_saves):
         metrics: dict[str, float] = {}
-        checkpoint.save()
+        checkpoint.save(topology.steps)
         while "checkpoint_seconds" not in metrics:
             metrics |= checkpoint.metrics()
             train_step(backend, topology)

@@ -36,11 +36,11 @@ from benchmarks.data_order import locality_section, order_section, shuffling_sec
 from benchmarks.data_remote import data_of_one_rank, remote_section
 from benchmarks.machine import describe_machine
 from benchmarks.timing import ratio
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.decode import decode
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.make.shards import Sample, write_shards
-from svite_scale.data.transforms import train_transform, with_a_bit_at_least
+from svite_scale.data.options import AugmentConfig, DataConfig
+from svite_scale.data.transforms import keep_a_bit, train_transform
 
 SIZE, BATCH, POLICY = 224, 32, "rand-m9-mstd0.5-inc1"
 OURS, LIMIT = "svite_scale", "limit: decode and augment, no loader"
@@ -64,7 +64,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def write_images(images: list[bytes], directory: Path) -> None:
-    """The same images as shards and as an ImageFolder."""
+    """Writes the same images as shards and as an ImageFolder."""
     samples = [Sample(f"image-{number:05d}", content, "jpg", number % 2) for number, content in enumerate(images)]
     write_shards(samples, directory / "shards", "train", 64)
     for sample in samples:
@@ -74,11 +74,11 @@ def write_images(images: list[bytes], directory: Path) -> None:
 
 
 def plain_transform() -> Callable[[Image.Image], Tensor]:
-    """timm's own, uint8 out; Pillow's fault with posterize is mended as in ours."""
+    """Returns timm's own transform to uint8, with the same fix of posterize as ours."""
     transform = create_transform(
         SIZE, is_training=True, color_jitter=None, auto_augment=POLICY, interpolation="bicubic", use_prefetcher=True
     )
-    return with_a_bit_at_least(transform)
+    return keep_a_bit(transform)
 
 
 def our_config(directory: Path) -> DataConfig:
@@ -120,7 +120,7 @@ def folder_loader(directory: Path, count: int) -> Iterable[object]:
 
 
 def without_loader(directory: Path, step: Callable[[bytes], object]) -> Iterable[object]:
-    """The images in their order, read into memory before."""
+    """Applies ``step`` to the images, which are read into memory before."""
     contents = [
         index.path.read_bytes()[offset : offset + length]
         for index in load_indexes(f"{directory}/shards")
@@ -133,7 +133,7 @@ def without_loader(directory: Path, step: Callable[[bytes], object]) -> Iterable
 
 
 def samples_per_second(batches: Iterable[object]) -> float:
-    """From the first batch, which waits for the worker's start, to the last, before its end."""
+    """Returns the speed from the first batch, which waits for the worker's start, to the last."""
     times = [time.perf_counter() for _ in batches]
     return (len(times) - 1) * BATCH / (times[-1] - times[0])
 

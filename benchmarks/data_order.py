@@ -1,4 +1,4 @@
-"""The global order at ImageNet's size: what it costs, how well it shuffles, how many shards a rank reads."""
+"""The global order at ImageNet's size: its cost, the quality of its shuffling, and the number of shards that a rank reads."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ Ints = npt.NDArray[np.int64]
 
 
 def shard_counts(samples: int = SAMPLES, shards: int = SHARDS) -> list[int]:
-    """As even as can be."""
+    """Divides samples over shards as evenly as possible."""
     return [samples // shards + (shard < samples % shards) for shard in range(shards)]
 
 
 def order_section(arguments: argparse.Namespace) -> None:
-    """Time and peak memory of an epoch's order while that of the epoch before is still held, as at an epoch's end."""
+    """Measures time and peak memory of an epoch's order while the order before it is still in memory, as at an epoch's end."""
     print(f"\n{'order, ' + f'{SAMPLES:,} in {SHARDS:,} shards':44} {'seconds':>8} {'peak MB':>8}")
     counts = shard_counts()
     for world_size in WORLD_SIZES:
         tracemalloc.start()
         held = epoch_order(counts, 0, 0, arguments.shuffle_shards, 3)
-        following = rank_share(counts, arguments.shuffle_shards, world_size)
+        following = order_and_rows(counts, arguments.shuffle_shards, world_size)
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
         start = time.perf_counter()
-        rank_share(counts, arguments.shuffle_shards, world_size)
+        order_and_rows(counts, arguments.shuffle_shards, world_size)
         print(f"{f'world size {world_size:,}, the last rank':44} {time.perf_counter() - start:8.3f} {peak:8.1f}", flush=True)
         del held, following
 
 
-def rank_share(counts: list[int], shuffle_shards: int, world_size: int) -> tuple[Ints, Ints]:
-    """The order of epoch 1, and the last rank's rows of its first global batch."""
+def order_and_rows(counts: list[int], shuffle_shards: int, world_size: int) -> tuple[Ints, Ints]:
+    """Returns the order of epoch 1, and the last rank's rows of its first global batch."""
     order = epoch_order(counts, 0, 1, shuffle_shards, 3)
     return order, rank_rows(order[:BATCH], world_size - 1, world_size)
 
 
 def shuffling_section(arguments: argparse.Namespace) -> None:
-    """The order beside a true permutation of all samples."""
+    """Compares the order with a true permutation of all samples."""
     counts = shard_counts()
     permutation = np.random.default_rng(0).permutation(SAMPLES)
-    window = arguments.shuffle_shards
-    orders = {"true permutation": permutation, f"windows of {window} shards": epoch_order(counts, 0, 0, window, 1)[:, 0]}
+    group = arguments.shuffle_shards
+    orders = {"true permutation": permutation, f"shuffle groups of {group} shards": epoch_order(counts, 0, 0, group, 1)[:, 0]}
     rows = {name: shuffling(order, counts) for name, order in orders.items()}
     width = max(map(len, next(iter(rows.values()))))
     print(f"\n{'shuffling':{width}} " + " ".join(f"{name:>24}" for name in rows))
@@ -59,7 +59,9 @@ def shuffling_section(arguments: argparse.Namespace) -> None:
 
 
 def shuffling(order: Ints, counts: list[int], batch: int = 1_024) -> dict[str, float]:
-    """How far samples are from where they were and from their neighbours, as shares of the epoch; 1/3 is a true permutation's.
+    """Returns the mean distances of samples from their old places and between neighbours, as fractions of the epoch.
+
+    A true permutation has 1/3.
 
     Args:
         order: int ``[N]``, samples of one epoch, each once.
@@ -72,7 +74,7 @@ def shuffling(order: Ints, counts: list[int], batch: int = 1_024) -> dict[str, f
         "mean displacement": float(np.abs(order - np.arange(len(order))).mean() / len(order)),
         "mean distance of neighbours": float(np.abs(np.diff(order)).mean() / len(order)),
         "mean distance of neighbours' shards": float(np.abs(np.diff(shard_of)).mean() / len(counts)),
-        "share of neighbours of one shard": float((np.diff(shard_of) == 0).mean()),
+        "fraction of neighbours in the same shard": float((np.diff(shard_of) == 0).mean()),
         f"shards in a batch of {batch:,}": float(
             np.mean([len(np.unique(row)) for row in batches[:: max(1, len(batches) // 100)]])
         ),
@@ -80,7 +82,7 @@ def shuffling(order: Ints, counts: list[int], batch: int = 1_024) -> dict[str, f
 
 
 def locality_section(arguments: argparse.Namespace) -> None:
-    """How many distinct shards the last rank reads."""
+    """Counts the distinct shards that the last rank reads."""
     counts = shard_counts()
     order = epoch_order(counts, 0, 0, arguments.shuffle_shards, 1)[:, 0]
     names = ("in a step", "in 10 steps", "open at a time", "in an epoch")
@@ -91,8 +93,8 @@ def locality_section(arguments: argparse.Namespace) -> None:
 
 
 def locality(order: Ints, counts: list[int], batch: int, rank: int, world_size: int) -> tuple[float, float, int, int]:
-    """Distinct shards that a rank reads: on average in a step, and in 10 steps; at the most between their first and last
-    use at any moment; and in the epoch.
+    """Counts the distinct shards that a rank reads: the mean of a step and of 10 steps; the most that are between their first
+    and last use at the same time; and those of the epoch.
     """
     shard_of = np.repeat(np.arange(len(counts)), counts)[order]
     steps = shard_of[: len(order) // batch * batch].reshape(-1, batch)[:, rank::world_size]
@@ -100,13 +102,13 @@ def locality(order: Ints, counts: list[int], batch: int, rank: int, world_size: 
 
 
 def distinct(steps: npt.NDArray[Any], length: int) -> float:
-    """Mean number of distinct shards in so many steps one after another; ``steps`` is int ``[steps, samples]``."""
+    """Returns the mean number of distinct shards in ``length`` successive steps; ``steps`` is int ``[steps, samples]``."""
     starts = range(0, len(steps) - length + 1, max(1, len(steps) // 100))
     return float(np.mean([len(np.unique(steps[start : start + length])) for start in starts]))
 
 
 def most_open(shards: npt.NDArray[Any]) -> int:
-    """Most shards that have been read and will be again, at any moment of a sequence ``[n]`` of shards read."""
+    """Returns the most shards that are between their first and last use at the same time, in a sequence ``[n]`` of shards."""
     first, last = (np.unique(sequence, return_index=True)[1] for sequence in (shards, shards[::-1]))
     change = np.zeros(len(shards) + 1, dtype=np.int64)
     np.add.at(change, first, 1)

@@ -28,8 +28,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever this is started
 
-from svite_scale.checkpoint import Checkpoint
-from svite_scale.config.schema import CheckpointConfig, Config
+from svite_scale.checkpoint.checkpoint import Checkpoint
+from svite_scale.checkpoint.options import CheckpointConfig
+from svite_scale.checkpoint.state import RunState
+from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.sparsity.options import TopologyOptions
@@ -197,8 +199,10 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
         topology.step()
         write_state(backend, topology.steps)
         tell("saving", topology.steps)
-        checkpoint.save(wait=topology.steps % 2 == 0)
-        # Otherwise in the background, while this thread goes on with collectives of its own, as training does.
+        checkpoint.save(topology.steps)
+        if topology.steps % 2 == 0:
+            checkpoint.wait()
+        # Else the save runs in the background, while this thread has collectives of its own, as training does.
         while "checkpoint_seconds" not in checkpoint.metrics():
             time.sleep(0.001)
         tell("saved", topology.steps)
@@ -223,7 +227,7 @@ def small_run(
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, backend, topology, counts={}, keeps=keeps)
+    return backend, topology, Checkpoint(directory, config, RunState(backend, topology), keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 
 from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
-from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.cost.flops import count
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
+from tests.cost.costs import count
 
 MODEL = ModelConfig(name="deit_small_patch16_224")
 UNITS = StructuredConfig(heads=0.6, neurons=0.6)
@@ -41,7 +43,7 @@ class Twin:
     """One of the two models of a row."""
 
     def __init__(self, sparsity: SparsityConfig, device: str) -> None:
-        self.model = build_sparse_vit(MODEL, sparsity, seed=0)[0].to(device)
+        self.model = build_sparse(MODEL, sparsity, seed=0)[0].to(device)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.device = device
 

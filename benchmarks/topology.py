@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
 from benchmarks.machine import describe_machine
 from benchmarks.timing import WARMUP, alternate, ratio
 from svite_scale import attach
-from svite_scale.config.schema import ModelConfig, OptimizerConfig, SparsityConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits, kernels
 from svite_scale.sparsity.kernels import torch_kernels
 from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
 
 MODEL = ModelConfig(name="deit_small_patch16_224")
 NUMELS = {"cpu": (2304 * 768,), "cuda": (2304 * 768, 2**28)}
@@ -77,7 +79,7 @@ class Run:
     """A model with its optimizer, one step at a time."""
 
     def __init__(self, density: float, model: ModelConfig = MODEL) -> None:
-        self.model: nn.Module = build_sparse_vit(model, SparsityConfig(density=density), seed=0)[0].train()
+        self.model: nn.Module = build_sparse(model, SparsityConfig(density=density), seed=0)[0].train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
 
     def step(self, images: Tensor, labels: Tensor) -> None:

@@ -7,7 +7,7 @@ python launch/make_shards.py --source imagenet/val --labels val.txt --classes sy
 python launch/make_shards.py --index 'shards/other/train-*.tar' --label-key label
 python launch/make_shards.py --verify 'shards/imagenet/*.tar'
 
-What was cut off goes on where it stopped when the same command is given again.
+After an interruption, the same command resumes where it stopped.
 """
 
 from __future__ import annotations

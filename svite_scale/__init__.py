@@ -10,10 +10,31 @@ and ``svite_scale.to_dense(model)`` for an ordinary dense model of equal output;
 ``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
 """
 
-from svite_scale.attach import attach
-from svite_scale.sparsity.dense import to_dense
-from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
-from svite_scale.train.ema import Ema
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from svite_scale.attach import attach
+    from svite_scale.sparsity.dense import to_dense
+    from svite_scale.sparsity.options import TopologyOptions
+    from svite_scale.sparsity.sparsify import sparsify
+    from svite_scale.train.ema import Ema
 
 __all__ = ["Ema", "TopologyOptions", "attach", "sparsify", "to_dense"]
+
+# Imported when they are asked for: a config is read, and a command's --help answered, without torch.
+_HOMES = {
+    "Ema": "svite_scale.train.ema",
+    "TopologyOptions": "svite_scale.sparsity.options",
+    "attach": "svite_scale.attach",
+    "sparsify": "svite_scale.sparsity.sparsify",
+    "to_dense": "svite_scale.sparsity.dense",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -11,7 +11,8 @@ A user's loop makes them directly. A config composes them, see :mod:`svite_scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -23,7 +24,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
-from svite_scale.errors import OptionError
+from svite_scale.errors import ConfigError, OptionError
 
 Options = TypeVar("Options")
 
@@ -75,6 +76,16 @@ def refuse_unused(source: object, name: str, cause: str) -> None:
     value = getattr(source, name)
     if value != getattr(type(source), name):
         raise OptionError(name, list(value) if isinstance(value, tuple) else value, cause, "leave it out")
+
+
+@contextmanager
+def in_section(name: str) -> Iterator[None]:
+    """Raises a ConfigError, with the dotted name that an option has in the section ``name``, in the place of an OptionError."""
+    try:
+        yield
+    except OptionError as error:
+        dotted = f"{name}.{error.field}" if name else error.field
+        raise ConfigError(dotted, error.value, error.problem, error.remedy) from error
 
 
 @cache
@@ -155,5 +166,5 @@ def _first_mistake(kind: type, values: Mapping[str, Any], error: ValidationError
         problem = "is not finite"
     else:
         problem = f"is not {describe(hint, bounds=False)}"
-    quotes = ", in quotes if need be" if str in (kind_of(hint)[0], *get_args(kind_of(hint)[0])) else ""
-    return OptionError(name, value, problem, f"use {describe(hint)}{quotes}")
+    is_text = kind_of(hint)[0] in (str, str | None)
+    return OptionError(name, value, problem, f"use {describe(hint)}{', in quotes if need be' if is_text else ''}")

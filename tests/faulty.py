@@ -101,7 +101,7 @@ def inject(fault: str, shards: Path) -> None:
     from svite_scale.runtime.activity import Activity
     from svite_scale.train import trainer
 
-    enter, load, build_backend = Activity.enter, ShardDataset.load, trainer.build_backend
+    enter, load, build_backend = Activity.enter, ShardDataset.load_sample, trainer.build_backend
 
     def entered(self: Activity, phase: str) -> None:
         enter(self, phase)

@@ -129,7 +129,8 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, stacks
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
     while True:
         try:
             function, args = connection.recv()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars
 from svite_scale.runtime.ranks import World
@@ -90,11 +90,9 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
     """The state right after loading the newest checkpoint, which may be saved again into another ``checkpoints/``."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
     if save_to is not None:
-        held = trainer.checkpoint
-        copy = Checkpoint(
-            save_to, config, trainer.backend, trainer.topology, counts=held.counts, samples=held.samples, ema=trainer.ema
-        )
-        copy.save(wait=True)
+        copy = Checkpoint(save_to, config, trainer.checkpoint.run)
+        copy.save(trainer.step)
+        copy.wait()
     return state_of(trainer)
 
 

@@ -1,17 +1,16 @@
 """Checkpoints that belong to no engine and survive a kill at any instant.
 
-A checkpoint is a directory ``step-00001240`` of ``checkpoints/``: tensors in logical coordinates, written through
-``torch.distributed.checkpoint``; ``run.json``, everything else; and ``manifest.json``, the size and SHA-256 of each file,
-written last. It gets its name when it is complete.
+A checkpoint is a directory ``checkpoints/step-00001240`` of a run. It holds tensors in logical coordinates, written through
+``torch.distributed.checkpoint``; ``run.json`` with everything else; and ``manifest.json``, written last, with the size and
+SHA-256 of each file. The directory gets its name when it is complete.
 
-:class:`Checkpoint` saves and loads one run's. Below it: :mod:`.state` (tensors in logical coordinates), :mod:`.save` (a
-save on all ranks), :mod:`.load`, :mod:`.directory` (names, what is kept, the newest valid one), :mod:`.manifest`,
-:mod:`.compatibility` (what a resumed run must share with the saved one), :mod:`.collective_io` (one rank's error becomes all
-ranks').
+:class:`~svite_scale.checkpoint.checkpoint.Checkpoint` saves and loads one run. It stands on
+
+- :mod:`.state`: the tensors of a run in logical coordinates
+- :mod:`.save`: one save on all ranks
+- :mod:`.load`: reading a checkpoint without running anything in it (:mod:`.plain_pickle`)
+- :mod:`.compatibility`: what a resumed run must share with the saved run
+- :mod:`.directory`: names, removal, ownership, the newest valid checkpoint
+- :mod:`.manifest`: sizes and checksums of files
+- :mod:`.collective_io`: file operations that succeed or fail on all ranks together
 """
-
-from __future__ import annotations
-
-from svite_scale.checkpoint.checkpoint import Checkpoint
-
-__all__ = ["Checkpoint"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,102 +25,99 @@ from svite_scale.checkpoint.compatibility import (
 from svite_scale.checkpoint.directory import CheckpointDirectory, newest_valid
 from svite_scale.checkpoint.load import TensorReader, read_run_state
 from svite_scale.checkpoint.save import Snapshot, write_checkpoint
-from svite_scale.checkpoint.state import MOMENTS, RunTensors, WeightAverage
+from svite_scale.checkpoint.state import MOMENTS, RunState, RunTensors
 from svite_scale.config.load import to_dict
 from svite_scale.config.schema import Config
-from svite_scale.engines.backend import Backend
 from svite_scale.engines.moments import scalars, write_scalars
 from svite_scale.errors import CheckpointError
-from svite_scale.sparsity.topology.engine import TopologyEngine
 
 logger = logging.getLogger("svite_scale")
 
 
-class Counts(Protocol):
-    """Counts something, alike on all ranks, that goes on where a run resumes."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, for JSON."""
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`state` gave."""
-
-
 class Checkpoint:
-    """Saves and loads one run's state. Every rank makes one; all methods are collectives.
+    """Saves and loads one run. Every rank makes one; all methods are collectives, except :meth:`close`.
 
-    A save copies this rank's chunks to CPU memory; then a thread writes them, through a process group of its own, so that its
+    A save copies this rank's chunks to CPU memory. Then a thread writes them, through a process group of its own, so that its
     collectives can't mix with those of training.
 
     Attributes:
-        directory: ``checkpoints/`` of the run directory, seen by all ranks.
-        failed_saves: saves that failed so far, of those that were waited for or that :meth:`metrics` has noticed.
-        last_saved: the newest checkpoint that this run has saved, or was loaded from, as far as is known; None before.
+        run: what is saved and loaded.
+        directory: ``checkpoints/`` of the run directory, shared by all ranks.
+        failed_saves: number of failed saves so far, of those that have been waited for or that :meth:`metrics` has seen.
+        last_saved: the newest checkpoint that this run has saved or loaded; None before.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        config: Config,
-        backend: Backend,
-        topology: TopologyEngine,
-        *,
-        counts: Mapping[str, Counts],
-        samples: Mapping[str, object] | None = None,
-        ema: WeightAverage | None = None,
-        keeps: Callable[[int], bool] | None = None,
-    ) -> None:
-        """Args:
-        directory: ``checkpoints/`` of the run directory, seen by all ranks; made by the first save.
-        config: of the run.
-        backend: holds the model and the optimizer.
-        topology: holds the step and the statistics.
-        counts: by name, what else goes on where it was.
-        samples: tells what the run trains on, for JSON, which a resumed run must share; None says nothing of it.
-        ema: holds the average of the weights, if there is one.
-        keeps: whether the checkpoint of a step is kept for good; None keeps none for its step.
+    def __init__(self, directory: Path, config: Config, run: RunState, keeps: Callable[[int], bool] | None = None) -> None:
+        """Makes a process group for saving. A collective.
+
+        Args:
+            directory: ``checkpoints/`` of the run directory, shared by all ranks; the first save makes it.
+            config: of the run.
+            run: what to save and load.
+            keeps: whether the checkpoint of a step is kept for good; None keeps none for its step.
         """
-        self.config, self.backend, self.topology, self.counts, self.samples = config, backend, topology, counts, samples
+        self.config, self.run = config, run
         self.directory = CheckpointDirectory(directory, config.checkpoint.keep_last, keeps)
         self.failed_saves = 0
         self.last_saved: Path | None = None
         group = dist.new_group(backend="gloo", group_desc="checkpoints")
         assert isinstance(group, dist.ProcessGroup), "this rank is one of all ranks"
         self._group = group
-        self._tensors = RunTensors(backend, topology, ema, group)
+        self._tensors = RunTensors(run, group)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[tuple[Path, float]] | None = None
-        self._step: int | None = None
+        self._saved_step: int | None = None
         self._metrics: dict[str, float] = {}
 
-    def save(self, *, wait: bool = False, last: bool = False, again: bool = False) -> None:
-        """Saves the state after the topology's current step, unless that is saved already.
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Saves the run's state after an optimizer step, unless it has saved that step since it was started or last loaded.
 
-        A save that still runs is waited for first.
+        Waits first for a save that still runs.
 
         Args:
-            wait: until it is on the disk, as if ``checkpoint.background`` were false.
-            last: the run ends after this save, so it is waited for, and must succeed.
-            again: also where this step is saved already, for its counts have changed since.
+            step: optimizer steps done.
+            last: the run ends after this save. So it is waited for, and must succeed.
 
         Raises:
-            CheckpointError: a save failed that was waited for, and ``checkpoint.on_error`` is ``stop`` or the save the last.
-                On all ranks.
+            CheckpointError: a save that was waited for has failed, and ``checkpoint.on_error`` is ``stop`` or this is the last
+                save. On all ranks.
         """
         started = time.perf_counter()
-        if again or self._step != self.topology.steps:
-            self._settle()
-            snapshot = self._snapshot()
-            self._step = snapshot.step
-            may_create = self.last_saved is None
-            self._running = self._thread.submit(self._write, snapshot, may_create=may_create)
-        if wait or last or not self.config.checkpoint.background:
-            self._settle(last=last)
+        if step != self._saved_step:
+            self.wait()
+            self._running = self._thread.submit(self._write, self._snapshot(step))
+            self._saved_step = step
+        if last or not self.config.checkpoint.background:
+            self.wait(must_succeed=last)
         self._metrics["checkpoint_stall_ms"] = 1000 * (time.perf_counter() - started)
 
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Waits for a save that still runs, and records its outcome.
+
+        Args:
+            must_succeed: a failure is an error, whatever ``checkpoint.on_error`` is.
+
+        Raises:
+            CheckpointError: the save has failed. On all ranks.
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            self.last_saved, self._metrics["checkpoint_seconds"] = running.result()
+        except CheckpointError as error:
+            self.failed_saves += 1
+            self._saved_step = None
+            if must_succeed:
+                raise CheckpointError(f"{error}; the last checkpoint of this run is {self.last_saved or 'none'}") from error
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            if dist.get_rank() == 0:
+                logger.warning("%s; the run continues (checkpoint.on_error is continue)", error)
+
     def metrics(self) -> dict[str, float]:
-        """What there is to tell since the last call: ``checkpoint_stall_ms``, for how long a save kept training waiting;
-        ``checkpoint_seconds``, how long one took until it was on the disk; always ``failed_saves``, all so far.
+        """Returns what is new since the last call: ``checkpoint_stall_ms``, for which a save kept training waiting;
+        ``checkpoint_seconds``, the duration of a save up to the disk. Always ``failed_saves``, the total.
 
         Raises:
             CheckpointError: as :meth:`save`.
@@ -129,60 +126,59 @@ class Checkpoint:
         if self._running is not None:
             is_done = self._running.done()
             if is_done and not isinstance(self._running.exception(), CheckpointError | None):
-                # Of a mistake other ranks know nothing, and may wait for this one.
-                self._settle()
+                # A programming error. Other ranks don't know of it and may wait for this rank, so don't wait for them.
+                self.wait()
             done = torch.tensor(int(is_done))
             dist.all_reduce(done, dist.ReduceOp.MIN)
             if done.item():
-                self._settle()
+                self.wait()
         metrics, self._metrics = self._metrics, {}
         return {**metrics, "failed_saves": self.failed_saves}
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint that can be loaded, once a save that still runs is done; None where there is none.
+        """Returns the newest checkpoint that can be loaded, after waiting for a save that still runs; None if there is none.
 
-        Torn ones are named in one line each, and left in place.
+        Incomplete and corrupt checkpoints are named in one line each, and left in place.
 
         Raises:
             CheckpointError: as :meth:`save`; or a file can't be read.
         """
-        self._settle()
+        self.wait()
         return newest_valid(self.directory, self._group)
 
     def load_newest(self) -> int:
-        """Loads :meth:`newest_valid`; the optimizer's state must exist (after one step, of learning rate 0 say).
+        """Loads :meth:`newest_valid`. The optimizer's state must exist already.
 
         Returns:
-            The optimizer step to go on after.
+            The optimizer step after which it was saved.
 
         Raises:
-            CheckpointError: there is none, or it belongs to another model or recipe.
+            CheckpointError: there is no checkpoint, or it belongs to another model or recipe.
         """
         path = self.newest_valid()
         if path is None:
-            problem = "that is whole" if self.directory.named() else "to resume from"
+            problem = "that is valid" if self.directory.named() else "to resume from"
             raise CheckpointError(f"{self.directory.path} holds no checkpoint {problem}; restore one, or start a new run")
         return self._load(path)
 
     def close(self) -> None:
-        """Waits for a save that still runs, whatever comes of it; the last call. Local, and fit for after an error."""
+        """Waits for a save that still runs, and ignores its outcome. The last call. Local, and safe after an error."""
         self._thread.shutdown()
         dist.destroy_process_group(self._group)
 
     @torch.no_grad()
     def _load(self, path: Path) -> int:
-        run_state = read_run_state(path)
-        check_same_run(run_state["config"], self.config, path)
-        # The first checkpoints told nothing of their samples.
-        if "samples" in run_state:
-            check_same_samples(run_state["samples"], self.samples, path)
+        saved, run = read_run_state(path), self.run
+        check_same_run(saved["config"], self.config, path)
+        # The first checkpoints didn't name their samples.
+        if "samples" in saved:
+            check_same_samples(saved["samples"], run.samples, path)
         if dist.get_rank() == 0:
-            warn_of_other_versions(run_state["versions"], path)
+            warn_of_other_versions(saved["versions"], path)
         # Within a growth window, gradients are among the tensors.
-        counters = run_state["topology"]
-        state = self._tensors.to_load(counters)
-        # Optimizers have no state before the first step that is applied.
-        is_untouched = not run_state["optimizer_scalars"]
+        state = self._tensors.to_load(saved["topology"])
+        # An optimizer has no state before its first applied step.
+        is_untouched = not saved["optimizer_scalars"]
         moments = {name: state.pop(name).zero_() for name in list(state) if is_untouched and name.startswith(MOMENTS)}
         on_disk = names_on_disk(path, state)
         check_same_tensors(path, on_disk)
@@ -191,45 +187,31 @@ class Checkpoint:
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"{path} can't be read: {reason} (on rank {rank})") from error
-        self._tensors.write(state | moments, counters)
-        write_scalars(
-            self.backend.optimizer, run_state["optimizer_scalars"] or dict.fromkeys(scalars(self.backend.optimizer), 0.0)
-        )
-        for name, counts in self.counts.items():
-            counts.resume(run_state["counts"][name])
-        self.last_saved, self._step = path, self.topology.steps
-        return self.topology.steps
+        self._tensors.write(state | moments, saved["topology"])
+        optimizer = run.backend.optimizer
+        write_scalars(optimizer, saved["optimizer_scalars"] or dict.fromkeys(scalars(optimizer), 0.0))
+        for name, stateful in run.stateful.items():
+            stateful.load_state_dict(saved["counts"][name])
+        self.last_saved, self.directory.may_create = path, False
+        # So that a run that rolled back to this step can save it again, with its new counts.
+        self._saved_step = None
+        return int(saved["step"])
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, step: int) -> Snapshot:
+        run = self.run
         run_state: dict[str, Any] = {
-            "topology": self.topology.counters(),
-            "counts": {name: counts.state() for name, counts in self.counts.items()},
-            "optimizer_scalars": scalars(self.backend.optimizer),
-            "samples": self.samples,
+            "step": step,
+            "topology": run.topology.counters(),
+            "counts": {name: stateful.state_dict() for name, stateful in run.stateful.items()},
+            "optimizer_scalars": scalars(run.backend.optimizer),
+            "samples": run.samples,
             "config": to_dict(self.config),
             "versions": versions(),
         }
-        return Snapshot(self.topology.steps, self._tensors.to_save(), run_state)
+        return Snapshot(step, self._tensors.to_save(), run_state)
 
-    def _write(self, snapshot: Snapshot, *, may_create: bool) -> tuple[Path, float]:
-        """On the thread. Returns the checkpoint and the seconds it took."""
+    def _write(self, snapshot: Snapshot) -> tuple[Path, float]:
+        """Writes a snapshot on the thread; returns the checkpoint and the seconds it took."""
         started = time.perf_counter()
-        path = write_checkpoint(snapshot, self.directory, self._group, may_create=may_create)
+        path = write_checkpoint(snapshot, self.directory, self._group)
         return path, time.perf_counter() - started
-
-    def _settle(self, *, last: bool = False) -> None:
-        """Waits for a save that still runs, and takes note of what came of it; see :meth:`save`."""
-        running, self._running = self._running, None
-        if running is None:
-            return
-        try:
-            self.last_saved, self._metrics["checkpoint_seconds"] = running.result()
-        except CheckpointError as error:
-            self.failed_saves += 1
-            self._step = None
-            if last:
-                raise CheckpointError(f"{error}; the last checkpoint of this run is {self.last_saved or 'none'}") from error
-            if self.config.checkpoint.on_error == "stop":
-                raise
-            if dist.get_rank() == 0:
-                logger.warning("%s; the run goes on, checkpoint.on_error being continue", error)

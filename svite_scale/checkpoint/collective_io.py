@@ -1,4 +1,4 @@
-"""File operations whose outcome all ranks share, so that one rank's error never leaves others waiting in a collective."""
+"""File operations that succeed or fail on all ranks together, so that no rank waits in a collective for one that failed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
 
     Args:
         function: local; may raise ``OSError``.
-        group: the ranks; None for a process alone.
+        group: the ranks; None for a single process.
 
     Returns:
-        What it returned on each rank, on all ranks.
+        The results of all ranks, by rank, on every rank.
 
     Raises:
-        CheckpointError: on all ranks, where it failed on one; with the first such rank's reason.
+        CheckpointError: the function failed on some rank; gives the reason of the first such rank. On all ranks.
     """
     result: T | None = None
     problem: str | None = None
@@ -43,6 +43,6 @@ def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
 
 
 def on_main_rank(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Runs a function on rank 0 alone; what it returned, on all ranks. As :func:`on_all_ranks` otherwise."""
+    """Runs a function on rank 0 only, and returns its result on all ranks. Errors as in :func:`on_all_ranks`."""
     rank, _ = rank_and_size(group)
     return on_all_ranks(function if rank == 0 else lambda: None, group)[0]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the run that it goes on with."""
+"""What a resumed run must share with the saved run."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FIXED_FIELDS = (
     "data.max_pixels",
     "data.augment.",
 )
-"""Config fields, or sections, that a resumed run must share with the run it goes on with: they define what is computed."""
+"""Config fields and sections (with a dot at the end) that define what is computed. A resumed run must not change them."""
 
 FREE_FIELDS = ("model.activation_checkpointing", "sparsity.masks")
-"""Fields of those sections that change no number: how much is kept for backward, and where the masks of the start are, in whose
-place the checkpoint's come."""
+"""Fields of those sections that change no number: what is kept for backward, and the file of the first masks, which the
+checkpoint's masks replace."""
 
 RENAMED_TENSORS = ("topology/recently_grown/", "topology/newcomers/")
-"""Names of tensors, today and in older checkpoints."""
+"""Prefix of tensors' names, today and in older checkpoints."""
 
 PACKAGES = ("svite_scale", "torch", "deepspeed", "timm")
 
@@ -47,12 +47,12 @@ logger = logging.getLogger("svite_scale")
 
 
 def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
-    """Refuses to go on with a recipe other than the checkpoint's.
+    """Refuses to resume with another recipe than the checkpoint's.
 
     Raises:
         CheckpointError: names the field and both values.
     """
-    # A version that didn't know a field yet computed what its default does.
+    # A version that didn't have a field yet did what the field's default does.
     then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
     for field, value in flatten_config(to_dict(config)).items():
         if is_fixed(field) and then[field] != value:
@@ -62,15 +62,15 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def is_fixed(field: str) -> bool:
-    """Whether a field of the config, by its dotted name, must stay at a resume."""
+    """Returns whether a resumed run must keep a field of the config, given by its dotted name."""
     return field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS
 
 
 def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, object] | None, path: Path) -> None:
-    """Refuses to go on with other samples, whose order would be another.
+    """Refuses to resume on other training samples, because their order would differ.
 
     Raises:
-        CheckpointError: tells what differs.
+        CheckpointError: names both.
     """
     if saved != now:
         raise CheckpointError(
@@ -80,10 +80,10 @@ def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, obj
 
 
 def names_on_disk(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the same tensors by the names that the checkpoint has for them; an older one has others for some.
+    """Returns the same tensors by their names in the checkpoint. An older checkpoint has other names for some.
 
     Raises:
-        CheckpointError: what the checkpoint says of its tensors can't be read.
+        CheckpointError: the checkpoint's metadata can't be read.
     """
     saved = saved_sizes(path)
     found = {}
@@ -94,15 +94,15 @@ def names_on_disk(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuses a checkpoint whose tensors aren't this run's, by name and size.
+    """Refuses a checkpoint whose tensors have other names or sizes than this run's.
 
     Args:
         path: of the checkpoint.
         state: this run's tensors.
-        prefix: of the names to compare; the checkpoint may hold any others.
+        prefix: of the names to compare; the checkpoint may hold other tensors besides.
 
     Raises:
-        CheckpointError: names a tensor; or what the checkpoint says of them can't be read.
+        CheckpointError: a tensor differs, or the checkpoint's metadata can't be read.
     """
     saved = saved_sizes(path)
     remedy = "use the config that it was saved with"
@@ -116,7 +116,7 @@ def check_same_tensors(path: Path, state: Mapping[str, Tensor], prefix: str = ""
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that compute; None for one that isn't installed."""
+    """Returns the versions of Python and of the packages that compute; None for one that isn't installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -127,7 +127,7 @@ def versions() -> dict[str, str | None]:
 
 
 def warn_of_other_versions(saved: Mapping[str, str | None], path: Path) -> None:
-    """One line where a checkpoint was saved by other versions: results may then differ in the last bits."""
+    """Warns in one line if other versions saved a checkpoint: results may then differ in the last bits."""
     changed = [f"{name} {saved.get(name)} (now {now})" for name, now in versions().items() if saved.get(name) != now]
     if changed:
         logger.warning("checkpoint %s was saved by %s", path, ", ".join(changed))

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, read without running anything that it holds: it may be somebody else's.
+"""Reading a checkpoint without running anything in it, because it may be somebody else's.
 
-``torch.distributed.checkpoint`` reads its ``.metadata`` with ``pickle.load``, which runs whatever the file asks for. Here it is
-read as data, of which its own classes are made anew.
+``torch.distributed.checkpoint`` reads its file ``.metadata`` with ``pickle.load``, which runs any code that the file names.
+Here the file is read as data, and torch's objects are built from that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # what FileSystemReader looks up for each piece it reads
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # FileSystemReader needs one per piece
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from svite_scale.checkpoint import plain_pickle
 from svite_scale.checkpoint.directory import RUN_STATE
-from svite_scale.checkpoint.plain_pickle import Made, Name, PlainPickleError
+from svite_scale.checkpoint.plain_pickle import Made, PlainPickleError
 from svite_scale.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -56,10 +56,10 @@ KNOWN = {
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
 }
-"""All that ``torch.distributed.checkpoint`` names in a checkpoint's metadata, of this version or another."""
+"""All globals that ``torch.distributed.checkpoint`` writes into metadata, in this version or another."""
 
 FILE = re.compile(r"__\d+_\d+\.distcp")
-"""How it names the files that tensors are in, which are all in the checkpoint's directory."""
+"""The names that it gives to files of tensors, all in the checkpoint's directory."""
 
 REMEDY = "restore it, or use another checkpoint"
 
@@ -67,14 +67,14 @@ REMEDY = "restore it, or use another checkpoint"
 class TensorReader(dcp.FileSystemReader):
     """Reads a checkpoint that holds tensors and nothing else, for :func:`torch.distributed.checkpoint.load`.
 
-    Pieces of tensors are read by torch with ``weights_only=True``. Other objects, which it would unpickle, are refused.
+    Torch reads the tensors' pieces with ``weights_only=True``. Other objects, which torch would unpickle, are refused.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """See the base class.
+        """Returns the metadata, built from plain data.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds something else.
+            CheckpointError: the file is missing or damaged, or holds something unexpected.
         """
         path = Path(self.path) / METADATA
         try:
@@ -87,7 +87,7 @@ class TensorReader(dcp.FileSystemReader):
 
 
 def saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
-    """The shapes of the tensors that a checkpoint holds, by name.
+    """Returns the shapes of the tensors in a checkpoint, by name.
 
     Raises:
         CheckpointError: as :meth:`TensorReader.read_metadata`.
@@ -97,7 +97,8 @@ def saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """What isn't a tensor.
+    """Returns everything in a checkpoint that isn't a tensor: ``step``, ``topology``, ``counts``, ``optimizer_scalars``,
+    ``config``, ``versions``, and ``samples`` if it names them.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -107,7 +108,9 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         if not all(isinstance(state[name], dict) for name in ("topology", "counts", "optimizer_scalars", "config", "versions")):
             raise TypeError("a section is no mapping")
-        if type(state["topology"]["steps"]) is not int or state["topology"]["steps"] < 0:
+        # Older checkpoints have the step among the topology's counters only.
+        step = state.setdefault("step", state["topology"]["steps"])
+        if type(step) is not int or step < 0 or step != state["topology"]["steps"]:
             raise TypeError("its step is none")
         state["topology"] = _renamed_counters(state["topology"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -116,7 +119,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _renamed_counters(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The topology's counters by today's names; older checkpoints have others."""
+    """Returns the topology's counters by today's names. Older checkpoints have others."""
     if "heard_steps" not in saved:
         return dict(saved)
     frozen = [name.removeprefix("frozen/") for name in saved if name.startswith("frozen/")]
@@ -125,11 +128,11 @@ def _renamed_counters(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(read: object, most_pieces: int) -> Metadata:
-    """Made anew, each part of the kind that it has to be.
+    """Builds the metadata, and checks the type of each part.
 
     Args:
-        read: from the pickle.
-        most_pieces: that a pickle of its length may have, unless it repeats one without end.
+        read: what the pickle holds.
+        most_pieces: upper bound of the number of pieces. A pickle may refer to one piece many times, without end.
     """
     state = _state(read, "Metadata")
     tensors, pieces = state.get("state_dict_metadata"), state.get("storage_data")
@@ -152,7 +155,7 @@ def _tensor(name: str, entry: object) -> TensorStorageMetadata:
         raise PlainPickleError(f"{name} has no properties")
     # The others are torch's defaults, and nobody looks at them.
     dtype = properties.state[0] if isinstance(properties.state, tuple) and properties.state else None
-    if not isinstance(dtype, Name) or dtype.dotted not in DTYPES:
+    if not isinstance(dtype, type) or dtype.maker not in DTYPES:
         raise PlainPickleError(f"{name} has no dtype")
     size, chunks = _size(state.get("size")), state.get("chunks")
     if not isinstance(chunks, list):
@@ -160,7 +163,7 @@ def _tensor(name: str, entry: object) -> TensorStorageMetadata:
     own = [_chunk(chunk) for chunk in chunks]
     if sum(math.prod(chunk.sizes) for chunk in own) != math.prod(size):
         raise PlainPickleError(f"the chunks of {name} don't make up its {math.prod(size)} elements")
-    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.dotted]), size, own)
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.maker]), size, own)
 
 
 def _chunk(chunk: object) -> ChunkStorageMetadata:
@@ -169,7 +172,7 @@ def _chunk(chunk: object) -> ChunkStorageMetadata:
 
 
 def _piece(index: object, info: object) -> tuple[MetadataIndex, _StorageInfo]:
-    """Where a chunk is."""
+    """Returns the place of a chunk."""
     key, place = _state(index, "MetadataIndex"), _state(info, PIECE)
     path = _text(place.get("relative_path"))
     if not FILE.fullmatch(path):
@@ -184,7 +187,7 @@ def _piece(index: object, info: object) -> tuple[MetadataIndex, _StorageInfo]:
 
 
 def _state(read: object, maker: str) -> Mapping[str, Any]:
-    """The attributes of an object of a class."""
+    """Returns the attributes of an object, which must be of a class."""
     wanted = maker if "." in maker else CLASSES + maker
     if not isinstance(read, Made) or read.maker != wanted or not isinstance(read.state, dict):
         found = read.maker if isinstance(read, Made) else type(read).__name__

@@ -1,4 +1,4 @@
-"""What a complete checkpoint consists of: size and SHA-256 of each file."""
+"""The manifest of a complete checkpoint: size and SHA-256 of each file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from svite_scale.runtime.durable import sync, write_durably
 
 MANIFEST = "manifest.json"
 PIECE = 2**20
-"""Bytes read at a time."""
+"""Number of bytes read at a time."""
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """One file.
+    """Size and checksum of a file.
 
     Attributes:
         size: bytes.
@@ -29,7 +29,7 @@ class FileDigest:
 
 
 def digest(path: Path) -> FileDigest:
-    """Reads a file."""
+    """Returns the size and checksum of a file, which it reads."""
     sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(PIECE):
@@ -39,7 +39,7 @@ def digest(path: Path) -> FileDigest:
 
 
 def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> None:
-    """Makes a directory whose files are all there a complete checkpoint; both are then on the disk.
+    """Writes the manifest of a checkpoint whose other files are all written, and waits until the disk has it.
 
     Args:
         directory: of the checkpoint.
@@ -50,20 +50,20 @@ def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> None:
     sync(directory)
 
 
-def problem_of(directory: Path, share: slice = slice(None)) -> str | None:
-    """What is wrong with a checkpoint; None where it is valid.
+def problem_of(directory: Path, to_read: slice = slice(None)) -> str | None:
+    """Returns what is wrong with a checkpoint, in words; None if it is complete and undamaged.
 
     Args:
         directory: of the checkpoint.
-        share: which of its files, in alphabetical order, are read to compare their checksums; sizes are compared of all.
+        to_read: which files, in alphabetical order, are read to compare checksums. Sizes are compared for all files.
     """
     try:
-        return _mismatch(directory, share)
+        return _mismatch(directory, to_read)
     except OSError as error:
         return str(error)
 
 
-def _mismatch(directory: Path, share: slice) -> str | None:
+def _mismatch(directory: Path, to_read: slice) -> str | None:
     if not (directory / MANIFEST).exists():
         return f"it has no {MANIFEST}"
     try:
@@ -81,7 +81,7 @@ def _mismatch(directory: Path, share: slice) -> str | None:
             return f"{name} is no file"
         if path.stat().st_size != expected.size:
             return f"{name} has {path.stat().st_size} bytes instead of {expected.size}"
-    for name in list(files)[share]:
+    for name in list(files)[to_read]:
         if digest(directory / name) != files[name]:
             return f"the checksum of {name} is wrong"
     return None

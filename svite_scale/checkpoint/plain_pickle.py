@@ -1,142 +1,98 @@
-"""A pickle read as data: what it names is looked up in a list of known names, and never imported or called."""
+"""Reads a pickle as data: nothing that it names is imported or called."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from pickletools import genops
-from typing import Any
+import pickle
+from collections.abc import Callable, Collection
+from io import BytesIO
+from pickletools import code2op
+from typing import Any, ClassVar
+
+INSTRUCTIONS = {
+    *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
+    *("SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+}
+"""The instructions of a pickle that make plain data and objects."""
 
 
 class PlainPickleError(ValueError):
-    """A text is no pickle, or has something in it that isn't expected; the message is one line."""
+    """Raised for a file that is no pickle, or holds something unexpected. The message is one line."""
 
 
-@dataclass(eq=False)
 class Made:
-    """What a pickle says of an object.
+    """Stands for an object of a pickle. A subclass of it stands for a class or another global, such as ``torch.float32``.
 
     Attributes:
-        maker: dotted name of what would be called.
-        arguments: of the call.
-        state: what the object would be given afterwards.
+        maker: dotted name of the class or function that would make the object.
+        arguments: of its call.
+        state: what the object would get afterwards.
     """
 
-    maker: str
+    maker: ClassVar[str]
     arguments: tuple[object, ...]
-    state: object = None
+    state: Any
 
+    def __new__(cls, *arguments: object) -> Made:
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
 
-@dataclass(frozen=True)
-class Name:
-    """Something that a pickle names, such as ``torch.float32``.
-
-    Attributes:
-        dotted: module and name.
-    """
-
-    dotted: str
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
 def load(content: bytes, known: Collection[str]) -> object:
     """Reads a pickle of protocol 2 or later.
 
     Args:
-        content: all of the pickle.
-        known: dotted names that it may use.
+        content: the whole pickle.
+        known: dotted names of the globals that it may use.
 
     Returns:
-        None, bools, ints, strings, tuples, lists, dicts by string or :class:`Made`; and for the rest :class:`Name` and
-        :class:`Made`.
+        None, bools, ints, strings, tuples, lists and dicts; and in the place of all else a :class:`Made` or a subclass of it.
 
     Raises:
-        PlainPickleError: it is damaged, uses another name, or holds something else.
+        PlainPickleError: the pickle is damaged, uses another global, or holds something else.
     """
     try:
-        return _run(content, known)
+        return _Unpickler(BytesIO(content), known).load()
     except PlainPickleError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-        raise PlainPickleError(f"it is no whole pickle ({type(error).__name__})") from error
+    except Exception as error:  # a damaged pickle makes the unpickler raise almost any
+        raise PlainPickleError(f"it is no complete pickle ({type(error).__name__})") from error
 
 
-def _run(content: bytes, known: Collection[str]) -> object:
-    """A pickle is a program for a machine with one stack; these are the instructions that make plain data."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
+class PlainDict(dict[object, object]):
+    """A dict whose keys are strings and :class:`Made`: to hash a tuple of tuples may exhaust the stack."""
 
-    def name(module: object, attribute: object) -> Name:
-        dotted = f"{module}.{attribute}"
-        if dotted not in known:
+    def __setitem__(self, key: object, value: object) -> None:
+        if not isinstance(key, str | Made):
+            raise PlainPickleError(f"a key of it is a {type(key).__name__}")
+        super().__setitem__(key, value)
+
+
+class _Instructions(dict[int, Callable[[Any], None]]):
+    """The unpickler's method of each instruction, by its code."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        name = code2op[chr(code)].name if chr(code) in code2op else code
+        raise PlainPickleError(f"it has the instruction {name}, which has no place in it")
+
+
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the pickle asks for
+    dispatch = _Instructions(
+        {code: method for code, method in pickle._Unpickler.dispatch.items() if code2op[chr(code)].name in INSTRUCTIONS}
+    )
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(PlainDict())
+
+    def __init__(self, file: BytesIO, known: Collection[str]) -> None:
+        super().__init__(file)
+        self._known = known
+
+    def find_class(self, module: str, name: str) -> type[Made]:
+        dotted = f"{module}.{name}"
+        if dotted not in self._known:
             raise PlainPickleError(f"it names {dotted[:100]!r}, which has no place in it")
-        return Name(dotted)
-
-    def popped(count: int) -> tuple[Any, ...]:
-        if count > len(stack):
-            raise IndexError("the stack ends")
-        taken = tuple(stack[len(stack) - count :])
-        del stack[len(stack) - count :]
-        return taken
-
-    def since_mark() -> tuple[Any, ...]:
-        return popped(len(stack) - marks.pop())
-
-    def set_items(items: tuple[Any, ...]) -> None:
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Nothing else is hashed, for the hash of a tuple may go as deep as the file is long.
-            if not isinstance(key, str | Made):
-                raise PlainPickleError(f"a key of it is a {type(key).__name__}")
-            stack[-1][key] = value
-
-    for opcode, argument, _ in genops(content):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "SHORT_BINUNICODE" | "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(popped(int(opcode.name[-1])))
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(since_mark())
-            case "APPEND":
-                stack[-2].append(stack.pop())
-            case "APPENDS":
-                items = since_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                set_items(popped(2))
-            case "SETITEMS":
-                set_items(since_mark())
-            case "GLOBAL":
-                stack.append(name(*str(argument).split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(name(*popped(2)))
-            case "REDUCE" | "NEWOBJ":
-                maker, arguments = popped(2)
-                stack.append(Made(maker.dotted, tuple(arguments)))
-            case "BUILD":
-                (state,) = popped(1)
-                stack[-1].state = state
-            case "STOP":
-                (result,) = stack
-                return result
-            case other:
-                raise PlainPickleError(f"it has the instruction {other}, which has no place in it")
-    raise PlainPickleError("it ends too early")
+        return type(dotted, (Made,), {"maker": dotted})

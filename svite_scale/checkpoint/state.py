@@ -1,19 +1,19 @@
-"""A run's tensors in logical coordinates.
+"""The state of a run, and its tensors in logical coordinates.
 
-Every tensor is flat, under its parameter's name in the unwrapped model. Of a large one each rank holds a chunk; a small one is
-whole, and one rank saves it. So whatever engine held them leaves no trace, and what one engine saved on some number of ranks,
-another loads on another.
+Every tensor is flat, under its parameter's name in the unwrapped model. Each rank saves a chunk of a large tensor; one rank
+saves a small tensor whole. So a checkpoint has no trace of the engine and the number of ranks, and any other can load it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -22,13 +22,13 @@ from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chu
 from svite_scale.sparsity.topology.engine import TopologyEngine
 
 MOMENTS = "optimizer/"
-"""What the names of moments begin with."""
+"""Prefix of the names of moments."""
 
 STATISTICS = ("history", "recently_grown", "growth")
-"""Tensors of a topology's ``state_dict()``, by layer each."""
+"""The tensors of a topology's ``state_dict()``, each by layer."""
 
 SMALL_NUMEL = 2**16
-"""Elements up to which a tensor isn't cut: each piece in a file has 1.8 kB of framing, which would soon outweigh it."""
+"""Number of elements up to which a tensor isn't cut. Each piece in a file has 1.8 kB of framing, too much for a small piece."""
 
 
 class WeightAverage(Protocol):
@@ -42,40 +42,55 @@ class WeightAverage(Protocol):
 
 
 @dataclass(frozen=True)
-class RunTensors:
-    """The tensors of a run. All methods are collectives.
+class RunState:
+    """What a checkpoint saves of a run, besides its config.
 
     Attributes:
-        backend: holds values, masks and moments.
-        topology: holds the statistics.
-        ema: holds the average of the values; None where there is none.
-        group: the ranks, on gloo.
+        backend: the model and the optimizer.
+        topology: the topology engine.
+        ema: the average of the weights; None if there is none.
+        stateful: counters that are equal on all ranks, by name. Their state is plain numbers, for JSON.
+        samples: identity of the training samples, for JSON. A resumed run must have the same. None identifies nothing.
     """
 
     backend: Backend
     topology: TopologyEngine
-    ema: WeightAverage | None
+    ema: WeightAverage | None = None
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    samples: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class RunTensors:
+    """The tensors of a run. All methods are collectives.
+
+    Attributes:
+        run: holds the tensors.
+        group: the ranks, on gloo.
+    """
+
+    run: RunState
     group: dist.ProcessGroup
 
     def to_save(self) -> dict[str, Tensor]:
-        """Copies, in CPU memory, of what this rank saves: ``model/NAME``, ``optimizer/MOMENT/NAME``, ``ema/NAME``,
-        ``topology/STATISTIC/LAYER``. Small tensors are dealt out to the ranks.
+        """Copies what this rank saves to CPU memory: ``model/NAME``, ``optimizer/MOMENT/NAME``, ``ema/NAME``,
+        ``topology/STATISTIC/LAYER``. Ranks take turns with small tensors.
         """
         rank, world_size = rank_and_size(self.group)
-        return self._copies(lambda number: number % world_size == rank, self.topology.counters())
+        return self._copies(lambda number: number % world_size == rank, self.run.topology.counters())
 
     def to_load(self, counters: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The same with all small tensors on every rank, to be loaded into; statistics of a topology with these counters."""
+        """Returns the same tensors to load into, with all small ones on every rank, for a topology with these counters."""
         return self._copies(lambda number: True, counters)
 
     @torch.no_grad()
     def write(self, state: dict[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Replaces all tensors by those of a state that has the names and sizes of :meth:`to_load`, and the topology's
+        """Replaces the run's tensors by those of a state, which has the names and sizes of :meth:`to_load`, and the topology's
         counters.
         """
-        access = self.backend.access
-        device = next(self.backend.model.parameters()).device
-        for name, parameter in self.backend.model.named_parameters():
+        access = self.run.backend.access
+        device = next(self.run.backend.model.parameters()).device
+        for name, parameter in self.run.backend.model.named_parameters():
             shape = access.read(parameter).shape
 
             def saved(key: str, shape: torch.Size = shape) -> Tensor:
@@ -86,19 +101,19 @@ class RunTensors:
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
                     access.write_moment(parameter, moment, saved(f"{MOMENTS}{moment}/{name}"))
-                if self.ema:
-                    self.ema.write(parameter, saved(f"ema/{name}"))
+                if self.run.ema:
+                    self.run.ema.write(parameter, saved(f"ema/{name}"))
         topology: dict[str, Any] = {kind: {} for kind in STATISTICS} | {"counters": counters}
         for key, tensor in state.items():
             section, _, rest = key.partition("/")
             if section == "topology":
                 kind, _, name = rest.partition("/")
                 topology[kind][name] = tensor
-        self.topology.load_state_dict(topology)
+        self.run.topology.load_state_dict(topology)
 
     @torch.no_grad()
     def _copies(self, holds: Callable[[int], bool], counters: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``holds`` tells of a small tensor's number whether it is wanted here."""
+        """``holds`` returns whether this rank gets a small tensor, given its number."""
         mesh = DeviceMesh.from_group(self.group, "cpu")
         state: dict[str, Tensor] = {}
         num_small = 0
@@ -114,22 +129,23 @@ class RunTensors:
         return state
 
     def _parts(self, counters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
-        """Each tensor's name, all of a small or the rank's chunk of a large one, and its elements; gathered one at a time."""
-        access = self.backend.access
+        """Yields the name of each tensor, this rank's part of it (a small tensor is whole), and the whole tensor's number of
+        elements. One parameter is gathered at a time."""
+        access = self.run.backend.access
         rank, world_size = rank_and_size(self.group)
 
         def part(name: str, full: Tensor) -> tuple[str, Tensor, int]:
             flat = full.flatten()
             return name, flat if flat.numel() <= SMALL_NUMEL else rank_chunk(flat, rank, world_size), flat.numel()
 
-        for name, parameter in self.backend.model.named_parameters():
+        for name, parameter in self.run.backend.model.named_parameters():
             yield part(f"model/{name}", access.read(parameter))
             if parameter.requires_grad:
                 for moment in access.moment_names(parameter):
                     yield part(f"{MOMENTS}{moment}/{name}", access.read_moment(parameter, moment))
-                if self.ema:
-                    yield part(f"ema/{name}", self.ema.read(parameter))
-        statistics = self.topology.state_dict()
+                if self.run.ema:
+                    yield part(f"ema/{name}", self.run.ema.read(parameter))
+        statistics = self.run.topology.state_dict()
         for kind in STATISTICS:
             for name, tensor in statistics[kind].items():
                 # Nothing but zeros.

@@ -6,17 +6,17 @@ Every mistake is one :class:`~svite_scale.errors.ConfigError` that names the fie
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin
 
-from svite_scale.config.field_types import MAPPING, read_value, split_bounds
 from svite_scale.config.plain_yaml import PlainYamlError, dump, load
 from svite_scale.config.schema import Config
 from svite_scale.errors import ConfigError
+from svite_scale.options import field_hints, in_section, kind_of
 
 Section = TypeVar("Section")
 
@@ -25,7 +25,7 @@ NEAR = 0.6
 
 
 def read_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's configuration; :func:`~svite_scale.config.validate.check_config` comes after, once the world size is known.
+    """Reads a run's config; :func:`~svite_scale.config.validate.validate` comes after, once the world size is known.
 
     Args:
         path: the YAML file.
@@ -40,7 +40,9 @@ def read_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     for override in overrides:
         key, value = read_override(override, schema)
         values[key] = value
-    return build(Config, values, str(path))
+    if "run_dir" not in values:
+        raise ConfigError("run_dir", None, "is missing and has no default", f"add it to {path} or give run_dir=VALUE")
+    return build(Config, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """What :func:`to_dict` gave by dotted names; a field that is itself a mapping stays whole."""
+    """Returns what :func:`to_dict` gave, by dotted names; a field that is itself a mapping stays whole."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
@@ -60,13 +62,9 @@ def flatten_config(nested: Mapping[str, object], prefix: str = "") -> dict[str, 
     return flat
 
 
-def write_config(config: Config, path: str | PathLike[str]) -> None:
-    """Writes the whole config as YAML that :func:`read_config` reads back equal.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    Path(path).write_text(dump(to_dict(config)), encoding="utf-8")
+def to_yaml(config: Config) -> str:
+    """Returns the whole config as YAML in ASCII, which :func:`read_config` reads back equal."""
+    return dump(to_dict(config))
 
 
 def plain(value: Any) -> Any:
@@ -80,7 +78,7 @@ def plain(value: Any) -> Any:
 def leaf_hints(section: type, prefix: str = "") -> dict[str, Any]:
     """Returns the type hint of every field that is no section, by dotted name."""
     hints: dict[str, Any] = {}
-    for name, hint in get_type_hints(section, include_extras=True).items():
+    for name, hint in field_hints(section).items():
         if is_dataclass(hint):
             hints.update(leaf_hints(hint, f"{prefix}{name}."))  # type: ignore[arg-type]
         else:
@@ -183,7 +181,7 @@ def section_error(key: str, value: object, schema: Mapping[str, Any]) -> ConfigE
 def unknown_key(key: str, value: object, schema: Mapping[str, Any]) -> ConfigError:
     """Names the nearest known key, whatever its section; a far-off key gets the list of its section's."""
     mapping = next(
-        (known for known in schema if key.startswith(f"{known}.") and split_bounds(schema[known])[0] == MAPPING), None
+        (known for known in schema if key.startswith(f"{known}.") and get_origin(kind_of(schema[known])[0]) is dict), None
     )
     if mapping is not None:
         return ConfigError(key, value, "is one entry of a mapping", f"give all of it: {mapping}='{{KEY: VALUE, ...}}'")
@@ -204,30 +202,22 @@ def likeness(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
-def build(section: type[Section], values: Mapping[str, object], source: str, prefix: str = "") -> Section:
+def build(section: type[Section], values: Mapping[str, object], name: str = "") -> Section:
     """Builds a section from its dotted values; fields without one keep their defaults.
 
     Args:
-        section: the dataclass.
+        section: the class.
         values: by dotted name, for all sections.
-        source: the file to name in messages.
-        prefix: the section's own dotted name and a dot.
+        name: the section's own dotted name; empty for the whole config.
 
     Raises:
-        ConfigError: a value is wrong, or a field without a default has none.
+        ConfigError: a value is wrong.
     """
-    hints = get_type_hints(section, include_extras=True)
-    arguments: dict[str, object] = {}
-    for field in fields(section):  # type: ignore[arg-type]
-        key, hint = prefix + field.name, hints[field.name]
+    prefix, arguments = f"{name}." if name else "", {}
+    for key, hint in field_hints(section).items():
         if is_dataclass(hint):
-            arguments[field.name] = build(hint, values, source, f"{key}.")  # type: ignore[arg-type]
-        elif key in values:
-            arguments[field.name] = read_value(key, hint, values[key])
-        elif not has_default(field):
-            raise ConfigError(key, None, "is missing and has no default", f"add it to {source} or give {key}=VALUE")
-    return section(**arguments)
-
-
-def has_default(field: Field[Any]) -> bool:
-    return field.default is not MISSING or field.default_factory is not MISSING
+            arguments[key] = build(hint, values, prefix + key)  # type: ignore[arg-type]
+        elif prefix + key in values:
+            arguments[key] = values[prefix + key]
+    with in_section(name):
+        return section(**arguments)

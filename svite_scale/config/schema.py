@@ -1,52 +1,62 @@
-"""What a run is configured by: nested dataclasses, one per component, with the bounds of each field beside it.
+"""A run's config: nested sections, each the options of a component, which declares them beside itself.
 
-A YAML file and ``dotted.key=value`` overrides become a :class:`Config` through :mod:`svite_scale.config.load`, which checks
-types, bounds and unknown keys from the annotations here. What no single field can tell is checked by
-:mod:`svite_scale.config.validate`.
+A YAML file and ``dotted.key=value`` overrides become a :class:`Config` through :mod:`svite_scale.config.load`. What takes more
+than one section to tell is checked by :mod:`svite_scale.config.validate`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Literal
 
-from svite_scale.config.bounds import Bounds
-from svite_scale.config.checkpoint import CheckpointConfig
-from svite_scale.config.data import AugmentConfig, DataConfig
-from svite_scale.config.distillation import DistillationConfig
-from svite_scale.config.guard import GuardConfig
-from svite_scale.config.model import ModelConfig
-from svite_scale.config.parallel import ParallelConfig
-from svite_scale.config.sparsity import SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.config.train import OptimizerConfig, TrackingConfig, TrainConfig
-from svite_scale.errors import ConfigError
+from pydantic import Field
 
-__all__ = [
-    "AugmentConfig",
-    "Bounds",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "DistillationConfig",
-    "GuardConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "SparsityConfig",
-    "StructuredConfig",
-    "TokensConfig",
-    "TrackingConfig",
-    "TrainConfig",
-]
+from svite_scale.checkpoint.options import CheckpointConfig
+from svite_scale.data.options import DataConfig
+from svite_scale.engines.options import ParallelConfig
+from svite_scale.errors import ConfigError, OptionError
+from svite_scale.models.options import DistillationConfig, ModelConfig, SparseModelOptions
+from svite_scale.options import options, options_of
+from svite_scale.sparsity.options import DropSchedule, MethodOptions, TopologyOptions
+from svite_scale.sparsity.topology.schedule import UpdateSchedule
+from svite_scale.tracking.options import TrackingConfig
+from svite_scale.train.options import GuardConfig, OptimizerConfig, TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
+class SparsityConfig(SparseModelOptions, DropSchedule):
+    """What is sparse, and how its topology moves (the paper's section 3.2)."""
+
+    update_unit: Literal["steps", "epochs"] = "steps"
+    """Unit of ``update_every`` and ``update_start``."""
+    update_every: Annotated[float, Field(gt=0.0, le=1e12)] = 20000.0
+    """Optimizer steps, or epochs, between two topology updates."""
+    update_start: Annotated[float, Field(ge=0.0, le=1e12)] = 0.0
+    """No topology update comes before this optimizer step, or epoch."""
+    update_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Global batch that ``update_every`` and ``update_start`` are meant for, in steps: they are scaled by update_batch_size /
+    global_batch_size, so that as many samples lie between two updates. Null takes them as they are."""
+
+    def __post_init__(self) -> None:
+        SparseModelOptions.__post_init__(self)
+        DropSchedule.__post_init__(self)
+        if self.update_unit == "epochs":
+            if self.update_batch_size is not None:
+                problem = "scales updates by steps, but update_unit is epochs, which scale by themselves"
+                raise OptionError("update_batch_size", self.update_batch_size, problem, "leave it null")
+            return
+        for name, value in (("update_every", self.update_every), ("update_start", self.update_start)):
+            if not value.is_integer():
+                raise OptionError(name, value, "is no whole number of steps", "round it, or set update_unit=epochs")
+
+
+@options
 class Config:
     """A whole run."""
 
     run_dir: str
     """Where the run's files go; must not hold another run unless it is resumed."""
-    seed: Annotated[int, Bounds(low=0, high=2**31 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -59,7 +69,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Samples that one rank computes at a time.
+        """Returns the samples that one rank computes at a time.
 
         Raises:
             ConfigError: the global batch doesn't divide.
@@ -74,3 +84,21 @@ class Config:
                 f"use a multiple of {parts}",
             )
         return size
+
+    def update_schedule(self, steps_per_epoch: float, total_steps: int) -> UpdateSchedule:
+        """Returns when a run of ``total_steps`` optimizer steps updates its topology."""
+        sparsity = self.sparsity
+        if sparsity.update_unit == "epochs":
+            scale = steps_per_epoch
+        else:
+            scale = (sparsity.update_batch_size or self.train.global_batch_size) / self.train.global_batch_size
+        return UpdateSchedule(
+            total_steps=total_steps,
+            update_every=max(1, round(sparsity.update_every * scale)),
+            start_step=round(sparsity.update_start * scale),
+            **options_of(DropSchedule, sparsity),
+        )
+
+    def topology_options(self) -> TopologyOptions:
+        """Returns which weights a run moves, and how."""
+        return TopologyOptions(seed=self.seed, **options_of(MethodOptions, self.sparsity))

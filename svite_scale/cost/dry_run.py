@@ -10,7 +10,7 @@ from torch import nn
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import ModelCost, model_cost
 from svite_scale.cost.memory import ModelSize, bytes_per_rank
-from svite_scale.models.sparse_vit import plan_sparse_vit
+from svite_scale.models.sparse import SparseModel
 from svite_scale.models.teacher import build_teacher
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.sparsity import bits
@@ -18,24 +18,28 @@ from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_density
 from svite_scale.sparsity.layers.base import sparse_layers
 
 
-def describe(config: Config, world_size: int) -> str:
-    """The plan of a run as text: layers, parameters, multiply-accumulates, and bytes of training state per rank.
+def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
+    """Returns the plan of a run as text: layers, parameters, multiply-accumulates, and bytes of training state per rank.
+
+    Args:
+        config: of the run.
+        world_size: ranks that share the training state.
+        sparse: its model on the meta device, from :func:`~svite_scale.config.validate.validate`.
 
     Raises:
-        ConfigError: the model, or its teacher, can't be built.
+        ConfigError: the teacher can't be built.
         CheckpointError: the teacher's file can't be used.
     """
-    model, plan = plan_sparse_vit(config.model, config.sparsity)
-    cost = model_cost(config.model, model, plan)
-    layers = sparse_layers(model).values()
+    cost = model_cost(config.model, *sparse)
+    layers = sparse_layers(sparse.model).values()
     mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
     newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
-    sparse = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
+    packed = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
     dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
-        _layers(plan),
-        "\n".join([*_costs(config, cost), *_tokens(model), *_teacher(config)]),
-        _bytes(config, world_size, sparse, dense),
+        _layers(sparse.layers),
+        "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
+        _bytes(config, world_size, packed, dense),
     )
     return "\n\n".join(sections)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import nn
 
-from svite_scale.config.schema import Config, ModelConfig
+from svite_scale.models.dense import check_model
 from svite_scale.models.matrix_products import matrix_products
+from svite_scale.models.options import ModelConfig
 from svite_scale.models.packed_attention import PackedAttention
-from svite_scale.models.sparse_vit import plan_sparse_vit
 from svite_scale.models.token_selector import TokenSelector, token_selectors
-from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 
 
@@ -69,42 +67,33 @@ class ModelCost:
         return 1.0 - self.sparse_macs / self.dense_macs
 
 
-def count(config: Config) -> ModelCost:
-    """Cost of the config's model, from shapes alone.
-
-    Raises:
-        ConfigError: the model can't be built.
-    """
-    model, plan = plan_sparse_vit(config.model, config.sparsity)
-    return model_cost(config.model, model, plan)
-
-
-def model_cost(config: ModelConfig, model: nn.Module, plan: list[LayerPlan]) -> ModelCost:
-    """Cost of a config's model that was made sparse by a plan."""
-    with torch.device("meta"):
-        # Without checkpointing, which computes nothing else, and doesn't know the meta device.
-        dense = build_vit(replace(config, activation_checkpointing=False))
-    size = config.image_size, config.in_channels
-    params_dense = sum(parameter.numel() for parameter in dense.parameters())
-    whole = passing = matrix_products(dense, *size)
+def model_cost(config: ModelConfig, model: nn.Module, layers: list[LayerPlan]) -> ModelCost:
+    """Returns the cost of a config's model that was made sparse, from shapes alone."""
+    dense = check_model(config)
+    whole = passing = dense.products
     if token_selectors(model):
-        passing = matrix_products(_with_selectors_of(model, dense), *size)
-    layers = [
+        passing = matrix_products(_with_selectors_of(model, dense.model), config.image_size, config.in_channels)
+    costs = [
         LayerCost(entry.name, entry.numel * whole.applications[entry.name], entry.num_active * passing.applications[entry.name])
-        for entry in plan
+        for entry in layers
     ]
     for name, macs in whole.others.items():
         attention = model.get_submodule(name)
         absent = 1 - attention.num_active / attention.shape.numel() if isinstance(attention, PackedAttention) else 0
-        layers.append(LayerCost(name, macs, passing.others[name] - round(absent * passing.others[name])))
+        costs.append(LayerCost(name, macs, passing.others[name] - round(absent * passing.others[name])))
     active = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ModelCost(tuple(layers), params_dense, active)
+    params_dense = sum(parameter.numel() for parameter in dense.model.parameters())
+    return ModelCost(tuple(costs), params_dense, active)
 
 
 def _with_selectors_of(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """The dense model with copies of a sparse one's token selectors, on the meta device."""
-    items = OrderedDict(cast(nn.Module, model.blocks).named_children())
-    copies = {name: deepcopy(item).to("meta") for name, item in items.items() if isinstance(item, TokenSelector)}
-    own = dict(cast(nn.Module, dense.blocks).named_children())
-    dense.blocks = nn.Sequential(OrderedDict((name, copies.get(name) or own[name]) for name in items))
-    return dense
+    """A copy of the dense model with copies of a sparse one's token selectors, on the meta device."""
+    copy = deepcopy(dense)
+    own = dict(cast(nn.Module, copy.blocks).named_children())
+    copy.blocks = nn.Sequential(
+        OrderedDict(
+            (name, deepcopy(item).to("meta") if isinstance(item, TokenSelector) else own[name])
+            for name, item in cast(nn.Module, model.blocks).named_children()
+        )
+    )
+    return copy

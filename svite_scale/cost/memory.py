@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svite_scale.config.schema import ParallelConfig
+from svite_scale.engines.options import ParallelConfig
 
 FP32 = 4
 MOMENTS = 2 * FP32

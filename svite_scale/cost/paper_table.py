@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svite_scale.config.load import read_config
-from svite_scale.config.topology import check_topology
-from svite_scale.config.validate import check_for_any_ranks
-from svite_scale.cost.flops import count
+from svite_scale.config.validate import validate
+from svite_scale.cost.flops import model_cost
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Published:
     """The paper's figures for one of our configs (arXiv:2106.04533).
 
     Attributes:
-        saving: share of the dense multiply-accumulates saved, in percent.
+        saving: fraction of the dense multiply-accumulates saved, in percent.
         params: parameters, in millions; None where it doesn't say.
     """
 
@@ -44,9 +43,7 @@ def paper_table(configs: Iterable[Path]) -> str:
 
 def _row(path: Path) -> str:
     config = read_config(path)
-    check_for_any_ranks(config)
-    check_topology(config)
-    cost, published = count(config), PUBLISHED.get(path.stem)
+    cost, published = model_cost(config.model, *validate(config, world_size=None)), PUBLISHED.get(path.stem)
     saving = f"{published.saving:6.2f}%" if published else "-"
     params = f"{published.params:.2f}" if published and published.params else "-"
     return (

@@ -13,7 +13,7 @@ What it guarantees
     - The stream can begin at any optimizer step: resuming needs that number and nothing else, also on another number of ranks.
     - A sample's augmentation on the CPU depends on (seed, epoch, sample, copy) only, and leaves global random state alone.
     - Evaluation counts every sample exactly once on any world size, with equally many batches on all ranks.
-    - Shards behind URLs are fetched once per machine into a bounded folder that its processes share, whole or not at all.
+    - Shards behind URLs are fetched once per machine into a bounded folder that its processes share, completely or not at all.
     - What can't be read raises :class:`~svite_scale.errors.DataError`. In training, the next sample of its shard replaces an
       image that can't be decoded; evaluation leaves it out. Both are counted, and end the run above a fraction.
 

@@ -11,25 +11,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.decode import UndecodableError, decode
 from svite_scale.data.format.index import ShardIndex
-from svite_scale.data.format.patterns import largest_label
-from svite_scale.data.randomness import restored, seed_sample
+from svite_scale.data.options import DataConfig
+from svite_scale.data.randomness import restored_random_state, seed_sample
 from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.data.transforms import Transform
 from svite_scale.errors import DataError
 
 
 class ShardReader:
-    """Reads byte ranges, keeping the most recently used shards open.
+    """Reads byte ranges of shards, and keeps the most recently used shards open.
 
-    Descriptors are opened when first needed, and remote shards fetched. ``os.pread`` uses no file position, so descriptors
-    that a forked worker inherits serve both processes.
+    A shard is opened, and a remote one fetched, when it is first read. ``os.pread`` uses no file position, so a forked worker
+    can use the descriptors that it inherits.
 
     Args:
         paths: the shards, by number; local or remote.
-        max_open: descriptors kept; a data set can have more shards than a process may open files.
+        max_open: most shards that are open at a time; a data set can have more shards than a process may open files.
     """
 
     def __init__(self, paths: Sequence[Path | RemoteShard], max_open: int = 128) -> None:
@@ -38,10 +37,10 @@ class ShardReader:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """The ``length`` bytes of shard number ``shard`` from ``offset``.
+        """Returns ``length`` bytes of shard number ``shard``, from ``offset``.
 
         Raises:
-            DataError: the file can't be fetched or read, or ends before.
+            DataError: the file can't be fetched or read, or is too short.
         """
         try:
             data = os.pread(self._descriptor(shard), length, offset)
@@ -62,7 +61,7 @@ class ShardReader:
         return self._descriptors[shard]
 
     def _close_evicted(self) -> None:
-        """Closes the remote shards that are no longer in the cache, for while they are open they take room on the disk."""
+        """Closes remote shards that are no longer in the cache. While they are open, they take room on the disk."""
         for shard in list(self._descriptors):
             if isinstance(self._paths[shard], RemoteShard) and not os.fstat(self._descriptors[shard]).st_nlink:
                 os.close(self._descriptors.pop(shard))
@@ -76,7 +75,7 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Descriptor numbers mean nothing in a process started by spawn.
+        # Descriptor numbers mean nothing in a process that was started by spawn.
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
 
@@ -85,18 +84,18 @@ Row = tuple[int, int, int]
 
 
 class DamagedSampleError(DataError):
-    """The image of one sample can't be decoded; the message names shard, key, byte and reason."""
+    """The image of a sample can't be decoded. The message names shard, key, byte and reason."""
 
 
 class ShardDataset:
-    """A map over (epoch, sample, copy).
+    """A map from (epoch, sample, copy) to an image and its label.
 
     Args:
-        indexes: the shards; global sample indexes run through them in this order.
-        transform: what it draws from Python's, numpy's and torch's global generators depends on the seed and the row alone.
+        indexes: of the shards; global sample indexes run through them in this order.
+        transform: may draw from the global generators of Python, numpy and torch, which are seeded from the seed and the row.
         in_channels: 3 decodes to RGB, 1 to grey.
         seed: of the run.
-        max_pixels: of the largest image that is decoded.
+        max_pixels: pixels of the largest image that is decoded.
     """
 
     def __init__(
@@ -117,29 +116,24 @@ class ShardDataset:
 
     @property
     def counts(self) -> list[int]:
-        """Samples in each shard."""
+        """The number of samples in each shard."""
         return [index.count for index in self.indexes]
-
-    @property
-    def num_classes(self) -> int:
-        """Largest label plus one."""
-        return largest_label(self.indexes)[0] + 1
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, row: Row) -> tuple[Tensor, int]:
-        """The transformed image, uint8 ``[C, H, W]``, and its label. Leaves the global generators as they were.
+        """Returns the transformed image, uint8 ``[C, H, W]``, and its label. Leaves the global generators as they were.
 
         Raises:
             DamagedSampleError: the image can't be decoded.
-            DataError: it can't be read.
+            DataError: the image can't be read.
         """
-        with restored():
-            return self.load(row)
+        with restored_random_state():
+            return self.load_sample(row)
 
-    def load(self, row: Row) -> tuple[Tensor, int]:
-        """The same, but leaves the global generators seeded; for use within :func:`~svite_scale.data.randomness.restored`."""
+    def load_sample(self, row: Row) -> tuple[Tensor, int]:
+        """Returns the same, but leaves the global generators seeded; call it within ``restored_random_state``."""
         epoch, sample, copy = row
         shard, position = self._place(sample)
         index = self.indexes[shard]
@@ -155,17 +149,17 @@ class ShardDataset:
         return self._transform(pixels), int(index.labels[position])
 
     def label(self, sample: int) -> int:
-        """The label of a sample."""
+        """Returns the label of a sample."""
         shard, position = self._place(sample)
         return int(self.indexes[shard].labels[position])
 
     def others_of_shard(self, sample: int) -> Iterator[int]:
-        """The other samples of the same shard, from the next one on, and at its end from its beginning."""
+        """Yields the other samples of the same shard: those after it, then those before it, each in order."""
         shard, position = self._place(sample)
         start, count = int(self._starts[shard]), self.indexes[shard].count
         return (start + (position + step) % count for step in range(1, count))
 
     def _place(self, sample: int) -> tuple[int, int]:
-        """A sample's shard, and its position there."""
+        """Returns the shard of a sample, and its position in the shard."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])

@@ -11,11 +11,11 @@ import torch
 
 
 @contextmanager
-def restored() -> Iterator[None]:
-    """Puts the states of Python's, numpy's and torch's CPU generators back after the block.
+def restored_random_state() -> Iterator[None]:
+    """Restores the states of Python's, numpy's and torch's CPU generators after the block.
 
-    It keeps a loader without workers from disturbing the training process. The states are kilobytes large, so batches are
-    wrapped in it rather than samples.
+    So a loader without workers doesn't disturb the training process. The states have kilobytes, so use it once for a batch
+    rather than for each sample.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -26,28 +26,20 @@ def restored() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-@contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds the generators within the block, and puts their states back after it."""
-    with restored():
-        seed_sample(*entropy)
-        yield
-
-
 def seed_sample(*entropy: int) -> None:
     """Seeds Python's, numpy's and torch's CPU generators.
 
-    Transforms draw from these global generators. Seeding them per sample makes a sample's augmentation independent of the
-    worker that computes it.
+    Transforms draw from these global generators. They are seeded for each sample, so a sample's augmentation doesn't depend on
+    the worker that computes it.
     """
-    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
+    python_seed, numpy_seed, torch_seed = derive_seeds(*entropy)
     random.seed(python_seed)
     np.random.seed(numpy_seed)
-    # Not torch.manual_seed: that would also seed the GPU's generators, which are not restored.
+    # Not torch.manual_seed: that would also seed the GPU's generators, which aren't restored.
     torch.default_generator.manual_seed(torch_seed)
 
 
-def derived_seeds(*entropy: int) -> tuple[int, int, int]:
-    """Seeds for Python's, numpy's and torch's generators, unrelated for unlike entropy."""
+def derive_seeds(*entropy: int) -> tuple[int, int, int]:
+    """Returns seeds for Python's, numpy's and torch's generators; different entropy gives unrelated seeds."""
     python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
     return python_seed, numpy_seed, torch_seed

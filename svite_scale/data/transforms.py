@@ -1,4 +1,4 @@
-"""What is done to pixels: by sample on the CPU, uint8 in and out, and by batch on the device."""
+"""Transforms of images: of one sample on the CPU, from uint8 to uint8, and of a batch on the device."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomAffine, Resize
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.errors import ConfigError
 
 Transform = Callable[[Tensor], Tensor]
-"""uint8 ``[C, any height, any width]``, as :func:`~svite_scale.data.decode.decode` gives it, to uint8 ``[C, size, size]``."""
+"""A function from uint8 ``[C, any height, any width]``, as ``decode`` returns it, to uint8 ``[C, size, size]``."""
 LONGEST_SIDE = 1 << 16
-"""Pixels of a side, more than a JPEG can have, of which resizing looks at each; of a longer one at every second, third ..."""
+"""Longest side, more than a JPEG can have, that is resized from every pixel; longer sides from every second, third, ..."""
 THINNEST = 64
-"""How many times as long as wide an image is at most when it is resized by its short side."""
+"""Largest ratio of the sides of an image that is resized by its short side."""
 
 
 def train_transform(data: DataConfig, image_size: int) -> Transform:
-    """The training transform that ``data.augment.recipe`` names.
+    """Returns the training transform that ``data.augment.recipe`` names.
 
-    ``none`` resizes to the size whatever the shape; ``affine`` then turns, moves and scales a little, filling with black;
-    ``deit`` crops and resizes at random, flips, and applies timm's ``auto_augment`` policy (an empty string is none).
+    ``none`` resizes any shape to the size. ``affine`` then rotates, moves and scales a little, and fills with black. ``deit``
+    crops and resizes at random, flips, and applies timm's ``auto_augment`` policy (none if it is empty).
 
     Raises:
         ConfigError: timm doesn't know the policy.
@@ -38,23 +38,24 @@ def train_transform(data: DataConfig, image_size: int) -> Transform:
         return deit_transform(augment.auto_augment, data.mean, image_size)
     resize = Resize((image_size, image_size), InterpolationMode.BICUBIC)
     if augment.recipe == "none":
-        return Compose([thinned_out, to_pil, resize, PILToTensor()])
+        return Compose([thin_out, to_pil, resize, PILToTensor()])
     affine = RandomAffine(degrees=5, translate=(0.04, 0.04), scale=(0.95, 1.05), interpolation=InterpolationMode.BILINEAR)
-    return Compose([thinned_out, to_pil, resize, affine, PILToTensor()])
+    return Compose([thin_out, to_pil, resize, affine, PILToTensor()])
 
 
 def eval_transform(data: DataConfig, image_size: int) -> Transform:
-    """The evaluation transform: the short side to ``image_size / eval_crop``, rounded down as timm does, then the centre.
+    """Returns the evaluation transform.
 
-    An image that already has the size, with ``eval_crop`` 1.0, keeps its pixels.
+    It resizes the short side to ``image_size / eval_crop``, rounded down as timm does, and crops the centre. An image that
+    already has the size keeps its pixels if ``eval_crop`` is 1.0.
     """
     resize = Resize(math.floor(image_size / data.eval_crop), InterpolationMode.BICUBIC)
-    return Compose([without_ends, to_pil, resize, CenterCrop(image_size), PILToTensor()])
+    return Compose([crop_ends, to_pil, resize, CenterCrop(image_size), PILToTensor()])
 
 
 def deit_transform(auto_augment: str, mean: tuple[float, ...], image_size: int) -> Transform:
-    """DeiT's training transform, through timm."""
-    from timm.data import create_transform  # takes seconds to import, which writing shards need not wait for
+    """Returns DeiT's training transform, made by timm."""
+    from timm.data import create_transform  # takes seconds to import, which other uses of this module needn't wait for
 
     try:
         transform = create_transform(
@@ -71,13 +72,13 @@ def deit_transform(auto_augment: str, mean: tuple[float, ...], image_size: int) 
             "data.augment.auto_augment", auto_augment, f"timm can't read it ({error})", "use for example rand-m9-mstd0.5-inc1"
         ) from error
     transform.transforms[0] = CropAndResize(transform.transforms[0])
-    return with_a_bit_at_least(transform)
+    return keep_a_bit(transform)
 
 
-def with_a_bit_at_least(transform: Compose) -> Compose:
-    """A transform of timm's that posterizes to one bit per channel at the least, and otherwise is as it was.
+def keep_a_bit(transform: Compose) -> Compose:
+    """Changes a transform of timm so that posterizing keeps at least one bit per channel, and returns it.
 
-    timm reaches 0 bits at the highest magnitudes, and Pillow 13 refuses to keep less than 1.
+    timm asks for 0 bits at the highest magnitudes, and Pillow 13 refuses to keep less than 1.
     """
     for op in augment_ops(transform.transforms):
         if op.name.startswith("Posterize"):
@@ -85,14 +86,14 @@ def with_a_bit_at_least(transform: Compose) -> Compose:
     return transform
 
 
-def thinned_out(pixels: Tensor) -> Tensor:
-    """An image without most rows or columns where it has more than ``LONGEST_SIDE``; resizing takes memory for each."""
+def thin_out(pixels: Tensor) -> Tensor:
+    """Drops rows or columns of an image that has more than ``LONGEST_SIDE``, because resizing takes memory for each."""
     rows, columns = (-(-side // LONGEST_SIDE) for side in pixels.shape[1:])
     return pixels[:, ::rows, ::columns]
 
 
-def without_ends(pixels: Tensor) -> Tensor:
-    """The middle of an image that is longer than ``THINNEST`` times its width, of which evaluation only sees the centre.
+def crop_ends(pixels: Tensor) -> Tensor:
+    """Returns the middle of an image that is longer than ``THINNEST`` times its width; evaluation sees only its centre.
 
     Resized as a whole by its short side, 2 x 100,000 pixels would become 256 x 12,800,000.
     """
@@ -102,14 +103,15 @@ def without_ends(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """uint8 ``[C, H, W]`` as a PIL image, grey or RGB."""
+    """Converts uint8 ``[C, H, W]`` to a PIL image, grey or RGB."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 class CropAndResize:
-    """timm's random crop, which is resized by torch's kernel for uint8: a few times faster than Pillow's, and the mean
-    difference of a pixel is below half a grey level.
+    """timm's random crop, resized by torch's kernel for uint8, which is a few times faster than Pillow's.
+
+    The mean difference of a pixel is below half a grey level.
 
     Args:
         crop: timm's ``RandomResizedCropAndInterpolation``, which draws the boxes.
@@ -119,14 +121,14 @@ class CropAndResize:
         self._crop = crop
 
     def __call__(self, pixels: Tensor) -> Image.Image:
-        """uint8 ``[C, H, W]`` to a PIL image."""
+        """Crops uint8 ``[C, H, W]``, and returns a PIL image."""
         top, left, height, width = self._crop.get_params(pixels, self._crop.scale, self._crop.ratio)
         region = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
         return to_pil(F.interpolate(region, self._crop.size, mode="bicubic", antialias=True)[0])
 
 
 def augment_ops(steps: Iterable[Any]) -> Iterable[Any]:
-    """timm's ``AugmentOp`` objects in ``steps``: RandAugment and AugMix hold a list, AutoAugment a list of lists."""
+    """Yields timm's ``AugmentOp`` objects in ``steps``: RandAugment and AugMix hold a list, AutoAugment a list of lists."""
     for step in steps:
         yield from getattr(step, "ops", [])
         for sub_policy in getattr(step, "policy", []):
@@ -138,22 +140,22 @@ def at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams:
 
 
 class DeviceTransform:
-    """Normalises a batch; at training it also erases rectangles and mixes images as DeiT does.
+    """Normalises a batch; for training it also erases rectangles and mixes images as DeiT does.
 
-    What is random draws from the global generators of Python, numpy and torch, which the caller seeds.
+    It draws from the global generators of Python, numpy and torch, which the caller seeds.
 
     Args:
         data: mean, std, and the augmentation.
         num_classes: width of mixed targets.
-        device: where the batches are computed.
+        device: of the model.
         training: False only normalises.
     """
 
     loss_label_smoothing: float
-    """Label smoothing that the loss must still apply: 0 when the targets are mixed, for those are smoothed already."""
+    """Label smoothing that the loss must apply; 0 if targets are mixed, because mixing smooths them."""
 
     def __init__(self, data: DataConfig, num_classes: int, device: torch.device, training: bool) -> None:
-        # timm takes seconds to import, which writing shards need not wait for.
+        # timm takes seconds to import, which other uses of this module needn't wait for.
         from timm.data import Mixup
         from timm.data.random_erasing import RandomErasing
 
@@ -179,12 +181,12 @@ class DeviceTransform:
         """Moves and transforms one micro-batch.
 
         Args:
-            images: uint8 ``[B, C, H, W]``; B is even where mixup or cutmix is on, which mix pairs.
+            images: uint8 ``[B, C, H, W]``; B must be even for mixup and cutmix, which mix pairs.
             labels: int64 ``[B]``.
 
         Returns:
-            Images, float32 ``[B, C, H, W]``, and targets on the device: int64 ``[B]``, or with mixup or cutmix
-            float32 ``[B, num_classes]``.
+            Images, float32 ``[B, C, H, W]``, and targets on the device: int64 ``[B]``, or float32 ``[B, num_classes]`` with
+            mixup or cutmix.
         """
         inputs = images.to(self._device, non_blocking=True)
         inputs = inputs.to(torch.float32, memory_format=torch.contiguous_format).sub_(self._mean).div_(self._std)

@@ -1,9 +1,9 @@
-"""Processes of a DataLoader: they don't stay behind in ``fork``, and they end with the training process.
+"""Loader processes, which never hang in ``fork`` and end with the training process.
 
-Before Python 3.12 the child of a fork may hang for ever, before any code of its own: if a thread that isn't Python's, such as
-gloo's that let go of tensors, takes Python's lock of threads at that moment, the child waits for a lock that nobody holds any
-more (in ``_PyThreadState_DeleteExcept``). So each child answers, and waits for leave, before it does anything; one that doesn't
-answer is ended, and another one is forked.
+Before Python 3.12 the child of a fork may hang for ever before it runs any code. This happens when a thread of a library, such
+as gloo's that release tensors, holds Python's lock of threads at the moment of the fork. The child then waits for a lock that
+none of its threads holds (in ``_PyThreadState_DeleteExcept``). So each child sends a byte first, and waits for one. A child
+that sends nothing is ended, and another one is forked.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ PR_SET_PDEATHSIG = 1
 """From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
 
 PATIENCE_S = (5.0, 10.0, 20.0, 40.0, 80.0)
-"""How long each attempt waits for an answer; on a busy machine it may come late."""
+"""Time that each attempt waits for the child's byte, which may come late on a busy machine."""
 
 
 class LoaderProcess(ForkProcess):
-    """A process that has answered once it is started.
+    """A process that is known to run once it is started.
 
     Raises:
-        TimeoutError: on ``start()``: of all attempts none has answered.
+        TimeoutError: by ``start()``; every attempt has hung in ``fork``.
     """
 
     trainer: socket.socket
     loader: socket.socket
 
     @staticmethod
-    def _Popen(process_obj: BaseProcess) -> Popen:  # what multiprocessing forks by; there is no public name for it
+    def _Popen(process_obj: BaseProcess) -> Popen:  # the hook by which multiprocessing forks; it has no public name
         assert isinstance(process_obj, LoaderProcess)
         for patience in PATIENCE_S:
             process_obj.trainer, process_obj.loader = socket.socketpair()
@@ -61,37 +61,37 @@ class LoaderProcess(ForkProcess):
         with self.loader as loader:
             loader.send(b"\0")
             if not loader.recv(1):
-                return  # the trainer is gone
+                return  # the training process has ended
         super().run()
 
 
 class LoaderContext(ForkContext):
-    """For a DataLoader's ``multiprocessing_context``."""
+    """The ``multiprocessing_context`` of a DataLoader."""
 
     Process = LoaderProcess
 
 
 def serve_trainer(trainer: int, worker: int) -> None:
-    """Has a loader process end with the training process, however that ends, or at a SIGTERM of it; and ignore Ctrl-C and the
-    warnings of a scheduler.
+    """Prepares a loader process: it ends with the training process, or when that sends SIGTERM, and ignores other signals.
 
-    Those may go to every process of a job, and the training process needs its workers to finish the step.
+    Ctrl-C and the warnings of a scheduler may go to every process of a job, and the training process needs its workers to
+    finish the step.
 
     Args:
-        trainer: process that forked this one, from a thread that lives as long as it does.
+        trainer: id of the process that forked this one, from a thread that lives as long as the process.
         worker: number of this process.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != trainer:
-        os._exit(1)  # it ended before it could be bound to
+        os._exit(1)  # the training process ended before the call above
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
 
 
 def end_with_trainer(trainer: int) -> None:
-    """Takes signals, which a handler couldn't tell the sender of, until one comes from that process."""
+    """Waits for a SIGTERM from the training process, then ends this one. (A signal handler wouldn't know the sender.)"""
     while (received := signal.sigwaitinfo(STOP_SIGNALS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
         pass
     os._exit(0)

@@ -7,8 +7,8 @@ import importlib.util
 import torch
 from torch import nn
 
-from svite_scale.config.schema import ParallelConfig
 from svite_scale.engines.backend import Backend, EngineOptions, OptimizerFactory
+from svite_scale.engines.options import ParallelConfig
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.errors import ConfigError
 

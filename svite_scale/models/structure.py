@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from svite_scale.config.field_types import read_section
-from svite_scale.config.schema import SparsityConfig, StructuredConfig
 from svite_scale.errors import ConfigError
+from svite_scale.models.options import StructuredConfig
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.token_selector import TokenSelector, refuse_other_models
@@ -38,11 +36,10 @@ def pack_units(model: nn.Module, structured: StructuredConfig, seed: int) -> lis
         One entry per weight that became smaller, named as in the dense model.
 
     Raises:
-        ConfigError: a value of ``structured`` is no such value, the model is no VisionTransformer of timm, or a layer can't be
+        ConfigError: the model is no VisionTransformer of timm, or a layer can't be
             packed, or would keep no unit.
         TopologyError: a weight is shared.
     """
-    structured = read_section("sparsity.structured", structured)
     densities = {field: getattr(structured, field) for field in PARTS if getattr(structured, field) < 1.0}
     chosen: list[tuple[str, str, Any, Tensor]] = []
     for index, block in enumerate(_blocks(model, densities)):
@@ -101,33 +98,6 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     if problem is not None:
         raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
     return module.num_heads if field == "heads" else module.fc1.out_features
-
-
-def refuse_packed_twice(sparsity: SparsityConfig, in_units: Set[str]) -> None:
-    """Raises:
-    ConfigError: a layer is packed by heads or neurons, and isn't kept from being packed by weights too.
-    """
-    if sparsity.density == 1.0 and not sparsity.densities and sparsity.masks is None:
-        return
-    for name in sorted(in_units):
-        if not any(fnmatchcase(name, pattern) for pattern in sparsity.keep_dense):
-            field, part = ("heads", "attn") if ".attn." in name else ("neurons", "mlp")
-            raise ConfigError(
-                f"sparsity.structured.{field}",
-                getattr(sparsity.structured, field),
-                f"packs {name} by {field}, whose weights density, densities or masks would pack too",
-                f'list "blocks.*.{part}.*" in sparsity.keep_dense',
-            )
-
-
-def patterns_of_the_rest(patterns: Iterable[str], in_units: Set[str], names: Iterable[str]) -> list[str]:
-    """The patterns of ``keep_dense`` but for those that are about layers packed by heads or neurons, and no others."""
-    rest = [name for name in names if name not in in_units]
-    return [
-        pattern
-        for pattern in patterns
-        if any(fnmatchcase(name, pattern) for name in rest) or not any(fnmatchcase(name, pattern) for name in in_units)
-    ]
 
 
 def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:

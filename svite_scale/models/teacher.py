@@ -10,9 +10,10 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from svite_scale.config.schema import DataConfig, DistillationConfig, ModelConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.errors import CheckpointError, ConfigError
-from svite_scale.models.vit import create
+from svite_scale.models.dense import create
+from svite_scale.models.options import DistillationConfig, ModelConfig
 
 
 def check_teacher(config: DistillationConfig, data: DataConfig) -> None:

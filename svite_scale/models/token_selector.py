@@ -11,10 +11,8 @@ from timm.layers import trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config.field_types import read_section
-from svite_scale.config.schema import TokensConfig
-from svite_scale.config.validate import check_tokens
 from svite_scale.errors import ConfigError
+from svite_scale.models.options import TokensConfig
 
 
 class TokenSelector(nn.Module):
@@ -141,15 +139,13 @@ def insert_token_selectors(
         The selectors in order.
 
     Raises:
-        ConfigError: ``tokens`` holds what no config may, the model is no VisionTransformer, there is no such block, or not so
+        ConfigError: ``tokens.keep`` is None, the model is no VisionTransformer, there is no such block, or not so
             many tokens, or no patch token would be left.
         ValueError: the model has selectors already; or a generator, where activation checkpointing would draw other noise from
             it for the backward.
     """
     if token_selectors(model):
         raise ValueError("the model has token selectors already; name the blocks of all of them in one call")
-    tokens = read_section("sparsity.tokens", tokens)
-    check_tokens(tokens)
     if tokens.keep is None:
         raise ConfigError("sparsity.tokens.keep", None, "lets all tokens pass", "say how many pass, 0.9 say")
     vit = refuse_other_models(model, "sparsity.tokens.keep", tokens.keep)

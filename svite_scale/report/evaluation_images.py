@@ -11,7 +11,6 @@ from torch import Tensor
 from svite_scale.config.schema import Config
 from svite_scale.data.dataset import ShardDataset
 from svite_scale.data.format.patterns import load_indexes
-from svite_scale.data.remote.cache import ShardCache
 from svite_scale.data.transforms import DeviceTransform, eval_transform
 from svite_scale.errors import DataError
 
@@ -39,7 +38,7 @@ def evaluation_images(config: Config, count: int) -> EvaluationImages:
         DataError: the shards can't be read, or hold no sample.
     """
     data, model = config.data, config.model
-    indexes = load_indexes(data.val, "data.val", ShardCache.of(data))
+    indexes = load_indexes(data.val, "data.val", data)
     transform = eval_transform(data, model.image_size)
     dataset = ShardDataset(indexes, transform, model.in_channels, seed=0, max_pixels=data.max_pixels)
     if not len(dataset):

@@ -22,7 +22,7 @@ from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.errors import CheckpointError, RunError
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.sparse import build_sparse
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 Line = dict[str, Any]
@@ -108,7 +108,9 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
             f"{directory} holds no checkpoint {name!r}; give --checkpoint one of {', '.join(names) or 'none'}"
         )
     if problem := problem_of(directory / name):
-        raise CheckpointError(f"{directory / name} is torn: {problem}; restore it, or give another --checkpoint")
+        raise CheckpointError(
+            f"{directory / name} is incomplete or corrupt: {problem}; restore it, or give another --checkpoint"
+        )
     return directory / name
 
 
@@ -149,7 +151,7 @@ def load_model(run: SavedRun) -> nn.Module:
         ConfigError: the model can't be built.
         CheckpointError: the checkpoint is damaged, or of another model.
     """
-    model, _ = build_sparse_vit(run.config.model, run.config.sparsity, run.config.seed)
+    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed)
     parameters = dict(model.named_parameters())
     # Flat, as every engine saves them.
     state = {f"model/{name}": torch.empty_like(parameter).flatten() for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""All ranks stop after the same step when one of them is asked to."""
+"""Stops all ranks after the same step when one of them receives a signal."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import torch.distributed as dist
 from svite_scale.runtime.signals import StopSignals
 
 EXIT_PREEMPTED = 85
-"""Exit status of a run that was asked to stop, and saved: start it again with ``--resume``."""
+"""Exit status of a run that was stopped by a signal and has saved. Start it again with ``--resume``."""
 
-STOP_LOOK = "preemption/stop_look"
-"""In the store: at which look all ranks stop, once a rank was asked to."""
+STOP_CHECK = "preemption/stop_check"
+"""Key in the store: the number of the check at which all ranks stop."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved its state after ``step``."""
+    """Raised when a signal stopped the run and its state after ``step`` is saved."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by a signal, saved after step {step}; go on with --resume")
+        super().__init__(f"stopped by a signal, saved after step {step}; resume with --resume")
         self.step = step
 
 
 def never() -> bool:
-    """A run without signals stops at its end alone."""
+    """Returns False: a run without signals stops only at its end."""
     return False
 
 
 class StopAgreement:
-    """Whether to stop after a step, with the same answer on every rank, and no collective.
+    """Decides after each step whether to stop. All ranks decide the same, without a collective.
 
-    Each rank looks into the store before the first step and after each one, and counts its looks. A rank that was asked to
-    stop names its next look, before it begins the step up to that. Another rank can't end this step without it, for each step
-    reduces gradients over all ranks; so at that look it finds the name. Hence all ranks stop at the same look, and one step
-    after the first to see its signal.
+    Every rank checks the store before the first step and after each step. The first rank that receives a signal writes to the
+    store at which check all ranks stop: its next one. A step reduces gradients over all ranks, so no rank finishes it before
+    the signalled rank has begun it, and by then the store is written. Hence all ranks stop after the same step, one step after
+    the signal.
 
-    On CUDA the host runs ahead of the device, so a step's end on the host tells nothing of other ranks. There each look first
-    waits until the device has ended the step before, which leaves one step to run ahead, and it is the look after the next that
-    a rank names.
+    On CUDA the host runs ahead of the device, so it may finish a step that other ranks haven't begun. There each check first
+    waits until the device has finished the previous step. The host then runs ahead by one step at most, and all ranks stop one
+    check later.
     """
 
     def __init__(self, signals: StopSignals, store: dist.Store, device: torch.device) -> None:
@@ -45,23 +45,24 @@ class StopAgreement:
         self.signals, self.store = signals, store
         self._run_ahead = 1 if device.type == "cuda" else 0
         self._previous_step: torch.cuda.Event | None = None
-        self._looks = 0
-        self._stop_look: int | None = None
+        self._checks = 0
+        self._stop_check: int | None = None
 
     def __call__(self) -> bool:
-        """One look; whether to stop. Costs one request to the store."""
-        self._looks += 1
+        """Checks once; returns whether to stop. Costs one request to the store."""
+        self._checks += 1
         if self._run_ahead:
             self._wait_for_previous_step()
-        if self._stop_look is None:
-            self._stop_look = self._named_look()
-        return self._stop_look is not None and self._looks >= self._stop_look
+        if self._stop_check is None:
+            self._stop_check = self._agreed_check()
+        return self._stop_check is not None and self._checks >= self._stop_check
 
-    def _named_look(self) -> int | None:
+    def _agreed_check(self) -> int | None:
+        """Returns the number of the check at which all ranks stop; None while no rank has received a signal."""
         if self.signals.received:
-            # The first rank that names a look decides; it's what the others get back.
-            return int(self.store.compare_set(STOP_LOOK, "", str(self._looks + 1 + self._run_ahead)))
-        return int(self.store.get(STOP_LOOK)) if self.store.check([STOP_LOOK]) else None
+            # The first rank to write decides: the others get its number back.
+            return int(self.store.compare_set(STOP_CHECK, "", str(self._checks + 1 + self._run_ahead)))
+        return int(self.store.get(STOP_CHECK)) if self.store.check([STOP_CHECK]) else None
 
     def _wait_for_previous_step(self) -> None:
         if self._previous_step is not None:

@@ -13,13 +13,14 @@ import torch.distributed as dist
 from svite_scale.errors import ConfigError
 
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""What a bare ``srun`` calls the variables that ``torchrun``, ``deepspeed`` and ``accelerate launch`` set."""
+"""Names in a bare ``srun`` of the variables that ``torchrun``, ``deepspeed`` and ``accelerate launch`` set."""
 
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-"""Ranks on this machine as ``torchrun``, ``deepspeed`` and ``srun`` call them; the last is set only where a job asks for it."""
+"""Names of the number of ranks on this machine under ``torchrun``, ``deepspeed`` and ``srun``. Slurm sets its own only if the
+job asks for a number of tasks per node."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""gloo's default; NCCL's is 10 minutes. A collective may also wait for one rank to build DeepSpeed's ops."""
+"""gloo's default; NCCL's is 10 minutes, too short for ranks that wait while one rank builds DeepSpeed's ops."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Reads what the launcher said; a plain ``python`` is a world of one.
+        """Reads the launcher's environment variables. A plain ``python`` is a world of one.
 
         Raises:
             ConfigError: some of the variables are set and others are missing, or one isn't a number.
@@ -59,11 +60,11 @@ class World:
         return cls(rank, size, local_rank, int(local_size))
 
 
-def device_of(world: World) -> torch.device:
-    """The device of this rank: its GPU where there is one, else the CPU.
+def local_device(world: World) -> torch.device:
+    """Returns this rank's GPU, or the CPU on a machine without GPUs.
 
     Raises:
-        ConfigError: more ranks than GPUs on this machine; on all of its ranks, also those with a GPU.
+        ConfigError: this machine has more ranks than GPUs. Raised on all of its ranks, also on those with a GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -76,23 +77,23 @@ def device_of(world: World) -> torch.device:
 
 
 def start(world: World, device: torch.device, hang_timeout_s: float | None = None) -> dist.Store:
-    """Joins the process group: NCCL for GPU tensors, gloo for CPU ones. All ranks call it.
+    """Joins the process group: NCCL for GPU tensors, gloo for CPU tensors. A collective.
 
-    A world of one gets a group of one, so that everything after has one code path.
+    A world of one gets a group of one, so that all later code has one path.
 
     Args:
         world: this rank's.
         device: this rank's.
-        hang_timeout_s: seconds that somebody waits for a rank before they end the job; collectives then wait for longer, since
-            their own errors name no rank.
+        hang_timeout_s: the watchdog's timeout, in seconds. Collectives get twice as long, so that the watchdog ends the job
+            first: its error names the rank that hangs.
 
     Returns:
-        The store through which the ranks have met.
+        The store that all ranks share.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif world.local_size > 1:
-        # Alone, a process has the threads that torch or OMP_NUM_THREADS give it.
+        # A rank that has the machine for itself keeps the threads that torch or OMP_NUM_THREADS give it.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * (hang_timeout_s or 0)))
@@ -103,11 +104,11 @@ def start(world: World, device: torch.device, hang_timeout_s: float | None = Non
     return store
 
 
-def main_says(answer: bool) -> bool:
-    """The main rank's answer, on all ranks; what each sees of a shared file system may differ. A collective."""
-    answers = [answer]
-    dist.broadcast_object_list(answers, src=0, device=torch.device("cpu"))
-    return answers[0]
+def broadcast_from_main(value: bool) -> bool:
+    """Returns the main rank's value on all ranks. A collective."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def stop() -> None:

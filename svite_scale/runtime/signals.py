@@ -1,4 +1,4 @@
-"""Signals that ask this process to stop."""
+"""The signals that ask this process to stop."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ import time
 from types import TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they kill; SIGUSR1 is what ours asks Slurm for."""
+"""Batch systems send one of these before they kill. Our batch script asks Slurm for SIGUSR1."""
 
 SAME_SIGNAL_S = 2.0
+"""Seconds after the first signal in which further ones count as the same: batch systems signal launchers and ranks alike, and
+launchers pass the signal on."""
 
 
 class StopSignals:
-    """From entering to leaving, the first of :data:`STOP_SIGNALS` sets :attr:`received`, and a second one ends the process.
+    """A context in which the first of :data:`STOP_SIGNALS` sets :attr:`received`, and a second one ends the process.
 
-    One that comes within :data:`SAME_SIGNAL_S` of the first is the first again: batch systems signal launchers and ranks alike,
-    and launchers pass theirs on.
-
-    Python runs signal handlers between two instructions of the main thread, so never while that waits for other ranks in a
-    collective. Hence a thread reads the numbers of signals from the descriptor to which Python writes them at once.
+    Python runs a signal handler between two instructions of the main thread, so not while that thread waits in a collective.
+    But Python writes the signal's number to a descriptor at once. A thread reads it from there.
 
     Attributes:
         received: whether a signal came.
-        saved_status: None as long as a second signal ends the process with the status of one that a signal killed; then what
-            the process would end with anyway.
+        saved_status: exit status of a process that a second signal ends. While it is None, the status is that of a process that
+            the signal killed.
     """
 
     def __init__(self) -> None:
@@ -36,7 +35,7 @@ class StopSignals:
         self.saved_status: int | None = None
 
     def __enter__(self) -> StopSignals:
-        """Main thread only. Before loader workers and process groups start."""
+        """Called by the main thread, before loader workers and process groups start."""
         global _active
         assert _active is None, "signals of a process are handled once"
         self._reader, self._writer = socket.socketpair()
@@ -54,7 +53,7 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)
         _active = None
-        # Processes that were forked meanwhile, such as a loader's, hold the socket too, so closing it alone ends nothing.
+        # Forked processes, such as a loader's workers, hold the socket too. Closing it here wouldn't end the thread.
         self._writer.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._writer.close()
@@ -62,7 +61,7 @@ class StopSignals:
 
     def _listen(self) -> None:
         while number := self._reader.recv(1):
-            # Signals that others handle arrive here too.
+            # Other signals that this process handles arrive here too.
             if number[0] in STOP_SIGNALS:
                 self._receive(number[0])
 
@@ -79,15 +78,15 @@ _active: StopSignals | None = None
 
 
 def _leave_to_the_thread(*_: object) -> None:
-    """A handler must be set for Python to write the signal's number."""
+    """Does nothing, but Python writes a signal's number only if it has a handler."""
 
 
 def _forget_in_child() -> None:
-    """A forked process, such as a loader's worker, would write its own signals to its parent's descriptor."""
+    """Restores the handlers in a forked process, which would write its signals to its parent's descriptor otherwise."""
     global _active
     if _active is not None:
         signal.set_wakeup_fd(-1)
-        # Those that this process found: batch systems signal all processes of a job, and may start it with signals ignored.
+        # Not the default handlers: a batch system may start a process with signals ignored, and it signals children too.
         for number, handler in _active._old_handlers.items():
             signal.signal(number, handler)
         _active = None

@@ -81,11 +81,11 @@ def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "g
         return chosen, None
 
     threshold = kth_smallest(score, bits.pack(eligible), available - count + 1 if largest else count)
-    for part in parts(eligible.numel()):
+    for part in parts(eligible):
         beyond = score[part] > threshold if largest else score[part] < threshold
         torch.logical_and(beyond, eligible[part], out=chosen[part])
     missing = count - int(chosen.count_nonzero())
-    for part in parts(eligible.numel()):
+    for part in parts(eligible):
         if not missing:
             break
         ties = (eligible[part] & (score[part] == threshold)).nonzero().squeeze(1)[:missing]
@@ -99,6 +99,6 @@ def check_no_nan(score: Tensor, eligible: Tensor, role: str) -> None:
     # The sum is NaN if a score is, and far quicker to have.
     if not score.sum().isnan():
         return
-    num_nan = sum(int((score[part].isnan() & eligible[part]).count_nonzero()) for part in parts(eligible.numel()))
+    num_nan = sum(int((score[part].isnan() & eligible[part]).count_nonzero()) for part in parts(eligible))
     if num_nan:
         raise TopologyError(f"{num_nan} of {int(eligible.count_nonzero())} {role} scores are NaN")

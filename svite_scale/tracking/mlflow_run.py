@@ -14,9 +14,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from svite_scale.config.load import flatten_config, to_dict
-from svite_scale.config.schema import Config
 from svite_scale.errors import RunError
+from svite_scale.tracking.options import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,11 +70,14 @@ class MlflowRun:
         run_id: MLflow's name for the run; None as long as MLflow couldn't be reached.
     """
 
-    def __init__(self, config: Config, run_dir: Path, *, resumed: bool = False) -> None:
+    def __init__(
+        self, options: TrackingConfig, parameters: Mapping[str, object], run_dir: Path, *, resumed: bool = False
+    ) -> None:
         """Goes on with the run that the run directory names, or makes one.
 
         Args:
-            config: of the run.
+            options: of tracking.
+            parameters: of the run, by dotted names.
             run_dir: of the run.
             resumed: the run has trained before, so that a mistake in the config isn't likely: what fails is tried again later.
 
@@ -87,9 +89,10 @@ class MlflowRun:
         # They print what is raised too, with its traceback, and each time that a server is asked again.
         for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._config, self._run_dir, self._parent = config, run_dir, run_dir.resolve().parent
+        self._options, self._parameters = options, parameters
+        self._run_dir, self._parent = run_dir, run_dir.resolve().parent
         self._id_file = run_dir / "mlflow_run_id"
-        self.uri = config.tracking.uri or f"sqlite:///{self._parent / 'mlflow.db'}"
+        self.uri = options.uri or f"sqlite:///{self._parent / 'mlflow.db'}"
         self._database, self._inode, self._times_lost = database_of(self.uri), 0, 0
         self._waiting: list[tuple[str, float, int, int]] = []
         self._ask_at = 0.0
@@ -214,14 +217,14 @@ class MlflowRun:
         from mlflow.entities import Param
 
         run_id: str = client.create_run(self._experiment(client), run_name=self._run_dir.name).info.run_id
-        params = [Param(key, str(value)) for key, value in flatten_config(to_dict(self._config)).items()]
+        params = [Param(key, str(value)) for key, value in self._parameters.items()]
         for first in range(0, len(params), PARAMS_AT_ONCE):
             client.log_batch(run_id, params=params[first : first + PARAMS_AT_ONCE])
         return run_id
 
     def _experiment(self, client: MlflowClient) -> str:
         """The experiment of the config, made where it isn't there; under another name where it was deleted."""
-        wanted = name = self._config.tracking.experiment
+        wanted = name = self._options.experiment
         number = 1
         while (found := client.get_experiment_by_name(name)) is not None and found.lifecycle_stage == "deleted":
             number += 1
@@ -231,12 +234,12 @@ class MlflowRun:
         if found is not None:
             return str(found.experiment_id)
         # Artifacts go beside the SQLite file; a server of the user's own has its own place for them.
-        location = None if self._config.tracking.uri else (self._parent / "mlartifacts").as_uri()
+        location = None if self._options.uri else (self._parent / "mlartifacts").as_uri()
         return str(client.create_experiment(name, location))
 
     def _refuse_mistakes(self, error: Exception) -> None:
         """Ends a start where the config has to be mended: its server doesn't answer, or MLflow refuses a name."""
-        experiment, uri = self._config.tracking.experiment, self._config.tracking.uri
+        experiment, uri = self._options.experiment, self._options.uri
         if "experiment name" in str(error).lower():
             problem = f"tracking.experiment = {experiment!r}: MLflow refuses it ({first_line(error)}); name another"
             raise RunError(problem) from error

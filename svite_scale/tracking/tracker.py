@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from svite_scale.config.load import write_config
-from svite_scale.config.schema import Config
 from svite_scale.errors import RunError
 from svite_scale.runtime.durable import make_directory
 from svite_scale.tracking.metric_lines import MetricLines
 from svite_scale.tracking.mlflow_run import MlflowRun, Status
+from svite_scale.tracking.options import TrackingConfig
 
 METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
@@ -28,13 +27,24 @@ class Tracker:
         status: the status that MLflow gives the run when this is left, unless an error leaves it, which makes it ``FAILED``.
     """
 
-    def __init__(self, config: Config, run_dir: Path, resumed_step: int | None, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        options: TrackingConfig,
+        run_dir: Path,
+        resumed_step: int | None,
+        *,
+        config_text: str,
+        parameters: Mapping[str, object],
+        enabled: bool,
+    ) -> None:
         """Makes the run directory and opens its files.
 
         Args:
-            config: the resolved config, which is written beside the metrics.
-            run_dir: where they go.
+            options: of tracking.
+            run_dir: where the files go.
             resumed_step: lines after this step are cut from the files there; None for a new run, whose files replace them.
+            config_text: the resolved config as YAML, which is written into ``config.yaml`` beside the metrics.
+            parameters: the same by dotted names, for MLflow.
             enabled: whether this is the main rank.
 
         Raises:
@@ -48,14 +58,14 @@ class Tracker:
             return
         try:
             make_directory(run_dir)
-            write_config(config, run_dir / "config.yaml")
+            (run_dir / "config.yaml").write_text(config_text, encoding="utf-8")
             for lines in (self._metrics, self._topology):
                 if resumed_step is None:
                     lines.path.unlink(missing_ok=True)
                 else:
                     lines.cut(resumed_step)
-            if config.tracking.mlflow:
-                self._mlflow = MlflowRun(config, run_dir, resumed=resumed_step is not None)
+            if options.mlflow:
+                self._mlflow = MlflowRun(options, parameters, run_dir, resumed=resumed_step is not None)
         except OSError as error:
             raise self._error(error) from error
 

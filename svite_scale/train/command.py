@@ -15,14 +15,11 @@ import torch.distributed as dist
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
-from svite_scale.config.topology import check_topology
-from svite_scale.config.validate import check_config
+from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
-from svite_scale.data.batches import explained
+from svite_scale.data.batches import explain_loader_error
 from svite_scale.engines.build import check_parallel
 from svite_scale.errors import ConfigError, DivergedError
-from svite_scale.models.teacher import check_teacher
-from svite_scale.models.vit import check_model
 from svite_scale.runtime import ranks
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import EXIT_CONFIG, EXIT_FAILED, Failure, reporting
@@ -46,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
         other error, which is printed where it happens.
     """
-    failure = Failure(explained)
+    failure = Failure(explain_loader_error)
     try:
         failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.
@@ -68,12 +65,9 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     """Checks the config and prints its plan for that many ranks."""
     if world_size < 1:
         raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
-    check_config(config, world_size)
-    check_model(config.model)
-    check_topology(config)
-    check_teacher(config.distillation, config.data)
+    sparse = validate(config, world_size)
     if world.is_main:
-        print(describe(config, world_size))
+        print(describe(config, world_size, sparse))
     return 0
 
 
@@ -88,17 +82,14 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
         resume: go on from the newest checkpoint, which must be there.
         auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
     """
-    check_config(config, world.size)
-    check_model(config.model)
-    check_topology(config)
-    check_teacher(config.distillation, config.data)
-    device = ranks.device_of(world)
+    validate(config, world.size)
+    device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
     store = ranks.start(world, device, config.guard.hang_timeout_s)
     try:
         if auto_resume:
-            resume = ranks.main_says(world.is_main and has_saved(Path(config.run_dir)))
+            resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
         # After an error other ranks may be anywhere, and to leave the group would wait for them.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svite_scale.config.schema import GuardConfig
 from svite_scale.errors import DivergedError
+from svite_scale.train.options import GuardConfig
 
 Newest = Callable[[], Path | None]
 """Looks up the last good checkpoint; a collective."""
@@ -91,8 +91,8 @@ class Guard:
         rollbacks = {} if self.config.spike_factor is None else {"rollbacks": self.rollbacks}
         return {"skipped_steps": self.skipped_steps, **rollbacks}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts as plain numbers, for a checkpoint."""
         return {
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self._skipped_in_row,
@@ -101,11 +101,11 @@ class Guard:
             "losses": self._losses,
         }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`state` gave."""
-        self.skipped_steps, self._skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
-        self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
-        self._losses = list(state["losses"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Sets the counts to those of :meth:`state_dict`."""
+        self.skipped_steps, self._skipped_in_row = state_dict["skipped_steps"], state_dict["skipped_in_row"]
+        self.rollbacks, self.data_offset = state_dict["rollbacks"], state_dict["data_offset"]
+        self._losses = list(state_dict["losses"])
 
 
 def last_good(path: Path | None) -> str:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svite_scale.config.schema import Config, DataConfig, DistillationConfig
+from svite_scale.config.schema import Config
+from svite_scale.data.options import DataConfig
+from svite_scale.models.options import DistillationConfig
 from svite_scale.models.teacher import build_teacher, renormalisation
 
 

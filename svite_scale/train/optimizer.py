@@ -8,8 +8,9 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from svite_scale.config.schema import Config, OptimizerConfig
+from svite_scale.config.schema import Config
 from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.train.options import OptimizerConfig
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from svite_scale.data.randomness import derived_seeds
+from svite_scale.data.randomness import derive_seeds
 
 
 def seed_step(*entropy: int) -> None:
@@ -16,7 +16,7 @@ def seed_step(*entropy: int) -> None:
     Called before each micro-batch with (seed, step, micro-batch, rank), so that a resumed run draws what the uninterrupted one
     would have, with no generator state to save.
     """
-    python_seed, numpy_seed, torch_seed = derived_seeds(*entropy)
+    python_seed, numpy_seed, torch_seed = derive_seeds(*entropy)
     random.seed(python_seed)
     np.random.seed(numpy_seed)
     torch.manual_seed(torch_seed)

@@ -19,24 +19,16 @@ def open_data(config: Config, world: World) -> tuple[TrainData, EvalData]:
         DataError: the shards can't be read.
     """
     model, train = config.model, config.train
+    image_shape = (model.in_channels, model.image_size, model.image_size)
     train_data = TrainData(
         config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
+        image_shape=image_shape,
         global_batch_size=train.global_batch_size,
-        accumulation_steps=train.accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
         seed=config.seed,
+        accumulation_steps=train.accumulation_steps,
+        world=world,
     )
-    eval_data = EvalData(
-        config.data,
-        image_size=model.image_size,
-        in_channels=model.in_channels,
-        batch_size=train.eval_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    eval_data = EvalData(config.data, image_shape=image_shape, batch_size=train.eval_batch_size, world=world)
     indexes = train_data.indexes + eval_data.indexes
     if config.data.verify_checksums:
         check_contents(indexes, world.rank, world.size)

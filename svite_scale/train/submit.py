@@ -1,26 +1,27 @@
-"""The submit command: from arguments to a job in Slurm's queue."""
+"""The submit command: checks a config, fills in ``launch/slurm/train.sbatch``, and hands it to Slurm."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
-from svite_scale.config.topology import check_topology
-from svite_scale.config.validate import check_config
+from svite_scale.config.validate import check_world_size, validate
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
-from svite_scale.models.vit import check_model
-from svite_scale.train.batch_script import fill
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
 LAUNCHERS = ("torchrun", "deepspeed", "srun")
 TEMPLATE = "launch/slurm/train.sbatch"
 SCRIPT, LOGS = "train.sbatch", "logs"
-"""In the run directory."""
+"""Names in the run directory."""
+
+DIRECTIVE = "#SBATCH --"
 
 
 def main(arguments: argparse.Namespace, root: Path) -> int:
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace, root: Path) -> int:
     try:
         config = read_config(arguments.config, arguments.overrides)
         check(config, arguments)
-        script = script_of(config, arguments, root)
+        script = render_script(config, arguments, root)
         if arguments.dry_run:
             print(script, end="")
         else:
@@ -53,10 +54,10 @@ def main(arguments: argparse.Namespace, root: Path) -> int:
 
 
 def check(config: Config, arguments: argparse.Namespace) -> None:
-    """Refuses what would only fail once the job runs.
+    """Refuses what would fail later, when the job runs.
 
     Raises:
-        ConfigError: names the field or the option.
+        ConfigError: an option or a field of the config is wrong.
     """
     for name in ("gpus_per_node", "cpus_per_gpu"):
         if getattr(arguments, name) < 1:
@@ -64,16 +65,15 @@ def check(config: Config, arguments: argparse.Namespace) -> None:
     for num_nodes in node_counts(arguments.nodes):
         num_ranks = num_nodes * arguments.gpus_per_node
         try:
-            check_config(config, num_ranks)
+            check_world_size(config, num_ranks)
         except ConfigError as error:
             problem = f"{error.problem}, on {num_nodes} of --nodes {arguments.nodes}"
             raise ConfigError(error.field, error.value, problem, error.remedy) from error
-    check_model(config.model)
-    check_topology(config)
+    validate(config, world_size=None)
 
 
 def node_counts(nodes: str) -> range:
-    """Every number of nodes that ``N`` or ``MIN-MAX`` allows.
+    """Returns every number of nodes that ``N`` or ``MIN-MAX`` allows.
 
     Raises:
         ConfigError: it is neither.
@@ -85,11 +85,11 @@ def node_counts(nodes: str) -> range:
     return range(least, most + 1)
 
 
-def script_of(config: Config, arguments: argparse.Namespace, root: Path) -> str:
-    """The batch script of this run.
+def render_script(config: Config, arguments: argparse.Namespace, root: Path) -> str:
+    """Returns the batch script of a run.
 
     Raises:
-        ConfigError: an option to ``sbatch`` isn't ``NAME=VALUE``, or a name of it can't be given so.
+        ConfigError: an option of ``--sbatch`` isn't ``NAME=VALUE``.
     """
     logs = str(root / config.run_dir / LOGS)
     options = {
@@ -115,11 +115,33 @@ def script_of(config: Config, arguments: argparse.Namespace, root: Path) -> str:
     return fill((root / TEMPLATE).read_text(), options, words)
 
 
+def fill(template: str, options: Mapping[str, str], arguments: Sequence[str]) -> str:
+    """Returns a script that needs no arguments, and no options to ``sbatch``.
+
+    Args:
+        template: a batch script whose ``#SBATCH`` lines are one block of ``--name=value``.
+        options: replace or follow the template's, by name without dashes.
+        arguments: of the template.
+    """
+    lines = template.splitlines()
+    block = [number for number, line in enumerate(lines) if line.startswith(DIRECTIVE)]
+    first, end = block[0], block[-1] + 1
+    assert block == list(range(first, end)), "the template's #SBATCH lines aren't one block"
+    merged = dict(line.removeprefix(DIRECTIVE).partition("=")[::2] for line in lines[first:end]) | dict(options)
+    filled = [f"{DIRECTIVE}{name}={_quoted(value)}" if value else f"{DIRECTIVE}{name}" for name, value in merged.items()]
+    return "\n".join([*lines[:first], *filled, "", f"set -- {shlex.join(arguments)}", *lines[end:]]) + "\n"
+
+
+def _quoted(value: str) -> str:
+    """Quotes a value as ``sbatch`` reads it in a script."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if set(value) & set(" \t\"'\\#") else value
+
+
 def submit(script: str, run_dir: Path) -> str:
     """Writes a script into the run directory and hands it to ``sbatch``.
 
     Returns:
-        What to tell the user.
+        Two lines for the user: the job's number, and the commands to watch it and to submit it again.
 
     Raises:
         RunError: it can't be written, or ``sbatch`` isn't there or refuses it.

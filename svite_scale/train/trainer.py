@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from svite_scale.checkpoint import Checkpoint
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.state import RunState
+from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
-from svite_scale.config.topology import check_windows, topology_options, update_schedule
 from svite_scale.data.loader import Batch
 from svite_scale.data.transforms import DeviceTransform
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.dense import blocks
+from svite_scale.models.sparse import build_sparse
 from svite_scale.models.teacher import answer_twice
 from svite_scale.models.token_selector import token_selectors
-from svite_scale.models.vit import blocks
+from svite_scale.options import in_section
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting
 from svite_scale.runtime.preemption import Preempted, never
@@ -89,11 +91,13 @@ class Trainer:
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
-            self.backend,
-            self.topology,
-            counts={"guard": self.guard, "damage": self.train_data.damage},
-            samples=identity(self.train_data),
-            ema=self.ema,
+            RunState(
+                self.backend,
+                self.topology,
+                self.ema,
+                stateful={"guard": self.guard, "damage": self.train_data.damage},
+                samples=identity(self.train_data),
+            ),
             keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
         )
         self.resumed_step = self._load() if resume else None
@@ -112,7 +116,7 @@ class Trainer:
         """
         started = time.perf_counter()
         with (
-            Tracker(self.config, self.run_dir, self.resumed_step, enabled=self.world.is_main) as tracker,
+            self._tracker() as tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
             Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
@@ -146,12 +150,12 @@ class Trainer:
                 if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
                     batches = self._roll_back(tracker, progress, metrics["loss"])
                     # Or the next start would meet the same data, and count anew how often it has gone back.
-                    self.checkpoint.save(last=stops, again=True)
+                    self.checkpoint.save(self.step, last=stops)
                     window.restart()
                     continue
                 if saves:
                     self.activity.enter("checkpoint")
-                    self.checkpoint.save(last=stops or self.step == self.last_step)
+                    self.checkpoint.save(self.step, last=stops or self.step == self.last_step)
                 if evaluates:
                     evaluation = self._evaluate()
                     metrics |= evaluation
@@ -165,6 +169,17 @@ class Trainer:
             progress.close()
             tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
             progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
+
+    def _tracker(self) -> Tracker:
+        """Opens the run's files."""
+        return Tracker(
+            self.config.tracking,
+            self.run_dir,
+            self.resumed_step,
+            config_text=to_yaml(self.config),
+            parameters=flatten_config(to_dict(self.config)),
+            enabled=self.world.is_main,
+        )
 
     def _train_step(self, batches: Iterator[Batch], window: MetricsWindow) -> TopologyUpdate | None:
         """One optimizer step, and the topology update if one is due.
@@ -210,10 +225,10 @@ class Trainer:
 
     def _roll_back(self, tracker: Tracker, progress: Progress, loss: float) -> Iterator[Batch]:
         """Goes back to the newest checkpoint because of a loss; returns what to train on from there."""
-        spiked_at, counted = self.step, self.guard.state()
+        spiked_at, counted = self.step, self.guard.state_dict()
         self.activity.enter("rollback")
         self.checkpoint.load_newest()
-        self.guard.resume(counted)
+        self.guard.load_state_dict(counted)
         self.guard.roll_back(spiked_at, self.step)
         tracker.rewind(self.step)
         progress.rewind(self.step)
@@ -227,7 +242,7 @@ class Trainer:
     def _build_backend(self) -> tuple[Backend, float]:
         """The wrapped model, and the active share of its prunable weights."""
         config = self.config
-        model, plan = build_sparse_vit(config.model, config.sparsity, config.seed)
+        model, plan = build_sparse(config.model, config.sparsity, config.seed)
         if config.distillation.teacher is not None:
             answer_twice(model)
         options = EngineOptions(
@@ -244,10 +259,9 @@ class Trainer:
 
     def _build_topology(self, steps_per_epoch: float) -> TopologyEngine:
         """The engine that moves the model's weights; refuses windows that don't fit between two updates."""
-        schedule = update_schedule(self.config, steps_per_epoch, self.total_steps)
-        check_windows(self.config.sparsity, schedule.update_every)
-        options = topology_options(self.config)
-        return TopologyEngine(self.backend.model, self.backend.access, schedule, options, group=dist.group.WORLD)
+        schedule, options = self.config.update_schedule(steps_per_epoch, self.total_steps), self.config.topology_options()
+        with in_section("sparsity"):
+            return TopologyEngine(self.backend.model, self.backend.access, schedule, options, group=dist.group.WORLD)
 
     def _build_ema(self) -> Ema | None:
         """The average of the weights, which then follows the topology; None where the config asks for none."""

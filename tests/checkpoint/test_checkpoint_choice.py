@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and which are kept."""
+"""Which checkpoint a run resumes from, and which are kept."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import pytest
 
 from benchmarks.kills import SAVING, STEPS_PER_EPOCH, check_state, small_run, write_state
 from svite_scale.checkpoint.compatibility import versions
-from svite_scale.config.schema import CheckpointConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
 from tests.runs import Lines
 
 
 def save_steps(directory: Path, saving: CheckpointConfig, steps: int) -> list[str]:
-    """Goes on from the newest checkpoint, if there is one; names of all that is there at the end."""
+    """Resumes from the newest checkpoint, if there is one, and saves some steps; returns the names of all files then."""
     backend, topology, checkpoint = small_run(directory, saving)
     if checkpoint.newest_valid() is not None:
         check_state(backend, checkpoint.load_newest())
     for _ in range(steps):
         topology.step()
         write_state(backend, topology.steps)
-        checkpoint.save(wait=True)
+        checkpoint.save(topology.steps)
+        checkpoint.wait()
     checkpoint.close()
     return sorted(path.name for path in directory.iterdir())
 
@@ -81,7 +82,7 @@ def another_size(path: Path) -> None:
 
 DATA = "__1_0.distcp"
 KEEP_ALL = CheckpointConfig(keep_last=None)
-TORN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no manifest": ("manifest.json", Path.unlink, "it has no manifest.json"),
     "empty manifest": ("manifest.json", lambda path: path.write_text(""), "its manifest.json is damaged"),
     "another manifest": ("manifest.json", lambda path: path.write_text('{"files": [1]}'), "its manifest.json is damaged"),
@@ -96,10 +97,10 @@ TORN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("torn", TORN)
-def test_a_torn_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_an_incomplete_or_corrupt_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, kind: str) -> None:
     directory = tmp_path / "checkpoints"
-    name, damage, problem = TORN[torn]
+    name, damage, problem = DAMAGED[kind]
     run_on_ranks(2, save_steps, directory, KEEP_ALL, 2)
     newest = directory / "step-00000002"
     damage(newest / name)
@@ -110,21 +111,20 @@ def test_a_torn_checkpoint_is_named_skipped_and_left_in_place(tmp_path: Path, to
     assert main.lines[0].startswith(f"checkpoint {newest} is skipped: {problem}")
     assert other.lines == []
     assert {path.name: path.read_bytes() for path in newest.iterdir()} == left
-    # Going on, the same step is saved beside it, and is the newest from then on.
+    # When the resumed run comes to that step again, it saves it beside, and that is the newest from then on.
     names = run_on_ranks(2, save_steps, directory, KEEP_ALL, 1)[0]
-    assert names == ["latest", "owner", "step-00000001", "step-00000002", "step-00000002-2"]
-    assert (directory / "latest").read_text() == "step-00000002-2\n"
+    assert names == ["owner", "step-00000001", "step-00000002", "step-00000002-2"]
     assert [found.step for found in run_on_ranks(2, load, directory)] == [2, 2]
     assert run_on_ranks(1, load, directory)[0].step == 2, "on another number of ranks"
 
 
-def test_without_a_valid_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
+def test_loading_fails_when_no_checkpoint_is_valid(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     run_on_ranks(2, save_steps, directory, SAVING, 1)
     flip(directory / "step-00000001" / DATA)
     for found in run_on_ranks(2, load, directory):
         assert found.step is None
-        assert found.message == f"{directory} holds no checkpoint that is whole; restore one, or start a new run"
+        assert found.message == f"{directory} holds no checkpoint that is valid; restore one, or start a new run"
 
 
 @pytest.mark.parametrize(
@@ -137,30 +137,30 @@ def test_without_a_valid_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -
         (CheckpointConfig(keep_last=2, keep_every_epochs=2), [4, 6, 7]),
     ],
 )
-def test_which_are_kept(tmp_path: Path, saving: CheckpointConfig, kept: list[int]) -> None:
+def test_the_newest_and_those_of_some_epochs_are_kept(tmp_path: Path, saving: CheckpointConfig, kept: list[int]) -> None:
     assert STEPS_PER_EPOCH == 2
     names = run_on_ranks(1, save_steps, tmp_path / "checkpoints", saving, 7)[0]
-    assert names == ["latest", "owner", *(f"step-{step:08d}" for step in kept)]
+    assert names == ["owner", *(f"step-{step:08d}" for step in kept)]
 
 
-def test_torn_ones_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_neither_counted_nor_removed(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     run_on_ranks(1, save_steps, directory, SAVING, 2)
     (directory / "step-00000002" / "manifest.json").unlink()
     names = run_on_ranks(1, save_steps, directory, SAVING, 2)[0]
-    assert names == ["latest", "owner", "step-00000002", "step-00000002-2", "step-00000003"]
+    assert names == ["owner", "step-00000002", "step-00000002-2", "step-00000003"]
 
 
-def test_what_an_interrupted_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_next_save_removes_what_an_interrupted_one_or_an_older_version_left(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     run_on_ranks(1, save_steps, directory, SAVING, 1)
     (directory / "step-00000001").rename(directory / "step-00000007.partial")
-    (directory / "latest.new").write_text("step-00000007")
+    (directory / "latest").write_text("step-00000007")
     assert run_on_ranks(1, load, directory)[0].step is None
-    assert run_on_ranks(1, save_steps, directory, SAVING, 1)[0] == ["latest", "owner", "step-00000001"]
+    assert run_on_ranks(1, save_steps, directory, SAVING, 1)[0] == ["owner", "step-00000001"]
 
 
-def test_other_versions_are_told_in_one_line(tmp_path: Path) -> None:
+def test_a_load_warns_in_one_line_when_other_versions_saved(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     run_on_ranks(1, save_steps, directory, SAVING, 1)
     path = directory / "step-00000001"
@@ -176,6 +176,17 @@ def test_other_versions_are_told_in_one_line(tmp_path: Path) -> None:
     now = versions()
     expected = f"torch 1.0 (now {now['torch']}), timm None (now {now['timm']})"
     assert lines == [f"checkpoint {path} was saved by {expected}"]
+
+
+def test_a_checkpoint_of_an_older_version_is_loaded_without_a_step_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step-00000001"
+    run_on_ranks(1, save_steps, path.parent, SAVING, 1)
+    state = json.loads((path / "run.json").read_text())
+    assert state.pop("step") == state["topology"]["steps"] == 1
+    (path / "run.json").write_text(json.dumps(state))
+    (path / "manifest.json").unlink()
+    rewrite_manifest(path)
+    assert run_on_ranks(1, load, path.parent)[0].step == 1
 
 
 def rewrite_manifest(path: Path) -> None:

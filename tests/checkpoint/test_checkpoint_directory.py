@@ -14,7 +14,7 @@ from benchmarks.kills import check_state, small_run, write_state
 from svite_scale.checkpoint import save as writing
 from svite_scale.checkpoint.directory import CheckpointDirectory
 from svite_scale.checkpoint.manifest import FileDigest, digest, problem_of
-from svite_scale.config.schema import CheckpointConfig
+from svite_scale.checkpoint.options import CheckpointConfig
 from svite_scale.errors import CheckpointError
 from tests.ranks import run_on_ranks
 
@@ -25,31 +25,33 @@ def write(partial: Path, text: str) -> Path:
 
 
 def save(directory: CheckpointDirectory, step: int) -> Path:
-    assert directory.other_owner(may_create=True) is None
+    directory.claim()
     partial = write(directory.begin(step), "content")
     return directory.publish(partial, {"data": digest(partial / "data")})
 
 
-def test_of_two_starts_of_a_run_the_later_one_is_the_owner(tmp_path: Path) -> None:
+def test_the_later_of_two_starts_of_a_run_owns_the_directory(tmp_path: Path) -> None:
     old, new = CheckpointDirectory(tmp_path), CheckpointDirectory(tmp_path)
     save(old, 10)
     late = old.begin(20)
     save(new, 20)
-    other = old.other_owner(may_create=False)
+    other = old.other_owner()
     assert other is not None
     assert re.fullmatch(r"process \d+ on .*", other)
+    with pytest.raises(OSError, match=f"^{re.escape(other)} owns it now$"):
+        old.claim()
     with pytest.raises(FileNotFoundError):
         write(late, "old")
     save(new, 30)
     assert [path.name for path in new.named()] == ["step-00000030", "step-00000020", "step-00000010"]
 
 
-def test_a_start_that_loses_the_directory_within_a_save_publishes_nothing(tmp_path: Path) -> None:
+def test_a_start_publishes_nothing_when_it_loses_the_directory_during_a_save(tmp_path: Path) -> None:
     """As when a scheduler starts a job again whose processes still run on a machine that it has lost."""
     (said,) = run_on_ranks(1, takes_over, tmp_path / "checkpoints")
     lost = r"process \d+ on .* has begun to save this run here; end one of the two"
     assert re.fullmatch(rf"can't save {tmp_path}/checkpoints/step-00000002: {lost}", said)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "owner", "step-00000002"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["owner", "step-00000002"]
 
 
 def takes_over(directory: Path) -> str:
@@ -60,9 +62,9 @@ def takes_over(directory: Path) -> str:
         backend, topology, checkpoint = starts[start]
         topology.step()
         write_state(backend, topology.steps)
-        checkpoint.save()
+        checkpoint.save(topology.steps)
 
-    finish, taken = save._finish_files, []
+    finish, taken = writing._finish_files, []
 
     def finish_late(*arguments: Any) -> dict[str, FileDigest]:
         if not taken:
@@ -82,16 +84,16 @@ def takes_over(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_what_was_published_is_not_removed_for_older_steps(tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_kept_when_others_have_later_steps(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep_last=2)
     for step in (100, 200, 300):
         save(directory, step)
     saved = save(CheckpointDirectory(tmp_path, keep_last=2), 10)
     assert problem_of(saved) is None
-    assert (tmp_path / "latest").read_text() == "step-00000010\n"
+    assert [path.name for path in directory.named()] == ["step-00000300", "step-00000200", "step-00000010"]
 
 
-def test_one_that_can_not_be_removed_hinders_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_save_succeeds_when_an_old_checkpoint_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = CheckpointDirectory(tmp_path, keep_last=1)
     save(directory, 1)
     with patch.object(shutil, "rmtree", side_effect=OSError(16, "Device or resource busy")):
@@ -100,10 +102,10 @@ def test_one_that_can_not_be_removed_hinders_no_save(tmp_path: Path, caplog: pyt
     assert [path.name for path in directory.named()] == ["step-00000003"]
     assert all(line.startswith("can't remove ") for line in caplog.messages)
     save(directory, 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "owner", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["owner", "step-00000004"]
 
 
-def test_a_directory_that_can_not_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+def test_named_raises_when_the_directory_cannot_be_listed(tmp_path: Path) -> None:
     assert CheckpointDirectory(tmp_path / "nowhere").named() == []
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What a run does where its disk fails: it goes on while it can, but never says that it has saved when it hasn't."""
+"""A run whose disk fails: it continues while it can, but never reports a save that failed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def breaks(config: Config, stops: bool) -> str:
 
 
 @pytest.mark.parametrize("stops", [True, False])
-def test_a_run_whose_last_save_fails_says_so(tmp_path: Path, digits: Path, stops: bool) -> None:
+def test_a_run_fails_when_its_last_save_fails(tmp_path: Path, digits: Path, stops: bool) -> None:
     """Whatever ``checkpoint.on_error`` is: no later save will make up for it."""
     config = tiny_config(digits, tmp_path / "run", *TWO, "train.max_steps=7")
     first, second = run_on_ranks(2, breaks, config, stops)
@@ -82,7 +82,7 @@ def fills_the_disk(config: Config) -> tuple[str, list[str]]:
     return train(config, after_step), said.lines
 
 
-def test_a_run_goes_on_over_a_full_disk_and_loses_no_metric(small_disk: Path, digits: Path) -> None:
+def test_a_run_continues_and_loses_no_metric_when_the_disk_is_full(small_disk: Path, digits: Path) -> None:
     run_dir = small_disk / "run"
     config = tiny_config(digits, run_dir, *TWO, "train.eval_every_epochs=4")
     main, other = run_on_ranks(2, fills_the_disk, config)
@@ -96,4 +96,4 @@ def test_a_run_goes_on_over_a_full_disk_and_loses_no_metric(small_disk: Path, di
     assert unwritten[0].startswith(f"{run_dir}/metrics.jsonl can't be written ([Errno 28] No space left on device)")
     unsaved = [line for line in main[1] if "can't save" in line]
     assert len(unsaved) == 3
-    assert all(line.endswith("the run goes on, checkpoint.on_error being continue") for line in unsaved)
+    assert all(line.endswith("the run continues (checkpoint.on_error is continue)") for line in unsaved)

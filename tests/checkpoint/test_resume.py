@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.checkpoint import Checkpoint, state
+from svite_scale.checkpoint import state
+from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
@@ -163,13 +164,14 @@ def run_as_an_older_version(config: Config) -> State:
     """Saves some statistics and counters by the names that they had before."""
     take = Checkpoint._snapshot
 
-    def older(checkpoint: Checkpoint) -> Snapshot:
-        snapshot = take(checkpoint)
+    def older(checkpoint: Checkpoint, step: int) -> Snapshot:
+        snapshot = take(checkpoint, step)
         counters = dict(snapshot.run_state["topology"])
         counters |= {"heard_steps": counters.pop("recorded_steps"), "heard_ranks": counters.pop("recorded_ranks")}
         assert counters.pop("frozen") == []
         tensors = {name.replace("/recently_grown/", "/newcomers/"): tensor for name, tensor in snapshot.tensors.items()}
-        return Snapshot(snapshot.step, tensors, {**snapshot.run_state, "topology": counters})
+        run_state = {name: part for name, part in snapshot.run_state.items() if name != "step"}
+        return Snapshot(step, tensors, {**run_state, "topology": counters})
 
     with patch.object(Checkpoint, "_snapshot", older):
         return run(config)

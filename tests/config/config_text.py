@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from svite_scale.config.load import read_config
 from svite_scale.errors import ConfigError
+from svite_scale.options import field_hints
 
 MINIMAL = "run_dir: runs/a\n"
 
@@ -37,6 +38,6 @@ def error_of(path: Path, overrides: tuple[str, ...] = ()) -> ConfigError:
 def hints_of(section: type, prefix: str = "") -> dict[str, Any]:
     """The type hint of every field that is no section, by dotted name."""
     hints: dict[str, Any] = {}
-    for name, hint in get_type_hints(section, include_extras=True).items():
+    for name, hint in field_hints(section).items():
         hints.update(hints_of(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint})
     return hints

@@ -2,207 +2,199 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from svite_scale.config.schema import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    SparsityConfig,
-    StructuredConfig,
-    TokensConfig,
-    TrainConfig,
-)
-from svite_scale.config.validate import check_config
+from svite_scale.config.load import read_config
+from svite_scale.config.schema import Config
+from svite_scale.config.validate import validate
 from svite_scale.errors import ConfigError
+from tests.config.config_text import MINIMAL, written
 
-TWO_RANKS = ParallelConfig(backend="ddp")
 MISTAKES = [
     (
-        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=9)),
+        "train.global_batch_size=9",
         "train.global_batch_size = 9: is not divisible by world size (2) x train.accumulation_steps (1); use a multiple of 2",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=4, accumulation_steps=4)),
+        "train.global_batch_size=4 train.accumulation_steps=4",
         "train.global_batch_size = 4: is not divisible by world size (2) x train.accumulation_steps (4); use a multiple of 8",
     ),
     (
-        Config(run_dir="r", parallel=ParallelConfig(backend="single")),
+        "parallel.backend=single",
         "parallel.backend = 'single': trains on one process, but 2 were started; use ddp, fsdp2 or deepspeed",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(drop_fraction=0.1, final_drop_fraction=0.2)),
-        "sparsity.final_drop_fraction = 0.2: is above sparsity.drop_fraction (0.1), but the schedule falls; lower it",
+        "sparsity.drop_fraction=0.1 sparsity.final_drop_fraction=0.2",
+        "sparsity.final_drop_fraction = 0.2: is above drop_fraction (0.1), but the schedule falls; lower it",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(densities={"*": 0.5}, masks="a")),
-        "sparsity.masks = 'a': also says where the weights are, as sparsity.densities does; leave one of them out",
+        "sparsity.densities={'*':0.5} sparsity.masks=a",
+        "sparsity.masks = 'a': also says where the weights are, as densities does; leave one of them out",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(density=0.3, densities={"*": 0.5})),
-        "sparsity.density = 0.3: isn't used where sparsity.densities is given; set it to 1.0, or leave sparsity.densities out",
+        "sparsity.density=0.3 sparsity.densities={'*':0.5}",
+        "sparsity.density = 0.3: isn't used where densities is given; set it to 1.0, or leave densities out",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(density=0.3, masks="")),
-        "sparsity.density = 0.3: isn't used where sparsity.masks is given; set it to 1.0, or leave sparsity.masks out",
+        "sparsity.density=0.3 sparsity.masks=''",
+        "sparsity.density = 0.3: isn't used where masks is given; set it to 1.0, or leave masks out",
     ),
     *(
-        (Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity), f"sparsity.{message}; leave it out")
-        for sparsity, message in (
+        (f"sparsity.{overrides}".replace(" ", " sparsity."), f"sparsity.{message}; leave it out")
+        for overrides, message in (
             (
-                SparsityConfig(density=0.3, distribution="er", power_scale=2.0),
-                "power_scale = 2.0: is only for a sparsity.density that is spread by erk",
+                "density=0.3 distribution=er power_scale=2.0",
+                "power_scale = 2.0: is only for a density that is spread by erk",
             ),
-            (
-                SparsityConfig(densities={"*": 0.3}, power_scale=2.0),
-                "power_scale = 2.0: is only for a sparsity.density that is spread by erk",
-            ),
-            (
-                SparsityConfig(densities={"*": 0.3}, distribution="uniform"),
-                "distribution = 'uniform': isn't used where sparsity.densities is given",
-            ),
-            (SparsityConfig(masks="a", distribution="er"), "distribution = 'er': isn't used where sparsity.masks is given"),
+            ("densities={'*':0.3} power_scale=2.0", "power_scale = 2.0: is only for a density that is spread by erk"),
+            ("densities={'*':0.3} distribution=uniform", "distribution = 'uniform': isn't used where densities is given"),
+            ("masks=a distribution=er", "distribution = 'er': isn't used where masks is given"),
             *(
-                (
-                    SparsityConfig(method=method, random_share=0.2),
-                    f"random_share = 0.2: isn't used by sparsity.method={method}",
-                )
+                (f"method={method} random_share=0.2", f"random_share = 0.2: isn't used by method={method}")
                 for method in ("svite", "set", "static", "dense")
             ),
+            ("structured.grow=paper", "structured.grow = 'paper': isn't used where all heads and neurons are active"),
             (
-                SparsityConfig(structured=StructuredConfig(grow="paper")),
-                "structured.grow = 'paper': isn't used where all heads and neurons are active",
-            ),
-            (
-                SparsityConfig(drop_schedule="constant", final_drop_fraction=0.1),
-                "final_drop_fraction = 0.1: isn't used by sparsity.drop_schedule=constant",
+                "drop_schedule=constant final_drop_fraction=0.1",
+                "final_drop_fraction = 0.1: isn't used by drop_schedule=constant",
             ),
             *(
-                (SparsityConfig(tokens=tokens), f"tokens.{message}: isn't used where sparsity.tokens.keep is null")
-                for tokens, message in (
-                    (TokensConfig(blocks=(0, 3)), "blocks = [0, 3]"),
-                    (TokensConfig(mode="mask"), "mode = 'mask'"),
-                    (TokensConfig(temperature=5.0), "temperature = 5.0"),
-                    (TokensConfig(final_temperature=1.0), "final_temperature = 1.0"),
+                (f"tokens.{given}", f"tokens.{message}: isn't used where keep is null")
+                for given, message in (
+                    ("blocks=[0,3]", "blocks = [0, 3]"),
+                    ("mode=mask", "mode = 'mask'"),
+                    ("temperature=5.0", "temperature = 5.0"),
+                    ("final_temperature=1.0", "final_temperature = 1.0"),
                 )
             ),
         )
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_every=2.5)),
-        "sparsity.update_every = 2.5: is no whole number of steps; round it, or set sparsity.update_unit=epochs",
+        "sparsity.update_every=2.5",
+        "sparsity.update_every = 2.5: is no whole number of steps; round it, or set update_unit=epochs",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_start=0.5)),
-        "sparsity.update_start = 0.5: is no whole number of steps; round it, or set sparsity.update_unit=epochs",
+        "sparsity.update_start=0.5",
+        "sparsity.update_start = 0.5: is no whole number of steps; round it, or set update_unit=epochs",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(update_unit="epochs", update_batch_size=512)),
-        "sparsity.update_batch_size = 512: scales updates by steps, but sparsity.update_unit is epochs, which scale by "
-        "themselves; leave it null",
+        "sparsity.update_unit=epochs sparsity.update_batch_size=512",
+        "sparsity.update_batch_size = 512: scales updates by steps, but update_unit is epochs, which scale by themselves; "
+        "leave it null",
+    ),
+    (
+        "sparsity.tokens.keep=98.5",
+        "sparsity.tokens.keep = 98.5: is no whole number of tokens; round it, or use a fraction of at most 1",
+    ),
+    (
+        "sparsity.tokens.keep=99.0 sparsity.tokens.blocks=[0,3]",
+        "sparsity.tokens.keep = 99.0: is a count, which only the first of 2 selectors would bring the tokens down to; "
+        "use a fraction, or one block in blocks",
     ),
     *(
-        (Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(tokens=tokens)), message)
-        for tokens, message in (
-            (
-                TokensConfig(keep=98.5),
-                "sparsity.tokens.keep = 98.5: is no whole number of tokens; round it, or use a share of at most 1",
-            ),
-            (
-                TokensConfig(keep=99.0, blocks=(0, 3)),
-                "sparsity.tokens.keep = 99.0: is a count, which only the first of 2 selectors would bring the tokens down to; "
-                "use a share, or one block in sparsity.tokens.blocks",
-            ),
-            *(
-                (
-                    TokensConfig(blocks=blocks),
-                    f"sparsity.tokens.blocks = {list(blocks)}: doesn't name blocks in ascending order, each once; "
-                    "use for example [0]",
-                )
-                for blocks in ((), (3, 0), (1, 1))
-            ),
-            (
-                TokensConfig(temperature=0.05),
-                "sparsity.tokens.final_temperature = 0.1: is above sparsity.tokens.temperature (0.05), but the temperature "
-                "falls; lower it",
-            ),
+        (
+            f"sparsity.tokens.blocks={blocks}".replace(" ", ""),
+            f"sparsity.tokens.blocks = {blocks}: doesn't name blocks in ascending order, each once; use for example [0]",
         )
+        for blocks in ([], [3, 0], [1, 1])
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, model=ModelConfig(in_channels=1)),
+        "sparsity.tokens.temperature=0.05",
+        "sparsity.tokens.final_temperature = 0.1: is above temperature (0.05), but the temperature falls; lower it",
+    ),
+    (
+        "model.in_channels=1",
         "data.mean = [0.485, 0.456, 0.406]: has 3 entries for 1 channels; give one number per channel",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, data=DataConfig(std=(0.2, 0.0, 0.2))),
-        "data.std = [0.2, 0.0, 0.2]: pixels are divided by it; use numbers above 0",
+        "distillation.mean=[0.5] distillation.std=[0.5]",
+        "distillation.mean = [0.5]: has 1 entries for 3 channels; give one number per channel",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(betas=(0.9, 1.0))),
-        "optimizer.betas = [0.9, 1.0]: is outside [0, 1); use for example [0.9, 0.999]",
+        "data.std=[0.2,0.0,0.2]",
+        "data.std = [0.2, 0.0, 0.2]: is not above 0.0; use a list, each entry a number above 0.0",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, optimizer=OptimizerConfig(warmup_epochs=5), train=TrainConfig(epochs=4)),
-        "optimizer.warmup_epochs = 5: is longer than train.epochs (4); shorten it",
+        "optimizer.betas=[0.9,1.0]",
+        "optimizer.betas = [0.9, 1.0]: is not below 1.0; use a list of 2, each entry a number of at least 0.0 and below 1.0",
     ),
     (
-        Config(
-            run_dir="r",
-            parallel=TWO_RANKS,
-            data=DataConfig(augment=AugmentConfig(cutmix=1.0)),
-            train=TrainConfig(global_batch_size=6),
-        ),
+        "optimizer.warmup_epochs=5 train.epochs=4",
+        "optimizer.warmup_epochs = 5.0: is longer than train.epochs (4); shorten it",
+    ),
+    (
+        "data.augment.cutmix=1.0 train.global_batch_size=6",
         "data.augment.cutmix = 1.0: mixes samples in pairs, but a micro-batch has 3; "
         "make train.global_batch_size / (world size x train.accumulation_steps) even",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(ema_decay=1.0)),
-        "train.ema_decay = 1.0: never lets the average move; use a number below 1",
+        "train.ema_decay=1.0",
+        "train.ema_decay = 1.0: is not below 1.0; use a number of at least 0.0 and below 1.0 or null",
+    ),
+    ("train.eval_ema=true", "train.eval_ema = True: evaluates an average that isn't kept; set ema_decay, 0.9999 say"),
+    ("model.name=vit_none", "model.name = 'vit_none': is no model that timm knows; see timm.list_models()"),
+    (
+        "sparsity.tokens.keep=300",
+        "sparsity.tokens.keep = 300.0: only 197 tokens reach the selector; lower it",
+    ),
+    ("sparsity.structured.heads=0.1", "sparsity.structured.heads = 0.1: keeps none of 3 heads; raise it"),
+    (
+        "sparsity.density=0.5 sparsity.keep_dense=[heads]",
+        "sparsity.keep_dense = 'heads': matches no prunable layer; use names such as blocks.6.attn.qkv",
     ),
     (
-        Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(eval_ema=True)),
-        "train.eval_ema = True: evaluates an average that isn't kept; set train.ema_decay, 0.9999 say",
+        "sparsity.method=no_such_module:a",
+        "sparsity.method = 'no_such_module:a': can't be imported (ModuleNotFoundError: No module named 'no_such_module'); "
+        "check the name, and that PYTHONPATH has its folder",
+    ),
+    (
+        "distillation.teacher=deit_nano distillation.checkpoint=a",
+        "distillation.teacher = 'deit_nano': is no model that timm knows; see timm.list_models()",
     ),
 ]
 
 
-@pytest.mark.parametrize(("config", "message"), MISTAKES, ids=[message.split(" =")[0] for _, message in MISTAKES])
-def test_an_impossible_combination_is_one_line(config: Config, message: str) -> None:
+def config_of(folder: Path, overrides: str) -> Config:
+    return read_config(written(folder, MINIMAL), ["parallel.backend=ddp", *overrides.split()])
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[overrides for overrides, _ in MISTAKES])
+def test_an_impossible_combination_is_one_line(tmp_path: Path, overrides: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_config(config, world_size=2)
+        validate(config_of(tmp_path, overrides), world_size=2)
     assert str(caught.value) == message
 
 
-def test_what_fits_passes() -> None:
-    config = Config(run_dir="r", parallel=TWO_RANKS, train=TrainConfig(global_batch_size=24, accumulation_steps=3))
-    check_config(config, world_size=2)
-    assert config.micro_batch_size(2) == 4
+@pytest.mark.parametrize(
+    "overrides", ["train.global_batch_size=9", "parallel.backend=single", "data.augment.mixup=1 train.global_batch_size=6"]
+)
+def test_what_depends_on_the_ranks_passes_where_their_number_is_open(tmp_path: Path, overrides: str) -> None:
+    config = config_of(tmp_path, overrides)
+    validate(config, world_size=None)
+    with pytest.raises(ConfigError):
+        validate(config, world_size=2)
 
 
 @pytest.mark.parametrize(
-    "sparsity",
+    "overrides",
     [
-        SparsityConfig(drop_schedule="constant", drop_fraction=0.001),
-        SparsityConfig(method="mixed", random_share=0.2),
-        SparsityConfig(method="own", random_share=0.2),
-        SparsityConfig(structured=StructuredConfig(neurons=0.5, grow="paper")),
-        SparsityConfig(density=0.3, distribution="uniform"),
+        "train.global_batch_size=24 train.accumulation_steps=3",
+        "sparsity.drop_schedule=constant sparsity.drop_fraction=0.001",
+        "sparsity.method=mixed sparsity.random_share=0.2",
+        "sparsity.structured.neurons=0.5 sparsity.structured.grow=paper",
+        "sparsity.structured.heads=0.5 sparsity.density=0.5",
+        "sparsity.density=0.3 sparsity.distribution=uniform",
+        "sparsity.tokens.keep=0.9 sparsity.tokens.blocks=[0,3,6]",
+        "sparsity.tokens.keep=99 sparsity.tokens.blocks=[3]",
+        "sparsity.tokens.keep=99 sparsity.tokens.blocks=[0,3] sparsity.tokens.mode=mask",
+        "sparsity.tokens.keep=1.0 sparsity.tokens.temperature=1.0 sparsity.tokens.final_temperature=1.0",
     ],
 )
-def test_what_has_an_effect_passes(sparsity: SparsityConfig) -> None:
-    check_config(Config(run_dir="r", parallel=TWO_RANKS, sparsity=sparsity), world_size=2)
+def test_a_combination_that_has_an_effect_passes(tmp_path: Path, overrides: str) -> None:
+    validate(config_of(tmp_path, overrides), world_size=2)
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        TokensConfig(keep=0.9, blocks=(0, 3, 6)),
-        TokensConfig(keep=99.0, blocks=(3,)),
-        TokensConfig(keep=99.0, blocks=(0, 3), mode="mask"),
-        TokensConfig(keep=1.0, temperature=1.0, final_temperature=1.0),
-    ],
-)
-def test_tokens_that_fit_pass(tokens: TokensConfig) -> None:
-    check_config(Config(run_dir="r", parallel=TWO_RANKS, sparsity=SparsityConfig(tokens=tokens)), world_size=2)
+def test_the_micro_batch_is_the_global_one_over_ranks_and_accumulation_steps(tmp_path: Path) -> None:
+    assert config_of(tmp_path, "train.global_batch_size=24 train.accumulation_steps=3").micro_batch_size(2) == 4

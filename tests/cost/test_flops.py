@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svite_scale.config.load import read_config
-from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.cost.flops import count, model_cost
-from svite_scale.models.sparse_vit import build_sparse_vit, plan_sparse_vit
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.cost.flops import model_cost
+from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
+from svite_scale.models.sparse import build_sparse, plan_sparse
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear, packed_layers
+from tests.cost.costs import count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -78,7 +80,7 @@ def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
     """torch counts a multiply and an add as two operations."""
     config = MODELS[name]
     cost = count(Config(run_dir="unused", model=config))
-    model, _ = build_sparse_vit(config, SparsityConfig(), seed=0)
+    model, _ = build_sparse(config, SparsityConfig(), seed=0)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, 40, 40))
@@ -88,7 +90,7 @@ def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str) -> None:
-    model, plan = build_sparse_vit(MODELS[name], SparsityConfig(density=0.5), seed=0)
+    model, plan = build_sparse(MODELS[name], SparsityConfig(density=0.5), seed=0)
     cost = model_cost(MODELS[name], model, plan)
     seen: dict[str, int] = {}
 
@@ -114,7 +116,7 @@ def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str
 def test_layers_kept_dense_cost_what_torch_counts() -> None:
     """Their multiply-accumulates are in the dense count and in the sparse one; the others' fall with their density."""
     sparsity = SparsityConfig(density=0.3, keep_dense=("patch_embed.*", "blocks.*.mlp.fc2", "head"))
-    model, plan = build_sparse_vit(MODELS["class token"], sparsity, seed=0)
+    model, plan = build_sparse(MODELS["class token"], sparsity, seed=0)
     cost = model_cost(MODELS["class token"], model, plan)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -135,7 +137,7 @@ def test_layers_kept_dense_cost_what_torch_counts() -> None:
 
 
 def test_masks_and_densities_reach_the_count(tmp_path: Path) -> None:
-    model, plan = build_sparse_vit(MODELS["class token"], SparsityConfig(), seed=0)
+    model, plan = build_sparse(MODELS["class token"], SparsityConfig(), seed=0)
     halves = {f"{entry.name}.weight": torch.arange(entry.numel).view(entry.shape) % 2 for entry in plan}
     save_file(halves, tmp_path / "masks")
     costs = [
@@ -170,7 +172,7 @@ STRUCTURES = {
 def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str, structure: str) -> None:
     sparsity = SparsityConfig(structured=STRUCTURES[structure])
     cost = count(Config(run_dir="unused", model=MODELS[name], sparsity=sparsity))
-    model, _ = build_sparse_vit(MODELS[name], sparsity, seed=0)
+    model, _ = build_sparse(MODELS[name], sparsity, seed=0)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.eval()(torch.randn(1, 1, 40, 40))
@@ -189,8 +191,8 @@ def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str,
 def test_each_layer_of_the_shipped_configs_costs_what_torch_counts(name: str, keep: float | None) -> None:
     """Heads, neurons and tokens together, at full size, on the meta device; and before a later block too."""
     config = read_config(CONFIGS / f"{name}.yaml")
-    sparsity = replace(config.sparsity, tokens=TokensConfig(keep=keep, blocks=(0, 6)))
-    model, plan = plan_sparse_vit(config.model, sparsity)
+    sparsity = replace(config.sparsity, tokens=TokensConfig(keep=keep, blocks=(0, 6)) if keep else TokensConfig())
+    model, plan = plan_sparse(config.model, sparsity)
     cost = model_cost(config.model, model, plan)
     counter = FlopCounterMode(display=False, depth=None)
     with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -8,12 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from svite_scale.config.schema import ModelConfig, ParallelConfig, SparsityConfig
+from svite_scale.config.schema import SparsityConfig
 from svite_scale.cost.memory import ModelSize, bytes_per_rank
 from svite_scale.engines.backend import EngineOptions
 from svite_scale.engines.build import build_backend
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks
+from svite_scale.engines.options import ParallelConfig
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
@@ -78,7 +80,7 @@ MODEL = ModelConfig(
 
 def held(engine: str) -> dict[str, int]:
     """Bytes of this rank's tensors by kind, just before the second optimizer step."""
-    model, _ = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
+    model, _ = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
     options = EngineOptions(device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=4)
     parallel = ParallelConfig(backend=engine)  # type: ignore[arg-type]
     backend = build_backend(parallel, model, adamw, options)
@@ -113,7 +115,7 @@ def local_bytes(tensor: Tensor) -> int:
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)])
 def test_engines_hold_what_the_plan_says(engine: str, world_size: int) -> None:
     """FSDP2 cuts each parameter by itself, and the ends differ: only the ranks' sum is the plan's."""
-    model, plan = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
+    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
     mask_bytes = sum(-(-layer.numel // 8) for layer in plan if layer.is_packed)
     size = ModelSize(
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

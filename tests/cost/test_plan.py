@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from svite_scale.config.load import read_config
-from svite_scale.config.schema import Config, StructuredConfig
-from svite_scale.cost.flops import count
+from svite_scale.config.schema import Config
+from svite_scale.models.options import StructuredConfig
 from tests.command_line import ROOT, run_here
+from tests.cost.costs import count
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ROW = re.compile(

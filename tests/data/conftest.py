@@ -9,6 +9,7 @@ import pytest
 
 from tests.data.flaky_server import Server, serving
 from tests.data.numbered import write_numbered
+from tests.data.remote import NUM_BLOBS, write_blobs
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "make_shards.py"
@@ -31,8 +32,17 @@ def command() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of blobs, each with a JSON text as its index. A module may define another folder by this name."""
+    folder = tmp_path_factory.mktemp("served")
+    for name in write_blobs(folder, NUM_BLOBS):
+        (folder / f"{name}.index.json").write_text(f'"{name}"')
+    return folder
+
+
 @pytest.fixture
 def server(served: Path) -> Iterator[Server]:
-    """Serves the folder ``served`` of the test's module, and counts its requests anew for each test."""
+    """Serves the folder ``served``; each test has a new server, whose counts of requests begin at 0."""
     with serving(served) as running:
         yield running

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from svite_scale.config.schema import AugmentConfig
+from svite_scale.data.options import AugmentConfig
 from tests.data.numbered import grey_config, numbers, train_data
 
 BATCH, ACCUMULATION, SEED = 24, 2, 3
@@ -17,7 +17,7 @@ PATIENCE_S = 120
 
 
 class Run(NamedTuple):
-    """What the ranks of a run agree on."""
+    """Settings that are the same on all ranks of a run."""
 
     pattern: str
     world: int

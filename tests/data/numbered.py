@@ -1,16 +1,20 @@
-"""Tiny samples whose first pixel tells which sample they are."""
+"""Tiny samples whose first pixel is the sample's number."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.loader import Batch, EvalData, TrainData
-from svite_scale.data.make.shards import Sample, write_shards
+from svite_scale.data.make.shards import Sample, Source, write_shards
+from svite_scale.data.options import DataConfig
+from svite_scale.runtime.ranks import World
 
 SIZE = 8
 NUM_LABELS = 7
@@ -39,6 +43,11 @@ def numbered(count: int) -> list[Sample]:
     return [Sample(f"sample-{i:03d}", speckled(i), "png", i % NUM_LABELS) for i in range(count)]
 
 
+def samples_of(source: Source) -> list[Sample]:
+    """All samples of a source, in order."""
+    return [source.sample(number) for number in range(len(source.keys))]
+
+
 def write_numbered(directory: Path, count: int, per_shard: int, prefix: str = "train") -> str:
     """Writes ``count`` numbered samples and returns their pattern."""
     write_shards(numbered(count), directory, prefix, per_shard)
@@ -54,22 +63,30 @@ def train_data(
 ) -> TrainData:
     return TrainData(
         config,
-        image_size=SIZE,
-        in_channels=1,
+        image_shape=(1, SIZE, SIZE),
         global_batch_size=batch,
-        accumulation_steps=accumulation,
-        rank=rank,
-        world_size=world,
         seed=seed,
+        accumulation_steps=accumulation,
+        world=World(rank=rank, size=world),
     )
 
 
 def eval_data(config: DataConfig, batch: int, rank: int = 0, world: int = 1) -> EvalData:
-    return EvalData(config, image_size=SIZE, in_channels=1, batch_size=batch, rank=rank, world_size=world)
+    return EvalData(config, image_shape=(1, SIZE, SIZE), batch_size=batch, world=World(rank=rank, size=world))
+
+
+def assert_same_batches(left: Iterable[Batch], right: Iterable[Batch]) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def image_bytes(batches: Iterable[Batch], damaged: bool = False) -> Counter[bytes]:
+    """The images that batches hold, of those samples that are marked as damaged, or aren't."""
+    return Counter(image.numpy().tobytes() for batch in batches for image in batch.images[batch.damaged == damaged])
 
 
 def numbers(batch: Batch) -> list[int]:
-    """Which samples an unaugmented batch holds; also checks shapes, dtypes and labels."""
+    """Returns the numbers of an unaugmented batch's samples; also checks shapes, dtypes and labels."""
     size = len(batch.labels)
     assert batch.images.shape == (size, 1, SIZE, SIZE)
     assert str(batch.images.dtype) == "torch.uint8"

@@ -11,9 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from svite_scale.data.format.index import sidecar_path
 from svite_scale.data.remote.cache import ShardCache
 
 SIZE = 50_000
+NUM_BLOBS = 12
 BACKOFF_S = 0.02
 
 
@@ -25,13 +27,22 @@ def write_blobs(folder: Path, count: int) -> list[str]:
     return names
 
 
+def link_shards(source: Path, target: Path, missing: str) -> None:
+    """Links the shards of ``source`` and their indexes into the new folder ``target``, but not the shard ``missing``."""
+    target.mkdir()
+    for shard in source.glob("*.tar"):
+        for path in (shard, sidecar_path(shard)):
+            if path.name != missing:
+                (target / path.name).symlink_to(path)
+
+
 def cache_of(folder: Path, files: int = 100, attempts: int = 3, backoff_s: float = BACKOFF_S) -> ShardCache:
     """A cache with room for ``files`` blobs."""
     return ShardCache(folder, files * SIZE, attempts, backoff_s)
 
 
 def content_of(cache: ShardCache, url: str, content: bytes) -> bytes:
-    """What the cache gives for a URL whose file is ``content``."""
+    """Returns the bytes that the cache gives for a URL whose file is ``content``."""
     descriptor = cache.shard(url, len(content), sha256(content).hexdigest()).open()
     try:
         return os.pread(descriptor, 10 * len(content), 0)

@@ -13,23 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.config.schema import DataConfig
 from svite_scale.data.dataset import ShardReader
-from svite_scale.data.remote.cache import ROOM, CacheFolder, RemoteShard, ShardCache, check_window
-from svite_scale.errors import ConfigError, DataError
+from svite_scale.data.options import DataConfig
+from svite_scale.data.remote.cache import ROOM, CacheFolder, RemoteShard, ShardCache
+from svite_scale.errors import DataError
 from tests.data.flaky_server import Server
-from tests.data.remote import SIZE, cache_of, content_of, files_of, in_processes, wait_until, write_blobs
+from tests.data.remote import NUM_BLOBS, SIZE, cache_of, content_of, files_of, in_processes, wait_until
 
-NUM_BLOBS = 12
 DIGEST = "0" * 64
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    for name in write_blobs(folder, NUM_BLOBS):
-        (folder / f"{name}.index.json").write_text(f'"{name}"')
-    return folder
 
 
 def names_of(served: Path) -> list[str]:
@@ -57,7 +48,7 @@ def test_processes_fetch_each_file_once_between_them(tmp_path: Path, served: Pat
 def test_the_cache_is_never_above_its_bound(
     tmp_path: Path, served: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.02)
+    monkeypatch.setattr("svite_scale.data.remote.cache.RECENTLY_USED_S", 0.02)
     bound = 4
     seen, done = [0], threading.Event()
 
@@ -85,7 +76,7 @@ def age(folder: Path, name: str, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path, served: Path) -> None:
+def test_the_least_recently_used_shard_is_evicted_first(tmp_path: Path, served: Path) -> None:
     names = names_of(served)
     cache = cache_of(tmp_path, 6)
 
@@ -103,7 +94,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path, served: Path) -> Non
         assert files_of(tmp_path) == sorted({*names[: 6 + count]} - {*going[:count]})
 
 
-def test_a_time_of_use_that_is_still_to_come_is_no_time(tmp_path: Path, served: Path) -> None:
+def test_a_time_of_use_in_the_future_does_not_prevent_eviction(tmp_path: Path, served: Path) -> None:
     """The clock has been set back since."""
     first, second = names_of(served)[:2]
     cache = cache_of(tmp_path, 1)
@@ -113,8 +104,8 @@ def test_a_time_of_use_that_is_still_to_come_is_no_time(tmp_path: Path, served: 
     assert files_of(tmp_path) == [second]
 
 
-def test_what_was_used_just_now_stays(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.4)
+def test_a_shard_is_not_evicted_right_after_its_use(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svite_scale.data.remote.cache.RECENTLY_USED_S", 0.4)
     cache = cache_of(tmp_path, 1)
     first, second = names_of(served)[:2]
     started = time.time()
@@ -124,10 +115,10 @@ def test_what_was_used_just_now_stays(tmp_path: Path, served: Path, monkeypatch:
     assert files_of(tmp_path) == [second]
 
 
-def test_an_evicted_shard_stays_readable_where_it_is_open(
+def test_an_evicted_shard_stays_readable_while_it_is_open(
     tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svite_scale.data.remote.cache.JUST_NOW_S", 0.0)
+    monkeypatch.setattr("svite_scale.data.remote.cache.RECENTLY_USED_S", 0.0)
     first, second, third = names_of(served)[:3]
     cache, content = cache_of(tmp_path, 1), (served / first).read_bytes()
     reader = ShardReader([piped(cache, served, name) for name in (first, second)])
@@ -172,7 +163,7 @@ def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) 
         forked.kill()
 
 
-def test_after_a_killed_fetch_others_fetch_the_same(tmp_path: Path, served: Path, server: Server) -> None:
+def test_others_fetch_the_same_shard_after_a_killed_fetch(tmp_path: Path, served: Path, server: Server) -> None:
     name = names_of(served)[0]
     cache, url, content = cache_of(tmp_path), f"{server.root}/hang-1/{name}", (served / name).read_bytes()
     killed_midway(cache, tmp_path, url, content)
@@ -181,7 +172,7 @@ def test_after_a_killed_fetch_others_fetch_the_same(tmp_path: Path, served: Path
     assert server.requests() == {name: 2}
 
 
-def test_what_a_killed_fetch_left_makes_room_for_others(tmp_path: Path, served: Path, server: Server) -> None:
+def test_the_file_of_a_killed_fetch_is_removed_when_room_is_needed(tmp_path: Path, served: Path, server: Server) -> None:
     name, other = names_of(served)[:2]
     cache = cache_of(tmp_path, 1)
     killed_midway(cache, tmp_path, f"{server.root}/hang-1/{name}", (served / name).read_bytes())
@@ -189,7 +180,7 @@ def test_what_a_killed_fetch_left_makes_room_for_others(tmp_path: Path, served: 
     assert files_of(tmp_path) == [other]
 
 
-def test_a_fetch_that_waits_for_others_takes_no_room_from_them(tmp_path: Path, served: Path, server: Server) -> None:
+def test_a_fetch_takes_no_room_while_it_waits(tmp_path: Path, served: Path, server: Server) -> None:
     """The one that is being fetched stays, however old it seems, until its process ends."""
     name, other = names_of(served)[:2]
     cache = cache_of(tmp_path, 1)
@@ -221,9 +212,7 @@ def test_an_index_is_fetched_again_when_its_copy_is_old(
     assert server.requests() == {f"{name}.index.json": requests}
 
 
-def test_a_shard_that_is_not_what_its_index_tells_has_its_index_fetched_anew(
-    tmp_path: Path, served: Path, server: Server
-) -> None:
+def test_an_index_is_fetched_again_when_its_shard_does_not_match(tmp_path: Path, served: Path, server: Server) -> None:
     name = names_of(served)[0]
     cache, url = cache_of(tmp_path, attempts=1), f"{server.root}/ok/{name}"
     cache.index_text(url)
@@ -250,7 +239,7 @@ def test_a_shard_above_the_bound_is_refused(tmp_path: Path) -> None:
         ShardCache(tmp_path, 10, 3).index_text("pipe:echo '\"a.tar\"'")
 
 
-def test_a_folder_that_can_not_be_used(tmp_path: Path, served: Path) -> None:
+def test_an_unusable_folder_is_refused(tmp_path: Path, served: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir = '.*/file/x': .*; name a writable folder with enough room"):
         cache_of(tmp_path / "file" / "x").shard(f"pipe:cat {served}/a.tar", SIZE, DIGEST).open()
@@ -261,7 +250,7 @@ def test_the_default_folder_must_be_the_users(tmp_path: Path, served: Path, monk
     name = names_of(served)[0]
     config = DataConfig()
     content = (served / name).read_bytes()
-    assert content_of(ShardCache.of(config), f"pipe:cat {served}/{name}", content) == content
+    assert content_of(ShardCache.from_options(config), f"pipe:cat {served}/{name}", content) == content
     folder = tmp_path / f"svite_scale-{os.getuid()}"
     assert files_of(folder) == [name]
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -269,12 +258,12 @@ def test_the_default_folder_must_be_the_users(tmp_path: Path, served: Path, monk
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     folder.rename(tmp_path / f"svite_scale-{owner + 1}")
     with pytest.raises(DataError, match=r"data\.cache_dir = null: .* is another user's; name a folder of yours"):
-        ShardCache.of(config).index_text(f"pipe:cat {served}/{name}")
+        ShardCache.from_options(config).index_text(f"pipe:cat {served}/{name}")
 
 
-def test_a_config_names_folder_bound_and_attempts(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_give_folder_bound_and_attempts(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    cache = ShardCache.of(DataConfig(cache_dir="~/kept", cache_gb=0.00005, fetch_attempts=1))
+    cache = ShardCache.from_options(DataConfig(cache_dir="~/kept", cache_gb=0.00005, fetch_attempts=1))
     name = names_of(served)[0]
     content_of(cache, f"pipe:cat {served}/{name}", (served / name).read_bytes())
     assert files_of(tmp_path / "kept") == [name]
@@ -282,15 +271,3 @@ def test_a_config_names_folder_bound_and_attempts(tmp_path: Path, served: Path, 
         cache.shard("s3://b/a.tar", 50_001, DIGEST)
     with pytest.raises(DataError, match=r"attempt 1 of data\.fetch_attempts = 1"):
         cache.shard(f"pipe:false {served}/{name}", SIZE, DIGEST).open()
-
-
-@pytest.mark.parametrize(("window", "fits"), [(1, True), (2, True), (3, False), (64, False)])
-def test_what_is_read_at_a_time_must_fit(window: int, fits: bool) -> None:
-    config = DataConfig(cache_gb=5.0, shuffle_shards=window)
-    sizes = [10**9, 3 * 10**9, 2 * 10**9, 10**9]
-    if fits:
-        check_window(config, sizes)
-        return
-    with pytest.raises(ConfigError, match=rf"data\.cache_gb = 5\.0: doesn't hold the data\.shuffle_shards = {window} shards"):
-        check_window(config, sizes)
-    check_window(config, [])

@@ -1,4 +1,4 @@
-"""Damaged samples at run time: replaced by a function of the sample, marked, told once, fatal where there are too many."""
+"""Damaged samples during a run: replaced, marked, reported once, and an error if there are too many."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.damage import MIN_SEEN, DamageLimit
 from svite_scale.data.make.shards import Sample, write_shards
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.errors import DataError
-from tests.data.numbered import eval_data, grey_config, numbered, numbers, speckled, train_data
+from tests.data.numbered import eval_data, grey_config, image_bytes, numbered, numbers, speckled, train_data
 
 BROKEN = {4: 5, 9: 0, 21: 24, 22: 24, 23: 24}
-"""Samples that can't be decoded, in shards of 10 and a last one of 5, and those that stand in for them."""
+"""Samples that can't be decoded, in shards of 10 and a last one of 5, and the samples that replace them."""
 COUNT, BATCH = 25, 12
 
 
@@ -33,8 +33,8 @@ def config_of(damaged: str, workers: int = 0, **fields: object) -> DataConfig:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (4, 1)])
-def test_the_next_sample_of_the_shard_stands_in(damaged: str, world: int, workers: int) -> None:
-    """25 steps of 12 are 12 epochs: each broken sample comes 12 times, and its substitute, with its own label, in its place."""
+def test_the_next_sample_of_the_shard_replaces_a_damaged_one(damaged: str, world: int, workers: int) -> None:
+    """25 steps of 12 are 12 epochs, so each damaged sample is replaced 12 times, by a sample with its own label."""
     found: list[int] = []
     marked: list[int] = []
     for rank in range(world):
@@ -47,21 +47,21 @@ def test_the_next_sample_of_the_shard_stands_in(damaged: str, world: int, worker
     assert sorted(marked) == sorted(12 * list(BROKEN.values()))
 
 
-def test_a_substitute_is_augmented_as_the_sample_itself(damaged: str) -> None:
-    """In an epoch of one batch a substitute comes twice or more, and looks the same each time, on any number of ranks."""
+def test_a_replacement_is_augmented_like_the_sample_itself(damaged: str) -> None:
+    """In an epoch of one batch a replacement comes twice or more, and looks the same each time, on any number of ranks."""
     config = config_of(damaged, augment=AugmentConfig(recipe="affine"))
 
-    def images(world: int, of_damaged: bool) -> list[bytes]:
-        batches = [next(train_data(config, COUNT, 1, rank, world).batches(0, 1)) for rank in range(world)]
-        return sorted(image.numpy().tobytes() for batch in batches for image in batch.images[batch.damaged == of_damaged])
-
-    assert images(1, True) == images(5, True)
-    assert len(set(images(1, True))) == len(set(BROKEN.values()))
-    assert set(images(1, True)) <= set(images(1, False))
+    alone, together = (
+        [next(train_data(config, COUNT, 1, rank, world).batches(0, 1)) for rank in range(world)] for world in (1, 5)
+    )
+    replacements = image_bytes(alone, damaged=True)
+    assert replacements == image_bytes(together, damaged=True)
+    assert len(replacements) == len(set(BROKEN.values()))
+    assert set(replacements) <= set(image_bytes(alone))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_first_one_is_told_once(damaged: str, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_damaged_sample_is_reported_once(damaged: str, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     package = logging.getLogger("svite_scale")
     before = package.level
     package.setLevel(logging.ERROR)  # as on ranks other than the main one
@@ -73,18 +73,19 @@ def test_the_first_one_is_told_once(damaged: str, workers: int, caplog: pytest.L
     assert record.levelno == logging.WARNING
     assert "can't be decoded" in record.message
     assert any(f"sample 'sample-{number:03d}' at byte " in record.message for number in BROKEN)
-    assert "another one of its shard stands in for it" in record.message
+    assert "another one of its shard replaces it" in record.message
 
 
 def one_line(pattern: str) -> str:
-    """A pattern for the whole of a message. A test that kept the error would keep the stream too, and torch waits 5 s for each
-    worker of one that only the garbage collector finds.
+    """Returns a pattern for a message of one line.
+
+    A test that kept the error would keep the stream too. torch waits 5 s for each worker of a stream that is garbage collected.
     """
     return rf"\A[^\n]*{pattern}[^\n]*\Z"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_where_none_is_allowed_the_first_one_ends_the_stream(damaged: str, workers: int) -> None:
+def test_the_first_damaged_sample_ends_the_stream_when_none_is_allowed(damaged: str, workers: int) -> None:
     with pytest.raises(DataError, match=one_line(r"train-00000[0-2]\.tar: the image of sample 'sample-0\d\d' at byte \d+")):
         list(train_data(config_of(damaged, workers, max_damaged=0.0), COUNT).batches(0, 1))
     with pytest.raises(DataError, match="the image of sample 'sample-004'"):
@@ -92,15 +93,15 @@ def test_where_none_is_allowed_the_first_one_ends_the_stream(damaged: str, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_of_broken_samples_only(tmp_path: Path, workers: int) -> None:
+def test_a_shard_without_a_decodable_sample_ends_the_stream(tmp_path: Path, workers: int) -> None:
     write_shards([Sample(f"s{i}", b"junk", "png", 0) for i in range(4)], tmp_path, "t", 9)
-    with pytest.raises(DataError, match=one_line(r"t-000000\.tar: .* nor any other of that shard")):
+    with pytest.raises(DataError, match=one_line(r"t-000000\.tar: .* and no other sample of that shard")):
         list(train_data(config_of(str(tmp_path), workers), 4).batches(0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_cannot_be_read_is_fatal_at_once(tmp_path: Path, workers: int) -> None:
-    """Cut off after the start, it isn't mistaken for damaged samples."""
+def test_a_truncated_shard_ends_the_stream_at_once(tmp_path: Path, workers: int) -> None:
+    """It is truncated after the start, and not mistaken for damaged samples."""
     shards = write_shards(numbered(20), tmp_path, "t", 10)
     data = train_data(config_of(str(tmp_path), workers), 20)
     with open(shards[1], "r+b") as file:
@@ -109,7 +110,7 @@ def test_a_shard_that_cannot_be_read_is_fatal_at_once(tmp_path: Path, workers: i
         next(data.batches())
 
 
-def test_a_shard_that_vanished(tmp_path: Path) -> None:
+def test_a_missing_shard_ends_the_stream_at_once(tmp_path: Path) -> None:
     shards = write_shards(numbered(20), tmp_path, "t", 10)
     data = train_data(config_of(str(tmp_path)), 20)
     shards[0].unlink()
@@ -118,7 +119,7 @@ def test_a_shard_that_vanished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_evaluation_leaves_them_out_and_counts_each_once(damaged: str, world: int, workers: int) -> None:
+def test_evaluation_leaves_damaged_samples_out_and_counts_each_once(damaged: str, world: int, workers: int) -> None:
     valid: list[int] = []
     marked = 0
     for rank in range(world):
@@ -134,19 +135,19 @@ def test_evaluation_leaves_them_out_and_counts_each_once(damaged: str, world: in
     assert marked == len(BROKEN)
 
 
-def test_a_broken_last_sample_is_counted_once_and_not_again_as_padding(tmp_path: Path) -> None:
+def test_a_damaged_last_sample_is_not_counted_again_as_padding(tmp_path: Path) -> None:
     write_shards([*numbered(4), Sample("last", b"", "png", 1)], tmp_path, "t", 9)
     batches = [batch for rank in range(2) for batch in eval_data(config_of(str(tmp_path)), 4, rank, 2)]
     assert sum(int(batch.damaged.sum()) for batch in batches) == 1
     assert sum(int(batch.valid.sum()) for batch in batches) == 4
 
 
-def test_counts_add_up_and_are_judged_together() -> None:
+def test_counts_are_added_and_checked_together_after_resuming() -> None:
     before = DamageLimit("data.train", 0.001, "it is left out")
     before.add(3, MIN_SEEN)
     before.add(4, MIN_SEEN)
     resumed = DamageLimit("data.train", 0.001, "it is left out")
-    resumed.resume(before.state())
+    resumed.load_state_dict(before.state_dict())
     resumed.add(23, MIN_SEEN)
     assert (resumed.damaged, resumed.seen) == (30, 3 * MIN_SEEN)
     with pytest.raises(DataError, match=r"31 of 30,001 samples"):
@@ -165,10 +166,10 @@ def test_counts_add_up_and_are_judged_together() -> None:
         (5, 5, True),
     ],
 )
-def test_the_threshold(damaged: int, seen: int, fatal: bool) -> None:
+def test_the_limit_is_a_fraction_of_at_least_ten_thousand_samples(damaged: int, seen: int, fatal: bool) -> None:
     limit = DamageLimit("data.train", 0.001, "it is left out")
-    limit.note([])
-    limit.note(["shard: the image of sample 'a'"])
+    limit.report([])
+    limit.report(["shard: the image of sample 'a'"])
     if not fatal:
         limit.check(damaged, seen)
         return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svite_scale.data.dataset import ShardDataset, ShardReader
-from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.format.patterns import largest_label, load_indexes
 from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.errors import DataError
 from tests.data.numbered import numbered, picture
@@ -32,11 +32,11 @@ def dataset_of(pattern: str, transform: object = pixels, in_channels: int = 1, s
     return ShardDataset(load_indexes(pattern), transform, in_channels, seed)  # type: ignore[arg-type]
 
 
-def test_every_sample_is_found(many: str) -> None:
+def test_every_sample_is_found_by_its_number(many: str) -> None:
     dataset = dataset_of(many)
     assert len(dataset) == 53
     assert dataset.counts == [10, 10, 10, 10, 10, 3]
-    assert dataset.num_classes == 7
+    assert largest_label(dataset.indexes)[0] == 6
     for number in range(53):
         image, label = dataset[0, number, 0]
         assert image[0, 0, 0] == number
@@ -55,7 +55,7 @@ def test_images_become_grey_or_rgb(tmp_path: Path) -> None:
             assert image.unique().tolist() == [70]
 
 
-def test_randomness_belongs_to_seed_epoch_sample_and_copy(many: str) -> None:
+def test_augmentation_depends_on_seed_epoch_sample_and_copy_alone(many: str) -> None:
     rows = [(epoch, sample, copy) for epoch in range(3) for sample in range(3) for copy in range(3)]
     drawn = {tuple(dataset_of(many, draws, seed=seed)[row][0].tolist()) for seed in (3, 4) for row in rows}
     assert len(drawn) == 54
@@ -108,7 +108,7 @@ def test_a_shard_that_vanished_or_shrank_is_named(tmp_path: Path) -> None:
 
 
 def open_in(folder: Path) -> int:
-    """How many descriptors of this process lead into a folder. (Others come and go with what earlier tests left.)"""
+    """Counts this process's descriptors of files in a folder. (Earlier tests may leave others.)"""
     leads = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
     return sum(Path(path).is_relative_to(folder.resolve()) for path in leads)
 

@@ -67,7 +67,7 @@ def test_16_bits_are_scaled(channels: int) -> None:
     np.testing.assert_array_equal(found, np.repeat(expected[..., None], channels, axis=2))
 
 
-def test_cmyk_becomes_light() -> None:
+def test_cmyk_is_converted_to_light() -> None:
     inks = np.zeros((16, 16, 4), dtype=np.uint8)
     inks[...] = (30, 90, 200, 60)
     found = pixels(encoded(Image.fromarray(inks, "CMYK"), "jpeg", quality=100))
@@ -89,7 +89,7 @@ def test_transparency_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "gif", "webp"])
-def test_the_first_frame_of_an_animation(kind: str) -> None:
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     options = {"lossless": True} if kind == "webp" else {}
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -103,7 +103,7 @@ def test_an_orientation_is_not_applied() -> None:
     np.testing.assert_array_equal(pixels(photograph(64, 48, exif=exif)), pixels(photograph(64, 48)))
 
 
-def test_what_pillow_puts_up_with_is_no_damage() -> None:
+def test_images_that_pillow_tolerates_are_decoded() -> None:
     """Bytes between segments: libjpeg warns, and simplejpeg refuses."""
     content = photograph()
     start = content.index(b"\xff\xda")
@@ -150,7 +150,7 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_cannot_be_decoded(content: bytes, reason: str, channels: int) -> None:
+def test_undecodable_images_are_refused_with_a_reason(content: bytes, reason: str, channels: int) -> None:
     with pytest.raises(UndecodableError, match=reason) as caught:
         decode(content, channels)
     assert "\n" not in str(caught.value)
@@ -196,7 +196,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_cost_time() -> None
         decode(scans(91), 3)
 
 
-def test_an_image_of_one_very_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_one_very_long_row_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow hands out no row of 90 million pixels; smaller parts of a shorter one stand for them here."""
     asked = []
     image = encoded(Image.fromarray(NOISE), "png")
@@ -209,7 +209,7 @@ def test_an_image_of_one_very_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_large_image_is_converted_in_strips() -> None:
-    """What Pillow only warns of; the strips are those of a conversion at once."""
+    """Pillow only warns of it. The strips together equal a conversion of the whole image."""
     colours = np.random.default_rng(1).integers(0, 256, (2100, 2000, 3), dtype=np.uint8)
     for image in (
         Image.fromarray(colours).quantize(7),

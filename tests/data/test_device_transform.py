@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.transforms import DeviceTransform
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def seed_all(seed: int) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_normalisation(training: bool) -> None:
+def test_images_are_normalised(training: bool) -> None:
     images = batch()
     inputs, targets = transform(training, label_smoothing=0.1)(images, LABELS)
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -42,7 +42,7 @@ def test_normalisation(training: bool) -> None:
     assert images.dtype == torch.uint8
 
 
-def test_one_channel() -> None:
+def test_images_of_one_channel_are_normalised() -> None:
     data = DataConfig(mean=(0.1307,), std=(0.3081,))
     inputs, _ = DeviceTransform(data, 5, CPU, training=False)(batch(channels=1), LABELS)
     torch.testing.assert_close(inputs, (batch(channels=1) / 255 - 0.1307) / 0.3081, atol=1e-5, rtol=0)
@@ -79,14 +79,14 @@ def test_mixup_mixes_images_and_targets_alike_and_smooths_once(smoothing: float)
     assert mix.loss_label_smoothing == 0
     seed_all(1)
     inputs, targets = mix(batch(), LABELS)
-    # Solve for the share from the images; the targets must follow from it.
+    # Solve for the fraction from the images; the targets must follow from it.
     other = plain.flip(0)
-    share = float(((inputs - other) * (plain - other)).sum() / (plain - other).square().sum())
-    assert 0 < share < 1
-    torch.testing.assert_close(inputs, share * plain + (1 - share) * other, atol=1e-4, rtol=0)
+    fraction = float(((inputs - other) * (plain - other)).sum() / (plain - other).square().sum())
+    assert 0 < fraction < 1
+    torch.testing.assert_close(inputs, fraction * plain + (1 - fraction) * other, atol=1e-4, rtol=0)
     one_hot = torch.eye(5)[LABELS]
     smooth = one_hot * (1 - smoothing) + smoothing / 5
-    torch.testing.assert_close(targets, share * smooth + (1 - share) * smooth.flip(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(targets, fraction * smooth + (1 - fraction) * smooth.flip(0), atol=1e-4, rtol=0)
 
 
 def test_cutmix_pastes_a_rectangle_and_counts_its_area() -> None:
@@ -95,12 +95,12 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_area() -> None:
     inputs, targets = transform(cutmix=1.0)(batch(), LABELS)
     pasted = (inputs == plain.flip(0)).all(1) & (inputs != plain).any(1)
     assert torch.equal(pasted[0], pasted[1])
-    share = 1 - pasted[0].sum() / 256
-    assert 0 < share < 1
-    torch.testing.assert_close(targets, share * torch.eye(5)[LABELS] + (1 - share) * torch.eye(5)[LABELS].flip(0))
+    fraction = 1 - pasted[0].sum() / 256
+    assert 0 < fraction < 1
+    torch.testing.assert_close(targets, fraction * torch.eye(5)[LABELS] + (1 - fraction) * torch.eye(5)[LABELS].flip(0))
 
 
-def test_mixup_and_cutmix_take_turns() -> None:
+def test_mixup_and_cutmix_alternate_at_random() -> None:
     plain = transform()(batch(), LABELS)[0]
     both = transform(mixup=0.8, cutmix=1.0)
     kept = 0
@@ -111,5 +111,5 @@ def test_mixup_and_cutmix_take_turns() -> None:
     assert 15 < kept < 45
 
 
-def test_without_mixing_the_loss_must_smooth() -> None:
+def test_the_loss_must_smooth_labels_without_mixing() -> None:
     assert transform(label_smoothing=0.1).loss_label_smoothing == 0.1

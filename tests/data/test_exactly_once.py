@@ -1,4 +1,4 @@
-"""No sample is lost or repeated, wherever the processes of a run are killed and whatever number of them goes on."""
+"""No sample is lost or repeated when the processes of a run are killed anywhere, and any number of them resumes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Life:
             rank.start()
 
     def steps_of(self, rank: int) -> dict[int, list[int]]:
-        """What a rank logged, by step."""
+        """Returns what a rank logged, by step."""
         path = self.logs[rank]
         lines = [[int(word) for word in line.split()] for line in path.read_text().splitlines()] if path.exists() else []
         return {step: samples for step, *samples in lines}
@@ -83,7 +83,7 @@ def test_epochs_are_consumed_exactly_once(tmp_path: Path, many: str, last_batch:
     for step, samples in enumerate(consumed):
         assert Counter(samples) == Counter(rows[step * BATCH : (step + 1) * BATCH]), (lives, step)
     if repeats == 1:
-        # Whole epochs of every sample once, and of those that a dropped tail leaves none twice.
+        # A whole epoch has every sample once; an epoch without its tail has none twice.
         whole = Counter(sample for step in consumed for sample in step)
         assert sum(whole.values()) == total * BATCH
         assert max(whole.values()) <= EPOCHS

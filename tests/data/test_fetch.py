@@ -1,4 +1,4 @@
-"""What comes through the network is whole or an error: faults of a real server, of commands, and of what isn't installed."""
+"""Fetched files are complete, or it is an error: faults of a real server, of commands, and missing programs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import pytest
 
 from svite_scale.errors import DataError
 from tests.data.flaky_server import FOREVER, Server, serving
-from tests.data.remote import cache_of, content_of, files_of, write_blobs
+from tests.data.remote import cache_of, content_of, files_of
 
-(NAME,) = NAMES = ("blob-00.tar",)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    assert tuple(write_blobs(folder, 1)) == NAMES
-    (folder / f"{NAME}.index.json").write_text('{"format": 7}')
-    return folder
+NAME = "blob-00.tar"
+INDEX = f'"{NAME}"'
 
 
 @pytest.fixture(scope="module")
 def server(served: Path) -> Iterator[Server]:
+    """One server for all tests here, which ask for different paths."""
     with serving(served) as running:
         yield running
 
@@ -35,7 +29,7 @@ def blob(served: Path) -> bytes:
 
 
 @pytest.mark.parametrize("fault", ["500-2", "503-2", "429-2", "drop-2", "cut-2", "short-2", "flip-2"])
-def test_faults_that_pass_are_overcome(tmp_path: Path, served: Path, server: Server, fault: str) -> None:
+def test_a_shard_is_fetched_after_temporary_faults(tmp_path: Path, served: Path, server: Server, fault: str) -> None:
     url = f"{server.root}/{fault}/{NAME}"
     assert content_of(cache_of(tmp_path), url, blob(served)) == blob(served)
     assert len(server.arrivals()[f"/{fault}/{NAME}"]) == 3
@@ -43,8 +37,8 @@ def test_faults_that_pass_are_overcome(tmp_path: Path, served: Path, server: Ser
 
 
 @pytest.mark.parametrize("fault", ["500-2", "drop-2", "cut-2", "short-2"])
-def test_indexes_too(tmp_path: Path, server: Server, fault: str) -> None:
-    assert cache_of(tmp_path).index_text(f"{server.root}/{fault}/{NAME}?key=1") == '{"format": 7}'
+def test_an_index_is_fetched_after_temporary_faults(tmp_path: Path, server: Server, fault: str) -> None:
+    assert cache_of(tmp_path).index_text(f"{server.root}/{fault}/{NAME}?key=1") == INDEX
     assert len(server.arrivals()[f"/{fault}/{NAME}.index.json"]) == 3
     assert files_of(tmp_path) == [f"{NAME}.index.json"]
 
@@ -55,14 +49,14 @@ def test_indexes_too(tmp_path: Path, server: Server, fault: str) -> None:
         (f"502-{FOREVER}", 3, "exit status 22, curl: (22) The requested URL returned error: 502"),
         (f"drop-{FOREVER}", 3, "exit status 52, curl: (52) Empty reply from server"),
         (f"cut-{FOREVER}", 3, "exit status 18, curl: (18) transfer closed with 25000 bytes remaining to read"),
-        (f"short-{FOREVER}", 3, "it ended after 25000 of the 50000 bytes that its index tells"),
-        (f"flip-{FOREVER}", 3, "its SHA-256 isn't the one that its index tells"),
-        (f"long-{FOREVER}", 1, "it has more than the 50000 bytes that its index tells"),
+        (f"short-{FOREVER}", 3, "it ended after 25000 of the 50000 bytes that its index states"),
+        (f"flip-{FOREVER}", 3, "its SHA-256 isn't the one that its index states"),
+        (f"long-{FOREVER}", 1, "it has more than the 50000 bytes that its index states"),
         (f"403-{FOREVER}", 1, "exit status 22, curl: (22) The requested URL returned error: 403"),
         (f"404-{FOREVER}", 1, "exit status 22, curl: (22) The requested URL returned error: 404"),
     ],
 )
-def test_faults_that_stay_are_told_after_the_last_try(
+def test_a_permanent_fault_is_reported_after_the_last_attempt(
     tmp_path: Path, served: Path, server: Server, monkeypatch: pytest.MonkeyPatch, fault: str, attempts: int, reason: str
 ) -> None:
     monkeypatch.setenv("GOPEN_VERBOSE", "1")  # with which webdataset's own check of the exit status does nothing
@@ -77,7 +71,7 @@ def test_faults_that_stay_are_told_after_the_last_try(
     assert files_of(tmp_path) == []
 
 
-def test_waits_double_and_are_spread(tmp_path: Path, served: Path, server: Server) -> None:
+def test_waits_between_attempts_double_and_are_spread(tmp_path: Path, served: Path, server: Server) -> None:
     with pytest.raises(DataError, match=r"attempt 5 of data\.fetch_attempts = 5"):
         content_of(cache_of(tmp_path, attempts=5, backoff_s=0.1), f"{server.root}/500-9/{NAME}", blob(served))
     arrivals = server.arrivals()[f"/500-9/{NAME}"]
@@ -86,7 +80,7 @@ def test_waits_double_and_are_spread(tmp_path: Path, served: Path, server: Serve
     assert len({round(wait / 2**number, 3) for number, wait in enumerate(waits)}) > 1
 
 
-def test_nobody_listens(tmp_path: Path, served: Path) -> None:
+def test_an_error_names_curls_reason_when_no_server_listens(tmp_path: Path, served: Path) -> None:
     with serving(served) as gone:
         url = f"{gone.root}/ok/{NAME}"
     with pytest.raises(DataError, match=r"curl: \(7\) .*attempt 3 of"):
@@ -101,17 +95,17 @@ def test_a_missing_index_names_the_remedy(tmp_path: Path, server: Server) -> Non
     assert "a shard without an index gets one where it is stored (python launch/make_shards.py --index)" in str(caught.value)
 
 
-def test_a_whole_file_that_is_no_index(tmp_path: Path, server: Server) -> None:
-    with pytest.raises(DataError, match=r"it is no JSON .*attempt 3 of"):
+def test_an_index_that_is_no_json_is_refused(tmp_path: Path, server: Server) -> None:
+    with pytest.raises(DataError, match=r"it isn't JSON .*attempt 3 of"):
         cache_of(tmp_path).index_text(f"pipe:echo {server.root}/a.tar")
     assert files_of(tmp_path) == []
 
 
-def test_commands(tmp_path: Path, served: Path) -> None:
+def test_a_command_gives_shard_and_index(tmp_path: Path, served: Path) -> None:
     cache = cache_of(tmp_path)
     url = f"pipe:cat '{served}/{NAME}' | cat"
     assert content_of(cache, url, blob(served)) == blob(served)
-    assert cache.index_text(url) == '{"format": 7}'
+    assert cache.index_text(url) == INDEX
     assert files_of(tmp_path) == [NAME, f"{NAME}.index.json"]
 
 
@@ -126,7 +120,9 @@ def test_commands(tmp_path: Path, served: Path) -> None:
         ("true {}", "it ended after 0 of the 50000 bytes"),
     ],
 )
-def test_commands_that_fail(tmp_path: Path, served: Path, capfd: pytest.CaptureFixture[str], command: str, reason: str) -> None:
+def test_a_failed_command_is_reported_by_its_last_words(
+    tmp_path: Path, served: Path, capfd: pytest.CaptureFixture[str], command: str, reason: str
+) -> None:
     with pytest.raises(DataError, match=f"can't be fetched: {reason}"):
         content_of(cache_of(tmp_path, attempts=2), f"pipe:{command.format(served / NAME)}", blob(served))
     assert capfd.readouterr() == ("", "")
@@ -139,7 +135,7 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize(("scheme", "program"), [("s3", "aws"), ("gs", "gsutil")])
-def test_object_stores_by_their_own_programs(
+def test_object_stores_are_read_by_their_own_programs(
     tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, program: str
 ) -> None:
     bin_folder = tmp_path / "bin"
@@ -150,7 +146,7 @@ def test_object_stores_by_their_own_programs(
     (bin_folder / program).chmod(0o755)
     cache, url = cache_of(tmp_path / "cache"), f"{scheme}://bucket/{NAME}"
     assert content_of(cache, url, blob(served)) == blob(served)
-    assert cache.index_text(url) == '{"format": 7}'
+    assert cache.index_text(url) == INDEX
 
 
 @pytest.mark.parametrize(

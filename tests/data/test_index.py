@@ -17,8 +17,8 @@ import pytest
 from svite_scale.data.format.index import (
     DAY_NS,
     build_index,
-    confirm,
-    damage,
+    confirm_index,
+    find_damage,
     is_indexed,
     load_index,
     parse_index,
@@ -54,18 +54,18 @@ def test_a_sidecar_gives_back_what_was_saved(tmp_path: Path) -> None:
     shard = make_tar(
         tmp_path / "a.tar", [part for name in names for part in ((f"{name}.png", contents[name]), (f"{name}.cls", b"3"))]
     )
-    built, left_out = build_index(shard, plan="of mine")
+    built, left_out = build_index(shard, source_digest="of mine")
     assert not left_out
     save_index(built)
     loaded = load_index(shard)
-    assert (loaded.size, loaded.sha256, loaded.plan, loaded.keys) == (built.size, built.sha256, "of mine", names)
+    assert (loaded.size, loaded.sha256, loaded.source_digest, loaded.keys) == (built.size, built.sha256, "of mine", names)
     assert loaded.lengths.tolist() == [2, 2, 0, 3]
     for column in ("offsets", "lengths", "labels"):
         assert getattr(built, column).dtype == getattr(loaded, column).dtype
         np.testing.assert_array_equal(getattr(built, column), getattr(loaded, column))
 
 
-def test_patterns(tmp_path: Path) -> None:
+def test_a_pattern_names_its_shards(tmp_path: Path) -> None:
     shards = write_shards(numbered(12), tmp_path, "train", 4)
 
     def names(pattern: str) -> list[str]:
@@ -93,7 +93,7 @@ def test_patterns(tmp_path: Path) -> None:
         ("/train-{000000..000003.tar", "unbalanced braces"),
     ],
 )
-def test_patterns_that_fail(tmp_path: Path, pattern: str, message: str) -> None:
+def test_bad_patterns_are_refused(tmp_path: Path, pattern: str, message: str) -> None:
     write_shards(numbered(12), tmp_path, "train", 4)
     with pytest.raises(DataError, match=message):
         load_indexes(f"{tmp_path}{pattern}" if pattern else "", "data.train")
@@ -159,7 +159,7 @@ def changed(tmp_path: Path, **fields: Any) -> str:
         ({"size": -1}, "beyond the tar's end"),
     ],
 )
-def test_texts_that_are_no_index(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_a_text_that_is_no_index_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     text = changed(tmp_path, **fields)
     with pytest.raises(DataError, match=rf"^the index .*{message}"):
         parse_index(text, tmp_path / "a.tar", "the index", "again")
@@ -168,24 +168,24 @@ def test_texts_that_are_no_index(tmp_path: Path, fields: dict[str, Any], message
 @pytest.mark.parametrize(
     "text", ["", "[]", "7", '{"format": 2, "size":', "[" * 200_000, '{"format": 2, "size": 1' + "0" * 5000 + "}"]
 )
-def test_texts_that_are_no_record(text: str) -> None:
+def test_a_text_that_is_no_record_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"the index is not a readable index .*; again"):
         parse_index(text, Path("a.tar"), "the index", "again")
 
 
-def test_damage_that_keeps_the_size_shows_in_the_checksum(tmp_path: Path) -> None:
+def test_the_checksum_shows_damage_that_keeps_the_size(tmp_path: Path) -> None:
     fine, flipped, cut = write_shards(numbered(6), tmp_path, "train", 2)
     overwrite(flipped, 700, bytes([flipped.read_bytes()[700] ^ 1]))
     os.truncate(cut, 600)
     assert load_index(flipped).count == 2  # at start only sizes are compared
-    assert damage(fine) == ""
-    assert "train-000001.tar is damaged, or its index is stale: its checksum is" in damage(flipped)
-    assert "stale: it describes a tar of" in damage(cut)
+    assert find_damage(fine) == ""
+    assert "train-000001.tar is damaged, or its index is stale: its checksum is" in find_damage(flipped)
+    assert "stale: it describes a tar of" in find_damage(cut)
     cut.unlink()
-    assert "can't be read" in damage(cut)
+    assert "can't be read" in find_damage(cut)
 
 
-def test_ranks_verify_checksums_of_a_share_each(tmp_path: Path) -> None:
+def test_each_rank_verifies_the_checksums_of_some_shards(tmp_path: Path) -> None:
     shards = write_shards(numbered(10), tmp_path, "train", 2)
     indexes = load_indexes(str(tmp_path))
     for rank in range(3):
@@ -219,7 +219,7 @@ def write_labels(shard: Path, labels: list[int], seconds: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("later", [-100, 100])
-def test_a_tar_that_changed_at_equal_size_is_indexed_anew(
+def test_a_tar_is_indexed_again_when_it_changed_at_equal_size(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], later: int
 ) -> None:
     """Also by one that is older."""
@@ -264,7 +264,7 @@ def copy_without_times(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("copy", [None, copy_with_times, copy_with_whole_seconds, copy_without_times])
-def test_a_start_warns_of_a_tar_that_is_newer_than_its_index_and_of_no_copy(
+def test_a_start_warns_of_a_tar_that_is_newer_than_its_index_but_not_of_a_copy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, copy: Callable[[Path, Path], None] | None
 ) -> None:
     shards = write_shards(numbered(6), tmp_path, "train", 2)
@@ -281,13 +281,13 @@ def test_a_start_warns_of_a_tar_that_is_newer_than_its_index_and_of_no_copy(
     (record,) = caplog.records
     assert "2 shards are newer than their indexes (train-000001.tar is the first)" in record.getMessage()
     assert f"make_shards.py --index '{shards[0].parent}'" in record.getMessage()
-    assert all(confirm(shard) for shard in shards)
+    assert all(confirm_index(shard) for shard in shards)
     caplog.clear()
     load_indexes(str(shards[0].parent), "data.train")
     assert not caplog.records
 
 
-def test_indexes_that_are_no_files(tmp_path: Path) -> None:
+def test_an_index_that_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
     (shard,) = write_shards(numbered(2), tmp_path, "train", 2)
     sidecar_path(shard).unlink()
     os.mkfifo(sidecar_path(shard))

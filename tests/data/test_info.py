@@ -1,4 +1,4 @@
-"""What stands beside shards: a split is written as timm reads it, and shards that it lists must be there."""
+"""``_info.json`` beside shards: timm can read it, and the shards that it lists must exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_split(folder: Path, split: str, count: int, classes: list[str] | None 
     return shards
 
 
-def test_splits_are_added(tmp_path: Path) -> None:
+def test_a_split_is_added_to_the_others(tmp_path: Path) -> None:
     write_split(tmp_path, "val", 6)
     write_split(tmp_path, "train", 9, ["a", "b"])
     splits = json.loads((tmp_path / "_info.json").read_text())["splits"]
@@ -92,7 +92,7 @@ def test_a_file_of_another_kind_is_never_overwritten_and_does_not_hinder_trainin
     assert find_shards(str(tmp_path), "data.train") == shards
 
 
-def test_a_missing_shard_is_noticed_by_every_pattern_that_means_it(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named_by_every_pattern_that_includes_it(tmp_path: Path) -> None:
     train, val = write_split(tmp_path, "train", 12), write_split(tmp_path, "val", 8)
     train[1].unlink()
     for pattern in ("", "/*.tar", "/train-*.tar", "/train-00000[0-9].tar", "/{train,val}-*.tar"):
@@ -104,7 +104,7 @@ def test_a_missing_shard_is_noticed_by_every_pattern_that_means_it(tmp_path: Pat
     assert find_shards(f"{tmp_path}/train-00000[02].tar", "data.train") == [train[0], train[2]]
 
 
-def test_compressed_shards_in_a_folder_are_not_passed_over(tmp_path: Path) -> None:
+def test_compressed_shards_in_a_folder_are_refused(tmp_path: Path) -> None:
     shards = write_shards(numbered(4), tmp_path, "train", 2)
     make_tar(tmp_path / "train-000002.tar.gz", [("a.png", b"x"), ("a.cls", b"1")], mode="w:gz")
     with pytest.raises(DataError, match=r"train-000002\.tar\.gz is compressed; unpack it"):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data.format.labels import label_number, read_classes, read_labels
+from svite_scale.data.format.labels import parse_label, read_classes, read_labels
 from svite_scale.errors import DataError
 
 CLASSES = {"n01": 0, "n02": 1}
 
 
-def test_lists(tmp_path: Path) -> None:
+def test_lists_of_classes_and_labels_are_read(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("n02\n n01 \ntench, Tinca\n\n\n")
     assert read_classes(path) == {"n02": 0, "n01": 1, "tench, Tinca": 2}
@@ -50,9 +50,9 @@ def test_lists(tmp_path: Path) -> None:
         (1, {"1": 0, "0": 1}, 0),
     ],
 )
-def test_numbers_and_names(value: object, classes: dict[str, int] | None, label: int | None) -> None:
+def test_a_label_is_a_number_or_a_name(value: object, classes: dict[str, int] | None, label: int | None) -> None:
     """A class may be called by a number, which then comes before the class of that number."""
-    assert label_number(value, classes) == label
+    assert parse_label(value, classes) == label
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_numbers_and_names(value: object, classes: dict[str, int] | None, label:
         ("a\nb/c\n", "line 2 is 'b/c'"),
         (".\n", "line 1 is '.'; write the name of one class folder"),
         ("a\n..\n", "line 2 is '..'"),
-        ("a\nb\na\n", "line 3: 'a' stands on line 1 too"),
+        ("a\nb\na\n", "line 3: 'a' is on line 1 too"),
     ],
 )
-def test_classes_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_lists_of_classes_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "classes.txt"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"classes.txt.*{message}"):
@@ -81,17 +81,17 @@ def test_classes_that_are_refused(tmp_path: Path, text: str, message: str) -> No
         ("a.jpg 1\n\nb.jpg 2\n", "line 2 is ''"),
         ("a.jpg 1\nb.jpg n01\n", "line 2 is 'b.jpg n01'"),
         ("a.jpg -1\n", "line 1"),
-        ("a.jpg 1\nb.jpg 1\na.jpg 2\n", "line 3: 'a.jpg' stands there twice"),
+        ("a.jpg 1\nb.jpg 1\na.jpg 2\n", "line 3: 'a.jpg' is listed twice"),
     ],
 )
-def test_labels_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_lists_of_labels_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "val.txt"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"val\.txt.*{message}"):
         read_labels(path, None)
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for name in ("nowhere", "binary"):
         with pytest.raises(DataError, match=rf"{name} can't be read"):

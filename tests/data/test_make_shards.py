@@ -9,11 +9,11 @@ from types import ModuleType
 import pytest
 import webdataset
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
 from svite_scale.data.format.index import sidecar_path
-from svite_scale.data.format.patterns import load_indexes
+from svite_scale.data.format.patterns import largest_label, load_indexes
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.data.make.shards import write_shards
+from svite_scale.data.options import AugmentConfig, DataConfig
 from tests.data.numbered import numbered, picture
 from tests.data.tars import make_tar, overwrite
 
@@ -31,12 +31,10 @@ def test_digits_from_the_command_line_train_and_evaluate(
     assert f"data.val='{val}'\n" in output
     assert [index.count for index in load_indexes(train)] == [1500, 1500, 1000]
     config = DataConfig(train=train, val=val, workers=0, mean=(0.13,), std=(0.31,), augment=AugmentConfig(recipe="affine"))
-    data = TrainData(
-        config, image_size=28, in_channels=1, global_batch_size=64, accumulation_steps=1, rank=0, world_size=1, seed=0
-    )
-    assert (data.num_samples, data.num_classes) == (4000, 10)
+    data = TrainData(config, image_shape=(1, 28, 28), global_batch_size=64, seed=0)
+    assert (data.num_samples, largest_label(data.indexes)[0]) == (4000, 9)
     assert next(data.batches(5)).images.shape == (64, 1, 28, 28)
-    assert EvalData(config, image_size=28, in_channels=1, batch_size=64, rank=0, world_size=1).num_samples == 1000
+    assert EvalData(config, image_shape=(1, 28, 28), batch_size=64).num_samples == 1000
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert command.main(arguments) == 0
@@ -44,7 +42,9 @@ def test_digits_from_the_command_line_train_and_evaluate(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_an_unfinished_output_is_finished(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_output_is_completed_by_the_same_command(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "--source",
         "photographs",
@@ -71,7 +71,7 @@ def test_an_unfinished_output_is_finished(command: ModuleType, tmp_path: Path, c
     assert (tmp_path / "val-000002.tar").stat() == kept
 
 
-def test_a_folder_of_images(command: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_of_images_is_written(command: ModuleType, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(3):
@@ -83,7 +83,7 @@ def test_a_folder_of_images(command: ModuleType, tmp_path: Path) -> None:
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
 
 
-def test_what_makes_no_sample_is_counted(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_no_samples_are_counted(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in (
         "ant/a.png",
         "ant/b.webp",
@@ -112,7 +112,7 @@ def test_what_makes_no_sample_is_counted(command: ModuleType, tmp_path: Path, ca
     assert [load_indexes(str(shard))[0].count for shard in shards] == [2, 2]
 
 
-def test_a_flat_folder_with_labels(command: ModuleType, tmp_path: Path) -> None:
+def test_a_flat_folder_is_written_with_a_list_of_labels(command: ModuleType, tmp_path: Path) -> None:
     for folder in ("train/wolf", "train/ant", "val"):
         (tmp_path / folder).mkdir(parents=True)
     for number, file in enumerate(["train/wolf/a.png", "train/ant/b.png", "val/x y.png", "val/z.PNG", "val/other.png"]):
@@ -129,7 +129,9 @@ def test_a_flat_folder_with_labels(command: ModuleType, tmp_path: Path) -> None:
     assert found == {"a": (picture(0), 0), "b": (picture(1), 1), "x-y": (picture(2), 1), "z": (picture(3), 0)}
 
 
-def test_splits_whose_labels_would_disagree(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_with_different_classes_are_refused(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for file in ("train/ant/a.png", "train/bee/a.png", "val/bee/a.png"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).write_bytes(picture(1))
@@ -140,7 +142,7 @@ def test_splits_whose_labels_would_disagree(command: ModuleType, tmp_path: Path,
     assert command.main(["--source", f"{tmp_path}/train", *out, "val"]) == 0
 
 
-def test_indexing(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_stale_indexes_are_written(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing, stale, other, fine = write_shards(numbered(8), tmp_path, "train", 2)
     expected = {shard: sidecar_path(shard).read_bytes() for shard in (missing, other, fine)}
     sidecar_path(missing).unlink()
@@ -156,7 +158,7 @@ def test_indexing(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "every shard has its index already\n"
 
 
-def test_indexing_others_shards_in_place(command: ModuleType, tmp_path: Path) -> None:
+def test_shards_of_others_are_indexed_in_place(command: ModuleType, tmp_path: Path) -> None:
     shard = make_tar(
         tmp_path / "a.tar",
         [(f"n0{i}/{i}.JPEG", picture(i, "jpg")) for i in (1, 2)] + [("n01/1.json", b'{"c": 8}'), ("n02/2.json", b'{"c": 9}')],
@@ -173,7 +175,7 @@ def test_indexing_others_shards_in_place(command: ModuleType, tmp_path: Path) ->
     assert shard.read_bytes() == content
 
 
-def test_one_odd_shard_leaves_the_others_to_be_indexed(
+def test_other_shards_are_indexed_when_one_is_bad(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latin = make_tar(tmp_path / "a.tar", [("caf\udce9.jpg", b"x"), ("caf\udce9.cls", b"1")])

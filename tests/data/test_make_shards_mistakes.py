@@ -26,10 +26,10 @@ from tests.data.conftest import ROOT, SCRIPT
         (["--source", "photographs", "--count", "-3", "--out", "{}"], "--count is -3; use at least 1"),
         (["--source", "photographs", "--samples-per-shard", "0", "--out", "{}"], "--samples-per-shard is 0; use at"),
         (["--source", "photographs", "--count", "1", "--out", "/dev/null/x"], "--out /dev/null/x can't be written to ("),
-        (["--source", "photographs", "--count", "1", "--out", "/dev/null"], "File exists: '/dev/null'); make room or mend"),
+        (["--source", "photographs", "--count", "1", "--out", "/dev/null"], "File exists: '/dev/null'); make room or repair"),
     ],
 )
-def test_mistakes_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert command.main([argument.format(tmp_path) for argument in arguments]) == 2
@@ -41,13 +41,13 @@ def test_mistakes_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "again"),
     [
-        (["--source", "photographs", "--out", "{}"], "goes on where it stopped"),
-        (["--index", "{}"], "goes on where it stopped"),
-        (["--index", "{}", "--label-key", "label"], "begins anew"),
-        (["--verify", "{}"], "begins anew"),
+        (["--source", "photographs", "--out", "{}"], "resumes where it stopped"),
+        (["--index", "{}"], "resumes where it stopped"),
+        (["--index", "{}", "--label-key", "label"], "starts again"),
+        (["--verify", "{}"], "starts again"),
     ],
 )
-def test_interrupted(
+def test_an_interrupted_command_says_how_to_resume(
     command: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -87,14 +87,16 @@ def test_interrupted(
         ["--verify", "x", "--label-key", "y"],
     ],
 )
-def test_usage(command: ModuleType, arguments: list[str]) -> None:
+def test_wrong_usage_is_refused(command: ModuleType, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main(arguments)
     assert caught.value.code == 2
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_full_disk(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_a_full_disk_is_reported_in_one_line(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
     """A bound on the size of files stands in for it."""
     arguments = ["--source", "photographs", "--count", "4", "--samples-per-shard", "1", "--out", str(tmp_path)]
     unbounded = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -103,7 +105,9 @@ def test_a_full_disk(command: ModuleType, tmp_path: Path, capsys: pytest.Capture
         assert command.main([*arguments, "--workers", workers]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unbounded)
-    message = f"error: --out {tmp_path} can't be written to ([Errno 27] File too large); make room or mend it and give the same"
+    message = (
+        f"error: --out {tmp_path} can't be written to ([Errno 27] File too large); make room or repair it and give the same"
+    )
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert command.main(arguments) == 0

@@ -1,4 +1,4 @@
-"""The global order: a permutation in windows, repeated augmentation, ranks' rows, exactly-once evaluation."""
+"""The global order: a permutation in shuffle groups, repeated augmentation, ranks' rows, exactly-once evaluation."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ GOLDEN = [9, 8, 6, 10, 5, 11, 4, 7, 0, 3, 2, 1]
 GOLDEN_HASH = "6398a9a17a5c7109"
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
-def test_an_epoch_is_a_permutation(window: int) -> None:
-    order = epoch_order(COUNTS, seed=1, epoch=2, shuffle_shards=window, repeats=1)
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 100])
+def test_an_epoch_is_a_permutation(group: int) -> None:
+    order = epoch_order(COUNTS, seed=1, epoch=2, shuffle_shards=group, repeats=1)
     assert order.shape == (TOTAL, 2)
     assert order.dtype == np.int64
     assert sorted(order[:, 0]) == list(range(TOTAL))
     assert not order[:, 1].any()
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_samples_stay_within_windows_of_permuted_shards(window: int) -> None:
-    order = epoch_order(COUNTS, seed=1, epoch=2, shuffle_shards=window, repeats=1)[:, 0]
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_samples_stay_within_groups_of_permuted_shards(group: int) -> None:
+    order = epoch_order(COUNTS, seed=1, epoch=2, shuffle_shards=group, repeats=1)[:, 0]
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
     seen: list[int] = []
     position = 0
     while position < TOTAL:
-        # Grow a window until it holds `window` shards completely; the empty shard may count among them unseen.
+        # Grow a group until it holds `group` shards completely; the empty shard may count among them unseen.
         shards: set[int] = set()
         size = 0
         while size == 0 or size < sum(COUNTS[shard] for shard in shards):
             shards.add(int(shard_of[order[position + size]]))
             size += 1
-        assert len(shards) <= window
+        assert len(shards) <= group
         seen += sorted(shards)
         position += size
-    assert sorted(seen) == [0, 1, 2, 3, 4, 6]  # no shard is in two windows
+    assert sorted(seen) == [0, 1, 2, 3, 4, 6]  # no shard is in two groups
 
 
-def test_shards_are_permuted_and_samples_mixed_within_a_window() -> None:
+def test_shards_are_permuted_and_samples_mixed_within_a_group() -> None:
     counts = [50] * 8
     shard_of = np.repeat(np.arange(8), counts)
     ordered = shard_of[epoch_order(counts, seed=0, epoch=0, shuffle_shards=1, repeats=1)[:, 0]]
@@ -116,7 +116,7 @@ def test_copies_lie_where_timm_puts_them(world_size: int, repeats: int) -> None:
         assert len(theirs) == stop // world_size
 
 
-def test_a_global_batch_must_divide() -> None:
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="10 rows is not divisible by world size 3"):
         rank_rows(np.zeros((10, 2), dtype=np.int64), 0, 3)
 

@@ -1,4 +1,4 @@
-"""The shards that the command writes are read by the webdataset library and by timm's reader, whole and with equal labels."""
+"""The webdataset library and timm's reader read the shards that the command writes, completely and with equal labels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grey(image: Image.Image) -> int:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_webdataset(written: tuple[Path, dict[str, Samples]], split: str) -> None:
+def test_webdataset_reads_our_shards(written: tuple[Path, dict[str, Samples]], split: str) -> None:
     folder, expected = written
     shards = sorted(str(path) for path in folder.glob(f"{split}-*.tar"))
     plain = webdataset.WebDataset(shards, shardshuffle=False)
@@ -53,7 +53,9 @@ def test_webdataset(written: tuple[Path, dict[str, Samples]], split: str) -> Non
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_timm(written: tuple[Path, dict[str, Samples]], split: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_timm_reads_our_shards_for_evaluation(
+    written: tuple[Path, dict[str, Samples]], split: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """By the name of a split, which it looks up in ``_info.json``, as its training script does with ``--dataset wds/``."""
     folder, expected = written
     dataset = create_dataset("wds/", root=str(folder), split=split, batch_size=4)
@@ -62,14 +64,14 @@ def test_timm(written: tuple[Path, dict[str, Samples]], split: str, caplog: pyte
     assert not caplog.records  # it logs what it drops
 
 
-def test_timm_in_training(written: tuple[Path, dict[str, Samples]]) -> None:
+def test_timm_reads_our_shards_for_training(written: tuple[Path, dict[str, Samples]]) -> None:
     """It shuffles; an epoch is as long as the split."""
     folder, expected = written
     reader = ReaderWds(str(folder), split="train", is_training=True, batch_size=1)
     assert Counter((grey(image), label) for image, label in reader) == expected["train"]
 
 
-def test_timm_by_shards(written: tuple[Path, dict[str, Samples]]) -> None:
+def test_timm_reads_our_shards_by_pattern(written: tuple[Path, dict[str, Samples]]) -> None:
     folder, expected = written
     reader = ReaderWds(str(folder), split="val-{000000..000001}.tar|9")
     assert Counter((grey(image), label) for image, label in reader) == expected["val"]

@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an uninterrupted process writes."""
+    """The files that an uninterrupted process writes."""
     folder = tmp_path_factory.mktemp("whole")
     assert write(image_folder(images), folder, 1) == NUM_SHARDS
     return contents(folder)
@@ -97,7 +97,7 @@ def ended(child: int) -> bool:
     return os.waitpid(child, os.WNOHANG)[0] == child
 
 
-def test_killed_at_random_and_run_again_gives_the_same_bytes(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_writing_gives_the_same_bytes_after_random_kills(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """Each kill comes at a random moment after a few more files have appeared, among them unfinished ones."""
     draw = random.Random(7)
     workers = set()
@@ -106,7 +106,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(images: Path, whole
         appear = len(list(tmp_path.iterdir())) + draw.randrange(8)
         while not (finished := ended(child)) and len(list(tmp_path.iterdir())) < appear:
             time.sleep(0.0002)
-        if finished:  # too late for a kill: begin anew with a part of it
+        if finished:  # too late for a kill: begin again with a part of it
             for path in sorted(tmp_path.iterdir())[::3]:
                 path.unlink()
             continue
@@ -122,7 +122,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(images: Path, whole
     assert contents(tmp_path) == whole
 
 
-def test_the_command_itself_killed(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_resumes_after_it_is_killed(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "make_shards.py"), "--source", str(images), "--out", str(tmp_path)]
     command += ["--samples-per-shard", str(PER_SHARD), "--workers", "3"]
     process = subprocess.Popen(

@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data.format.index import sidecar_path
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.loader import Batch
-from svite_scale.data.remote.cache import ShardCache
+from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
-from tests.data.numbered import eval_data, grey_config, train_data, write_numbered
-from tests.data.remote import files_of, in_processes
+from tests.data.numbered import assert_same_batches, eval_data, grey_config, train_data
+from tests.data.remote import files_of, in_processes, link_shards
 
 SHARDS = [f"train-{number:06d}.tar" for number in range(6)]
 BRACES = "train-{000000..000005}.tar"
@@ -23,9 +21,8 @@ BATCH, STEPS = 12, 9
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    write_numbered(folder, 53, 10)
+def served(many: str) -> Path:
+    folder = Path(many).parent
     assert sorted(path.name for path in folder.glob("*.tar")) == SHARDS
     return folder
 
@@ -40,11 +37,6 @@ def training(config: DataConfig, rank: int = 0) -> list[Batch]:
     return list(train_data(config, BATCH, 1, rank, 2).batches(0, STEPS))
 
 
-def assert_same(left: list[Batch], right: list[Batch]) -> None:
-    for one, other in zip(left, right, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def save_training(config: DataConfig, rank: int, path: Path) -> None:
     torch.save([tuple(batch) for batch in training(config, rank)], path)
 
@@ -55,17 +47,17 @@ def test_training_over_http_gives_the_samples_of_local_files(tmp_path: Path, ser
     local = config_of(f"{served}/{BRACES}", tmp_path / "unused", 0)
     in_processes(save_training, [(remote, rank, tmp_path / f"{rank}.pt") for rank in range(2)])
     for rank in range(2):
-        assert_same([Batch(*batch) for batch in torch.load(tmp_path / f"{rank}.pt")], training(local, rank))
+        assert_same_batches([Batch(*batch) for batch in torch.load(tmp_path / f"{rank}.pt")], training(local, rank))
     # Every shard, and its index: once cut short, and once whole.
     assert server.requests() == dict.fromkeys([*SHARDS, *(f"{name}.index.json" for name in SHARDS)], 2)
     assert files_of(tmp_path / "cache") == sorted([*SHARDS, *(f"{name}.index.json" for name in SHARDS)])
     assert not (tmp_path / "unused").exists()
 
 
-def test_training_through_a_cache_that_holds_two_shards_of_six(tmp_path: Path, served: Path, server: Server) -> None:
+def test_training_works_through_a_cache_that_holds_two_shards_of_six(tmp_path: Path, served: Path, server: Server) -> None:
     shard = max(path.stat().st_size for path in served.glob("*.tar"))
     small = config_of(f"{server.root}/ok/{BRACES}", tmp_path / "cache", 0, cache_gb=(2 * shard + 2_000) / 1e9)
-    assert_same(training(small), training(config_of(str(served), tmp_path, 0)))
+    assert_same_batches(training(small), training(config_of(str(served), tmp_path, 0)))
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file()) <= 2 * shard + 2_000
     with pytest.raises(ConfigError, match=r"doesn't hold the data\.shuffle_shards = 3 shards"):
         train_data(config_of(small.train, tmp_path / "cache", 0, cache_gb=small.cache_gb, shuffle_shards=3), BATCH)
@@ -73,12 +65,12 @@ def test_training_through_a_cache_that_holds_two_shards_of_six(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_over_commands(tmp_path: Path, served: Path, workers: int) -> None:
+def test_evaluation_through_commands_gives_the_samples_of_local_files(tmp_path: Path, served: Path, workers: int) -> None:
     remote = config_of(f"pipe:cat {served}/{BRACES}", tmp_path / "cache", workers)
-    assert_same(list(eval_data(remote, 8)), list(eval_data(config_of(str(served), tmp_path, 0), 8)))
+    assert_same_batches(list(eval_data(remote, 8)), list(eval_data(config_of(str(served), tmp_path, 0), 8)))
 
 
-def test_nothing_is_fetched_but_the_indexes_before_a_sample_is_read(tmp_path: Path, server: Server) -> None:
+def test_only_indexes_are_fetched_before_a_sample_is_read(tmp_path: Path, server: Server) -> None:
     config = config_of(f"{server.root}/ok/{BRACES}", tmp_path, 0)
     train_data(config, BATCH), eval_data(config, BATCH)
     assert server.requests() == {f"{name}.index.json": 1 for name in SHARDS}
@@ -86,11 +78,7 @@ def test_nothing_is_fetched_but_the_indexes_before_a_sample_is_read(tmp_path: Pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_can_not_be_fetched_ends_the_stream_with_its_url(tmp_path: Path, served: Path, workers: int) -> None:
-    (tmp_path / "shards").mkdir()
-    for name in SHARDS:
-        for path in (served / name, sidecar_path(served / name)):
-            (tmp_path / "shards" / path.name).symlink_to(path)
-    (tmp_path / "shards" / SHARDS[3]).unlink()
+    link_shards(served, tmp_path / "shards", missing=SHARDS[3])
     pattern = f"pipe:cat {tmp_path}/shards/{BRACES}"
     config = config_of(pattern, tmp_path / "cache", workers, fetch_attempts=1)
     with pytest.raises(DataError, match=r"^pipe:cat .*-000003\.tar can't be fetched: exit status 1, cat: .*") as caught:
@@ -100,18 +88,18 @@ def test_a_shard_that_can_not_be_fetched_ends_the_stream_with_its_url(tmp_path: 
 
 def test_messages_about_a_shard_have_its_url(served: Path, tmp_path: Path) -> None:
     url = f"pipe:cat {served}/{SHARDS[0]}"
-    (index,) = load_indexes(url, "data.val", ShardCache(tmp_path, 10**6, 1))
+    (index,) = load_indexes(url, "data.val", DataConfig(cache_dir=str(tmp_path)))
     assert f"{index.path}" == url
 
 
-def test_an_index_that_is_none_is_named_and_forgotten(tmp_path: Path) -> None:
+def test_a_bad_index_is_named_and_removed_from_the_cache(tmp_path: Path) -> None:
     (tmp_path / "a.tar.index.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match=rf"^pipe:cat {tmp_path}/a\.tar\.index\.json has format 99, .*make_shards\.py --index"):
-        load_indexes(f"pipe:cat {tmp_path}/a.tar", "data.val", ShardCache(tmp_path / "cache", 10**6, 1))
+        load_indexes(f"pipe:cat {tmp_path}/a.tar", "data.val", DataConfig(cache_dir=str(tmp_path / "cache"), fetch_attempts=1))
     assert files_of(tmp_path / "cache") == []
 
 
 def test_the_first_missing_index_ends_the_start(tmp_path: Path, server: Server) -> None:
     with pytest.raises(DataError, match=r"/ok/x-0000\.tar\.index\.json can't be fetched: .* 404"):
-        load_indexes(f"{server.root}/ok/x-{{0000..0999}}.tar", "data.val", ShardCache(tmp_path / "cache", 10**6, 5))
+        load_indexes(f"{server.root}/ok/x-{{0000..0999}}.tar", "data.val", DataConfig(cache_dir=str(tmp_path / "cache")))
     assert sum(server.requests().values()) < 500

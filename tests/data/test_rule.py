@@ -19,7 +19,7 @@ from svite_scale.data.format.rule import MAX_IMAGE_BYTES
 from svite_scale.data.format.scan import scan_tar
 from svite_scale.data.make.folder import image_folder
 from svite_scale.errors import DataError
-from tests.data.numbered import picture
+from tests.data.numbered import picture, samples_of
 from tests.data.tars import make_tar
 
 CLASSES = {"__background__": 0, "Cat.v2": 1, "10": 2, "caf\udce9 noir": 3}
@@ -62,9 +62,9 @@ def expected(root: Path) -> Counter[tuple[bytes, int]]:
     return Counter(((root / file).read_bytes(), CLASSES[file.partition("/")[0]]) for file in IMAGES)
 
 
-def test_a_folder(root: Path) -> None:
+def test_the_rule_holds_for_a_folder(root: Path) -> None:
     source = image_folder(root, CLASSES)
-    assert Counter((sample.image, sample.label) for sample in source.samples) == expected(root)
+    assert Counter((sample.image, sample.label) for sample in samples_of(source)) == expected(root)
     assert source.left_out == LEFT_OUT
 
 
@@ -74,7 +74,7 @@ def test_a_folder(root: Path) -> None:
     ids=["dotted", "bare", "in a folder", "in a dotted folder"],
 )
 @pytest.mark.parametrize("format", ["gnu", "pax"])
-def test_a_tar_of_that_folder(root: Path, tmp_path: Path, packed: list[str], format: str) -> None:
+def test_the_rule_holds_for_a_tar_of_that_folder(root: Path, tmp_path: Path, packed: list[str], format: str) -> None:
     files = sorted(os.fsencode(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     (tmp_path / "list").write_bytes(b"\n".join(files) + b"\n")
     command = [
@@ -102,8 +102,10 @@ def test_a_tar_of_that_folder(root: Path, tmp_path: Path, packed: list[str], for
         (["cat/train/1.jpg", "cat/cat/2.jpg", "train/3.jpg"], None),
     ],
 )
-def test_a_folder_around_classes_that_is_called_like_one(tmp_path: Path, names: list[str], labels: list[int] | None) -> None:
-    """Where a path has two classes, all class folders must stand side by side somewhere; no guess is made."""
+def test_a_folder_around_the_classes_may_have_the_name_of_one(
+    tmp_path: Path, names: list[str], labels: list[int] | None
+) -> None:
+    """If a path has two classes, one folder must hold all class folders; otherwise it is an error."""
     shard = make_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
     rule = LabelRule(None, {"cat": 0, "train": 1})
     if labels is None:
@@ -127,18 +129,22 @@ def test_the_remedy_for_a_name_in_cls_works(command: ModuleType, tmp_path: Path,
 @pytest.mark.parametrize("label", [b"1", b"1.0", b"cat"])
 def test_a_number_is_never_taken_for_that_of_a_class_of_another_list(tmp_path: Path, label: bytes) -> None:
     shard = make_tar(tmp_path / "a.tar", [("n05/a.jpg", b"x"), ("n05/a.cls", label)])
-    with pytest.raises(DataError, match=r"\.cls holds b'\S+', which is no class of --classes \(numbers are read without it\)"):
+    with pytest.raises(
+        DataError, match=r"\.cls holds b'\S+', which is no class of --classes \(numbers are labels only without it\)"
+    ):
         scan_tar(shard, LabelRule(None, {"n01": 0, "n02": 1}))
 
 
 @pytest.mark.parametrize("label", [b"3.0", b"\xef\xbb\xbf3\r\n", b" 3.00 "])
-def test_numbers_as_programs_write_them(tmp_path: Path, label: bytes) -> None:
+def test_numbers_with_zero_decimals_are_labels(tmp_path: Path, label: bytes) -> None:
     for name, content in {"a.cls": label, "a.json": b'{"label": 3.0}'}.items():
         shard = make_tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, content)])
         assert [sample.label for sample in scan_tar(shard).samples] == [3]
 
 
-def test_folders_called_by_numbers(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_named_by_numbers_are_sorted_as_text_with_a_warning(
+    command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in range(12):
         (tmp_path / "in" / str(name)).mkdir(parents=True)
         (tmp_path / "in" / str(name) / "a.png").write_bytes(picture(name))
@@ -156,7 +162,7 @@ def test_folders_called_by_numbers(command: ModuleType, tmp_path: Path, capsys: 
         assert content[offset : offset + length] == picture(int(label))
 
 
-def test_what_has_no_content_is_counted_and_never_opened(tmp_path: Path) -> None:
+def test_files_without_content_are_counted_and_never_opened(tmp_path: Path) -> None:
     """Opening a pipe would wait for ever; the links lead to one, to nothing, and to themselves."""
     folder = tmp_path / "in" / "cat"
     folder.mkdir(parents=True)
@@ -174,7 +180,7 @@ def test_what_has_no_content_is_counted_and_never_opened(tmp_path: Path) -> None
         finally:
             os.chdir(here)
         source = image_folder(tmp_path / "in")
-    assert [sample.image for sample in source.samples] == [picture(1, "jpg")]
+    assert [sample.image for sample in samples_of(source)] == [picture(1, "jpg")]
     assert source.left_out == {"special (pipe, socket or device)": 4, ".txt": 2}
     (folder / "gone.jpg").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"gone\.jpg can't be read"):
@@ -187,7 +193,7 @@ def odd(name: str, kind: bytes, linkname: str = "", size: int = 0) -> tarfile.Ta
     return info
 
 
-def test_members_that_are_no_files(tmp_path: Path) -> None:
+def test_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
     """A volume label, a pipe and devices hold nothing; a hard link has the content of its first name."""
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
@@ -210,7 +216,7 @@ def test_members_that_are_no_files(tmp_path: Path) -> None:
         (odd("n/a.jpg", tarfile.GNUTYPE_SPARSE), "is a link, sparse or in parts"),
     ],
 )
-def test_members_without_a_content_in_one_piece(tmp_path: Path, member: tarfile.TarInfo, message: str) -> None:
+def test_members_without_a_content_in_one_piece_are_refused(tmp_path: Path, member: tarfile.TarInfo, message: str) -> None:
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
         tar.addfile(member)

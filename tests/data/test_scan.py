@@ -24,7 +24,7 @@ def labels(shard: Path, rule: LabelRule | None = None) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_of_other_tools(tmp_path: Path, format: int) -> None:
+def test_tars_of_other_tools_are_read(tmp_path: Path, format: int) -> None:
     long = "klass/" + "n" * (150 if format != tarfile.USTAR_FORMAT else 80)
     first, second = picture(1, "jpg"), picture(2)
     members = [
@@ -47,7 +47,7 @@ def test_tars_of_other_tools(tmp_path: Path, format: int) -> None:
     assert left_out == {".seg.png": 1, ".txt": 1, "without extension": 1}
 
 
-def test_labels_in_json(tmp_path: Path) -> None:
+def test_labels_are_read_from_json(tmp_path: Path) -> None:
     members = [
         ("a.jpg", b"x"),
         ("a.json", b'{"label": 7, "fine": "12", "name": "n01443537"}'),
@@ -68,7 +68,7 @@ def test_a_label_of_its_own_comes_before_json_unless_a_field_is_named(tmp_path: 
     assert labels(shard, LabelRule("label")) == {"a": 7, "b": 8}
 
 
-def test_labels_in_class_folders(tmp_path: Path) -> None:
+def test_labels_are_read_from_class_folders(tmp_path: Path) -> None:
     names = ["n01443537/xyz.JPEG", "train/n01440764/abc.v2.jpeg", "n01440764/d.png"]
     shard = make_tar(tmp_path / "nested.tar", [(name, b"x") for name in names])
     expected = {"n01443537/xyz": 1, "train/n01440764/abc.v2": 0, "n01440764/d": 0}
@@ -119,7 +119,7 @@ def test_labels_in_class_folders(tmp_path: Path) -> None:
         ([("n5/a.png", b"x")], LabelRule(None, SYNSETS), "the folder 'n5', which is no class of --classes"),
     ],
 )
-def test_samples_that_are_refused(
+def test_bad_samples_are_refused(
     tmp_path: Path, members: list[tuple[str, bytes]], rule: LabelRule | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -155,15 +155,15 @@ def test_compressed_tars_are_refused_with_the_command_that_unpacks_them(
     members = [("a.png", b"x"), ("a.cls", b"1")]
     with pytest.raises(DataError, match="is compressed") as caught:
         scan_tar(make_tar(tmp_path / name, members, mode=mode))
-    told = str(caught.value).split("unpack it: ")[1]
-    assert told == command.format(tmp_path / "a")
+    advice = str(caught.value).split("unpack it: ")[1]
+    assert advice == command.format(tmp_path / "a")
     if mode == "w:gz":
-        subprocess.run(told, shell=True, check=True)
+        subprocess.run(advice, shell=True, check=True)
         assert labels(tmp_path / "a.tar") == {"a": 1}
 
 
 @pytest.mark.parametrize("name", ["bare.tar", "images.png.gz"])
-def test_not_a_tar(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_no_tar_is_refused(tmp_path: Path, name: str) -> None:
     text = b"no tar\n" * 200
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     with pytest.raises(DataError, match=r"not a readable, uncompressed tar|is compressed"):

@@ -51,7 +51,7 @@ def test_an_interrupted_write_leaves_only_complete_shards(tmp_path: Path) -> Non
 def test_a_rewritten_shard_never_keeps_its_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(numbered(3), tmp_path, "train", 3)
 
-    def killed(shard: Path, plan: str) -> None:
+    def killed(shard: Path, source_digest: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("svite_scale.data.make.shards.build_index", killed)
@@ -83,7 +83,7 @@ def test_the_longest_key_and_extension_fit(tmp_path: Path) -> None:
     assert [sample["__key__"] for sample in webdataset.WebDataset(str(shard), shardshuffle=False)] == [key]
 
 
-def test_no_samples_and_no_room(tmp_path: Path) -> None:
+def test_no_samples_and_empty_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no samples"):
         write_shards([], tmp_path, "train", 3)
     with pytest.raises(DataError, match="samples_per_shard is 0"):

@@ -43,7 +43,7 @@ def test_an_epoch_ends_with_the_step_that_takes_its_last_row(
         assert steps.ends_epoch(step + 1, every) == any((epoch + 1) % every == 0 for epoch in ended)
 
 
-def test_by_hand() -> None:
+def test_steps_of_small_epochs_are_those_counted_by_hand() -> None:
     carry, drop = EpochSteps(10, 4, carry=True), EpochSteps(10, 4, carry=False)
     assert [carry.pieces(step) for step in (1, 2, 4)] == [[(0, 4, 8)], [(0, 8, 10), (1, 0, 2)], [(1, 6, 10)]]
     assert [drop.pieces(step) for step in (1, 2)] == [[(0, 4, 8)], [(1, 0, 4)]]
@@ -54,7 +54,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("batch", [6, 10])
-def test_both_ways_are_one_where_the_batch_divides_the_epoch(batch: int) -> None:
+def test_carry_changes_nothing_when_the_batch_divides_the_epoch(batch: int) -> None:
     carry, drop = EpochSteps(30, batch, carry=True), EpochSteps(30, batch, carry=False)
     assert [carry.pieces(step) for step in range(12)] == [drop.pieces(step) for step in range(12)]
     assert (carry.total(7), carry.per_epoch) == (drop.total(7), drop.per_epoch)

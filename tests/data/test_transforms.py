@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Resize
 
-from svite_scale.config.schema import AugmentConfig, DataConfig
-from svite_scale.data.randomness import seeded
-from svite_scale.data.transforms import augment_ops, eval_transform, thinned_out, to_pil, train_transform, without_ends
+from svite_scale.data.options import AugmentConfig, DataConfig
+from svite_scale.data.randomness import restored_random_state, seed_sample
+from svite_scale.data.transforms import augment_ops, crop_ends, eval_transform, thin_out, to_pil, train_transform
 from svite_scale.errors import ConfigError
 
 
@@ -21,6 +23,14 @@ def noise(width: int, height: int, mode: str = "RGB") -> torch.Tensor:
     channels = {"RGB": 3, "L": 1}[mode]
     array = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators within the block."""
+    with restored_random_state():
+        seed_sample(seed)
+        yield
 
 
 def config(recipe: str, channels: int = 3, **augment: object) -> DataConfig:
@@ -71,7 +81,7 @@ def test_affine_is_light_and_fills_with_black() -> None:
 
 
 def smooth(width: int, height: int, mode: str) -> torch.Tensor:
-    """What a photograph has and noise has not: neighbours alike."""
+    """An image with similar neighbours, like a photograph and unlike noise."""
     coarse = torch.rand(1, len(mode), height // 8, width // 8, generator=torch.Generator().manual_seed(0)) * 255
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0].round().to(torch.uint8)
 
@@ -79,7 +89,7 @@ def smooth(width: int, height: int, mode: str) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (120, 300), (900, 80)])
 def test_crops_are_those_of_timm_and_pillow(width: int, height: int, mode: str) -> None:
-    """The same boxes, resized by another kernel: half a grey level of mean difference, from rounding."""
+    """The boxes are the same, the kernel differs: half a grey level of mean difference, from rounding."""
     image = smooth(width, height, mode)
     ours = train_transform(config("deit", len(mode), auto_augment=""), 64)
     theirs = create_transform(
@@ -131,7 +141,7 @@ def test_posterize_keeps_a_bit_at_every_magnitude(policy: str) -> None:
             op(image)
 
 
-def test_an_image_that_timm_alone_would_fail_on() -> None:
+def test_augmentation_works_where_timm_alone_fails() -> None:
     """Takes the magnitude to its end through timm's own noise; without the clamp Pillow raises here."""
     transform = train_transform(config("deit", auto_augment="rand-m10-n15-mstd0.5-inc1-p1.0"), 24)
     for seed in range(20):
@@ -148,7 +158,7 @@ def test_an_empty_policy_only_crops_and_flips() -> None:
 
 
 @pytest.mark.parametrize("policy", ["random", "rand-q3", "rand-mx9", "original-m3"])
-def test_a_policy_that_timm_does_not_know(policy: str) -> None:
+def test_an_unknown_policy_is_refused(policy: str) -> None:
     with pytest.raises(ConfigError, match=rf"data.augment.auto_augment = '{policy}'"):
         train_transform(config("deit", auto_augment=policy), 24)
 
@@ -156,7 +166,7 @@ def test_a_policy_that_timm_does_not_know(policy: str) -> None:
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("recipe", ["eval", "none", "affine", "deit"])
 def test_a_thin_image_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch, recipe: str, transpose: bool) -> None:
-    """Resized as a whole by its short side it would take gigabytes. Some of its pixels are looked at, here of one colour."""
+    """Resizing all of it by its short side would take gigabytes. Only some of its pixels are used, here of one colour."""
     resized: list[int] = []
     resize = Image.Image.resize
 
@@ -177,7 +187,7 @@ def test_a_thin_image_costs_no_more_than_others(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_evaluation_of_a_thin_image_takes_its_centre() -> None:
-    """As the whole would be resized, which is small enough at this size."""
+    """The result equals that of resizing the whole image, which is small enough here."""
     image = smooth(8 * 700, 8, "RGB")
     whole = to_pil(image).resize((256 * 700, 256), Image.Resampling.BICUBIC)
     left = round((whole.width - 224) / 2)
@@ -185,10 +195,10 @@ def test_evaluation_of_a_thin_image_takes_its_centre() -> None:
     assert (eval_transform(DataConfig(), 224)(image).int() - expected.int()).abs().max() <= 1
 
 
-def test_ordinary_images_are_seen_whole() -> None:
+def test_ordinary_images_are_not_cropped_before_resizing() -> None:
     """Up to the largest side of a JPEG, and to 64 times as long as wide."""
     for height, width in ((1, 64), (64, 1), (300, 500)):
-        assert without_ends(noise(width, height)).shape == (3, height, width)
+        assert crop_ends(noise(width, height)).shape == (3, height, width)
     for height, width in ((1, 65535), (65535, 1)):
-        assert thinned_out(torch.zeros(3, height, width)).shape == (3, height, width)
-    assert thinned_out(torch.zeros(3, 2, 2**16 + 1)).shape == (3, 2, 2**15 + 1)
+        assert thin_out(torch.zeros(3, height, width)).shape == (3, height, width)
+    assert thin_out(torch.zeros(3, 2, 2**16 + 1)).shape == (3, 2, 2**15 + 1)

@@ -1,4 +1,4 @@
-"""What a URL says: whether it is fetched, by which command, where its index is, what it is called."""
+"""URLs of shards: the command that reads one, its index, and its name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from svite_scale.errors import DataError
         ("", False),
     ],
 )
-def test_which_patterns_are_remote(pattern: str, expected: bool) -> None:
+def test_patterns_of_urls_are_remote(pattern: str, expected: bool) -> None:
     assert is_remote(pattern) == expected
 
 
@@ -60,7 +60,7 @@ def test_urls_are_quoted_in_commands_and_commands_are_not() -> None:
     assert shell_command("pipe:cat 'a b.tar' | pv") == "cat 'a b.tar' | pv"
 
 
-def test_braces_of_urls() -> None:
+def test_braces_of_urls_are_expanded() -> None:
     assert find_urls("http://h/{b,a}-{00..01}.tar", "data.val") == [
         f"http://h/{n}.tar" for n in ("a-00", "a-01", "b-00", "b-01")
     ]
@@ -80,6 +80,6 @@ def test_braces_of_urls() -> None:
         (find_shards, "s3://b/a.tar", "data.val = 's3://b/a.tar' is remote; do this where the shards are stored"),
     ],
 )
-def test_patterns_that_fail(find: object, pattern: str, message: str) -> None:
+def test_bad_patterns_of_urls_are_refused(find: object, pattern: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find(pattern, "data.val")  # type: ignore[operator]

@@ -54,7 +54,7 @@ def test_a_warning_to_all_processes_leaves_the_workers_at_work(many: str) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes of a group through /proc")
-def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
+def test_workers_end_with_the_training_process(many: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "12\n"
@@ -75,7 +75,7 @@ def test_workers_end_when_the_training_process_is_gone(many: str) -> None:
     process.stdout.close()
 
 
-def test_more_memory_than_there_is_is_an_error_with_a_remedy() -> None:
+def test_too_little_memory_is_an_error_with_a_remedy() -> None:
     with pytest.raises(DataError, match=r"^1 batches of 1099511627776 images need \d+ bytes of memory, .* lower data"):
         shared_slots(1, (2**40, 3, 224, 224))
 

@@ -11,10 +11,11 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from svite_scale.config.schema import ModelConfig, SparsityConfig, StructuredConfig
+from svite_scale.config.schema import SparsityConfig
 from svite_scale.engines.backend import Backend, EngineOptions
-from svite_scale.models.sparse_vit import build_sparse_vit
-from svite_scale.models.vit import blocks, build_vit
+from svite_scale.models.dense import blocks, build_dense
+from svite_scale.models.options import ModelConfig, StructuredConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import PACKED_TYPE, prunable_layers, random_mask, replace_module
 
@@ -37,13 +38,13 @@ def units_vit() -> nn.Module:
         num_classes=10,
     )
     sparsity = SparsityConfig(structured=StructuredConfig(heads=0.5, neurons=0.5))
-    return build_sparse_vit(config, sparsity, seed=0)[0]
+    return build_sparse(config, sparsity, seed=0)[0]
 
 
 def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int = 2) -> VisionTransformer:
     """A packed ViT for 1 x 14 x 14 images, the same on every rank, whose counts no world size from 2 to 4 divides."""
     torch.manual_seed(0)
-    model = build_vit(
+    model = build_dense(
         ModelConfig(
             name="vit_tiny_patch16_224",
             image_size=14,
@@ -80,10 +81,11 @@ def build_backend(
     bf16: bool = False,
     clip: float | None = 1.0,
     skip_nonfinite: bool = False,
+    device: str = "cpu",
 ) -> Backend:
     """An engine by its short name: ``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``. A collective."""
     options = EngineOptions(
-        device=torch.device("cpu"),
+        device=torch.device(device),
         wrap_units=blocks(model) if isinstance(model, VisionTransformer) else [],
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,

@@ -37,6 +37,7 @@ class Run:
     checkpointing: bool = False
     optimizer: str = "AdamW"
     options: TopologyOptions = DEFAULTS
+    device: str = "cpu"
 
     @property
     def on_one_process(self) -> Run:
@@ -71,6 +72,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def train(run: Run) -> Result:
     """Runs on every rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU, convolutions in fp32 are in TF32 by default
     backend = build_backend(
         run.kind,
         small_vit(checkpointing=run.checkpointing),
@@ -79,6 +81,7 @@ def train(run: Run) -> Result:
         accumulation_steps=run.accumulation,
         bf16=run.bf16,
         clip=run.clip,
+        device=run.device,
     )
     schedule = UpdateSchedule(total_steps=STEPS, update_every=5)
     topology = TopologyEngine(backend.model, backend.access, schedule, run.options, group=dist.group.WORLD)
@@ -87,7 +90,8 @@ def train(run: Run) -> Result:
         images, labels = batch(step)
         if run.split:
             images, labels = images[rank::world_size], labels[rank::world_size]
-        mean_loss = torch.zeros(())
+        images, labels = images.to(run.device), labels.to(run.device)
+        mean_loss = torch.zeros((), device=run.device)
         for micro_images, micro_labels in zip(images.chunk(run.accumulation), labels.chunk(run.accumulation), strict=True):
             loss = nn.functional.cross_entropy(backend.forward(micro_images).float(), micro_labels)
             mean_loss += loss.detach() / run.accumulation / world_size
@@ -206,3 +210,14 @@ def test_bf16_computes_in_bf16() -> None:
     for kind in ("single", "fsdp2", "zero1"):
         run = Run(kind, 1 if kind == "single" else 2, bf16=True, options=MIXED)
         assert results_of(run)[0].losses != pytest.approx(results_of(run.on_one_process)[0].losses, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["single", *SHARED])
+def test_a_gpu_trains_like_the_cpu(kind: str, bf16: bool) -> None:
+    """But for rounding, and for the few weights whose scores it puts on the other side of the threshold."""
+    on_cpu, on_gpu = results_of(Run())[0], results_of(Run(kind, bf16=bf16, device="cuda"))[0]
+    assert on_gpu.losses == pytest.approx(on_cpu.losses, abs=0.05 if bf16 else 0.005)
+    assert on_gpu.losses != on_cpu.losses
+    assert on_gpu.moved == pytest.approx(on_cpu.moved, rel=0.1)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from svite_scale.config.schema import TokensConfig
+from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.engines.test_parity import batch

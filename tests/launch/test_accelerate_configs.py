@@ -44,7 +44,7 @@ def test_each_config_starts_its_number_of_ranks_on_its_number_of_machines(path: 
     assert config["distributed_type"] == "MULTI_GPU"
 
 
-def test_two_machines_find_each_other(tmp_path: Path) -> None:
+def test_two_machines_join_one_job(tmp_path: Path) -> None:
     """Two launchers on this machine, of one process each, at the same address."""
     program = tmp_path / "show.py"
     program.write_text("import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'])")

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from svite_scale.config.load import read_config
-from svite_scale.config.schema import Config, ParallelConfig, TrackingConfig
+from svite_scale.config.schema import Config
+from svite_scale.engines.options import ParallelConfig
+from svite_scale.tracking.options import TrackingConfig
 from tests.command_line import Answer, run_command
 from tests.ranks import free_port
 from tests.runs import metrics_of
@@ -107,8 +109,7 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
     assert summary["eval_accuracy"] == metrics[-1]["eval_accuracy"]
 
     checkpoints = run_dir / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"latest", "owner", "step-00000008", "step-00000016"}
-    assert (checkpoints / "latest").read_text() == "step-00000016\n"
+    assert {path.name for path in checkpoints.iterdir()} == {"owner", "step-00000008", "step-00000016"}
     assert json.loads((checkpoints / "step-00000008" / "run.json").read_text())["topology"]["steps"] == 8
     assert f"{run_dir}: 16 steps, test accuracy" in answer.err
     assert answer.err.count(f"{run_dir}: 16 steps") == 1, "one rank speaks"
@@ -142,7 +143,7 @@ def test_mlflow_has_the_run_its_parameters_and_its_metrics(digits: Path) -> None
     assert run.data.metrics["eval_accuracy"] == pytest.approx(metrics_of(run_dir)[-1]["eval_accuracy"])
 
 
-def test_of_two_ranks_with_the_same_mistake_one_speaks(digits: Path, tmp_path: Path) -> None:
+def test_one_rank_reports_when_two_find_the_same_mistake(digits: Path, tmp_path: Path) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
     answer = launch("torchrun", "--config", str(path), "parallel.backend=ddp", "train.global_batch_size=15")
     assert answer.status != 0

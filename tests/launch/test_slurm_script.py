@@ -58,11 +58,11 @@ def lines(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "option", ["nodes", "gpus-per-node", "time", "signal=B:USR1@", "requeue", "open-mode=append", "output"]
 )
-def test_it_states_what_it_asks_slurm_for(option: str) -> None:
+def test_the_script_asks_slurm_for_each_option(option: str) -> None:
     assert re.search(rf"^#SBATCH --{option}", SCRIPT.read_text(), re.MULTILINE)
 
 
-def test_the_options_for_slurm_stand_before_the_first_command() -> None:
+def test_options_for_slurm_stand_before_the_first_command() -> None:
     script = SCRIPT.read_text().splitlines()
     first_command = next(number for number, line in enumerate(script) if line and not line.startswith("#"))
     last_option = max(number for number, line in enumerate(script) if line.startswith("#SBATCH"))
@@ -77,7 +77,7 @@ LAUNCHED = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
-def test_the_config_and_the_overrides_reach_the_training_script_whole(
+def test_the_training_script_gets_the_config_and_overrides_unchanged(
     tmp_path: Path, job: dict[str, str], launcher: str
 ) -> None:
     done = run(tmp_path, job, "--launcher", launcher, CONFIG, *GIVEN)
@@ -98,7 +98,7 @@ def test_the_config_and_the_overrides_reach_the_training_script_whole(
 @pytest.mark.parametrize(
     "arguments", [(), ("configs/nothing.yaml",), ("--auto-resume",), ("--launcher",), ("--launcher", "mpirun", CONFIG)]
 )
-def test_a_missing_config_or_an_unknown_launcher_ends_it_with_usage(
+def test_the_script_prints_its_usage_when_the_config_or_launcher_is_wrong(
     tmp_path: Path, job: dict[str, str], arguments: tuple[str, ...]
 ) -> None:
     done = run(tmp_path, job, *arguments)
@@ -113,16 +113,16 @@ def test_a_failed_step_fails_the_job_which_is_not_requeued(tmp_path: Path, job: 
     assert lines(tmp_path / "scontrol") == []
 
 
-def test_one_rank_that_saved_is_enough_to_be_requeued_whatever_the_launcher_says(tmp_path: Path, job: dict[str, str]) -> None:
+def test_a_job_is_requeued_when_one_rank_has_saved_whatever_the_launcher_says(tmp_path: Path, job: dict[str, str]) -> None:
     done = run(tmp_path, {**job, "STATUS": "1", "RANK_STATUS": "85"}, CONFIG)
     assert done.returncode == 85
     assert lines(tmp_path / "scontrol") == ["requeue 123456"]
-    # What the start before left doesn't count.
+    # The status files of the last start don't count.
     assert run(tmp_path, job, CONFIG).returncode == 0
     assert lines(tmp_path / "scontrol") == ["requeue 123456"]
 
 
-def test_where_requeueing_is_refused_it_says_what_to_do(tmp_path: Path, job: dict[str, str]) -> None:
+def test_the_script_says_what_to_do_when_slurm_refuses_to_requeue(tmp_path: Path, job: dict[str, str]) -> None:
     done = run(tmp_path, {**job, "STATUS": "1", "RANK_STATUS": "85", "REFUSES": "1"}, CONFIG)
     assert done.returncode == 85
     assert "can't be requeued; submit it again, and it goes on" in done.stderr

@@ -44,7 +44,7 @@ def sbatch_that(folder: Path, does: str) -> str:
     return f"{program.parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def test_a_dry_run_prints_the_script_with_everything_filled_in(submit: Submit) -> None:
+def test_a_dry_run_prints_the_filled_in_script(submit: Submit) -> None:
     given = (
         "--launcher",
         "deepspeed",
@@ -85,7 +85,7 @@ def test_a_dry_run_prints_the_script_with_everything_filled_in(submit: Submit) -
     assert not (ROOT / "runs" / "a b").exists()
 
 
-def test_what_is_not_asked_for_stays_as_in_the_template(submit: Submit) -> None:
+def test_options_that_are_not_given_stay_as_in_the_template(submit: Submit) -> None:
     script = directives(submit(*SIZE, "--dry-run").out)
     assert (script["time"], script["signal"], script["open-mode"]) == ("24:00:00", "B:USR1@300", "append")
     assert "requeue" in script
@@ -103,11 +103,17 @@ def test_what_is_not_asked_for_stays_as_in_the_template(submit: Submit) -> None:
         ((*SIZE, "--sbatch=exclusive"), "--sbatch = 'exclusive'"),
         ((*SIZE, "--sbatch=--account=a"), "--sbatch = '--account=a'"),
         ((*SIZE, "sparsity.densty=0.3"), "sparsity.densty"),
+        (
+            (*SIZE, "distillation.teacher=deit_nano", "distillation.checkpoint=a"),
+            "distillation.teacher = 'deit_nano': is no model that timm knows",
+        ),
         ((*SIZE, "model.name=vit_none"), "model.name = 'vit_none'"),
         ((*SIZE, "parallel.backend=single"), "parallel.backend = 'single'"),
     ],
 )
-def test_a_mistake_is_one_line(submit: Submit, tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
+def test_submit_refuses_a_wrong_argument_in_one_line(
+    submit: Submit, tmp_path: Path, arguments: tuple[str, ...], named: str
+) -> None:
     path = sbatch_that(tmp_path, f"touch {tmp_path}/submitted")
     done = submit(*arguments, path=path)
     assert (done.status, done.out) == (2, "")
@@ -116,7 +122,7 @@ def test_a_mistake_is_one_line(submit: Submit, tmp_path: Path, arguments: tuple[
     assert not (tmp_path / "submitted").exists()
 
 
-def test_each_number_of_nodes_must_divide_the_batch(submit: Submit) -> None:
+def test_submit_refuses_when_a_number_of_nodes_does_not_divide_the_batch(submit: Submit) -> None:
     done = submit("--nodes", "1-4", "--gpus-per-node", "8", "--dry-run", "train.global_batch_size=512")
     assert done.status == 2
     assert done.err == (
@@ -126,7 +132,7 @@ def test_each_number_of_nodes_must_divide_the_batch(submit: Submit) -> None:
     assert submit("--nodes", "1-4", "--gpus-per-node", "8", "--dry-run", "train.global_batch_size=768").status == 0
 
 
-def test_it_writes_the_script_into_the_run_directory_and_submits_that(submit: Submit, tmp_path: Path) -> None:
+def test_submit_writes_the_script_into_the_run_directory_and_submits_it(submit: Submit, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     path = sbatch_that(tmp_path, f'printf "%s\\n" "$@" >{tmp_path}/called; echo "17;cluster"')
     done = submit(*SIZE, f"run_dir={run_dir}", path=path)
@@ -148,7 +154,7 @@ def test_it_writes_the_script_into_the_run_directory_and_submits_that(submit: Su
         (None, "sbatch isn't there; submit from a machine of the cluster, or add --dry-run"),
     ],
 )
-def test_what_sbatch_says_is_shown(submit: Submit, tmp_path: Path, sbatch: str | None, said: str) -> None:
+def test_submit_shows_what_sbatch_says_when_it_fails(submit: Submit, tmp_path: Path, sbatch: str | None, said: str) -> None:
     path = str(tmp_path) if sbatch is None else sbatch_that(tmp_path, sbatch)
     done = submit(*SIZE, f"run_dir={tmp_path / 'run'}", path=path)
     assert (done.status, done.out) == (1, "")
@@ -157,7 +163,7 @@ def test_what_sbatch_says_is_shown(submit: Submit, tmp_path: Path, sbatch: str |
     assert len(done.err.splitlines()) == 1
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(submit: Submit, tmp_path: Path) -> None:
+def test_submit_names_the_run_directory_when_it_cannot_be_written(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = submit(*SIZE, f"run_dir={tmp_path}/file/run")
     assert done.status == 1

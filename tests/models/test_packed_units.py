@@ -12,8 +12,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.attach import attach
-from svite_scale.config.schema import ModelConfig
-from svite_scale.models.vit import build_vit
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
@@ -38,8 +38,8 @@ from tests.models.unit_twins import (
 METHOD_SEED = 11
 VARIANTS: dict[str, Build] = {
     "plain": build_model,
-    "distilled": lambda: build_vit(ModelConfig(name="deit_tiny_distilled_patch16_224", **TINY)),
-    "registers, LayerScale": lambda: build_vit(ModelConfig(name="vit_small_patch14_reg4_dinov2", **TINY)),
+    "distilled": lambda: build_dense(ModelConfig(name="deit_tiny_distilled_patch16_224", **TINY)),
+    "registers, LayerScale": lambda: build_dense(ModelConfig(name="vit_small_patch14_reg4_dinov2", **TINY)),
     # No model of timm's list has it with plain blocks. Two numbers, a head's width here, would leave only signs after a norm.
     "qk-norm": lambda: VisionTransformer(
         img_size=12, patch_size=4, in_chans=1, embed_dim=24, depth=2, num_heads=6, num_classes=5, qk_norm=True

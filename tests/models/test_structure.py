@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from timm.models import VisionTransformer
 
-from svite_scale.config.schema import ModelConfig, SparsityConfig, StructuredConfig
-from svite_scale.errors import ConfigError, SviteScaleError
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.errors import ConfigError, OptionError, SviteScaleError
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig, StructuredConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
-from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.sparsify import sparsify
 from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
@@ -34,19 +37,14 @@ def test_counts_are_those_of_the_papers_code_and_shapes_shrink(heads: float, neu
     [
         ({"structured": StructuredConfig(heads=0.1)}, r"^sparsity.structured.heads = 0.1: keeps none of 6 heads; raise it$"),
         (
-            {"structured": StructuredConfig(heads=0.7), "density": 0.5},
-            r"^sparsity.structured.heads = 0.7: packs blocks.0.attn.proj by heads, .*; list \"blocks.\*.attn.\*\" in "
-            r"sparsity.keep_dense$",
-        ),
-        (
-            {"structured": StructuredConfig(neurons=0.7), "density": 0.5, "keep_dense": ("blocks.*.attn.*",)},
-            r"^sparsity.structured.neurons = 0.7: packs blocks.0.mlp.fc1 by neurons, .* in sparsity.keep_dense$",
+            {"structured": StructuredConfig(heads=0.7), "keep_dense": ("blocks.*.attention.*",)},
+            r"^sparsity.keep_dense = 'blocks.\*.attention.\*': matches no prunable layer",
         ),
     ],
 )
 def test_what_cannot_be_packed_is_refused(sparsity: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_sparse_vit(MODEL, SparsityConfig(**sparsity), 0)  # type: ignore[arg-type]
+        build_sparse(MODEL, SparsityConfig(**sparsity), 0)  # type: ignore[arg-type]
 
 
 def test_differential_attention_is_refused() -> None:
@@ -54,20 +52,20 @@ def test_differential_attention_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^sparsity.structured.heads = 0.5: can't pack blocks.0.attn, which is no plain attention.*; leave"
     ):
-        build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(heads=0.5)), 0)
+        build_sparse(model, SparsityConfig(structured=StructuredConfig(heads=0.5)), 0)
 
 
 @pytest.mark.parametrize(
-    ("structured", "message"),
+    ("options", "message"),
     [
-        (StructuredConfig(heads=0.5, grow="candidates"), r"grow = 'candidates': is not one of candidate, paper; use one of "),  # type: ignore[arg-type]
-        (StructuredConfig(heads=1.5), r"heads = 1.5: is above 1.0; use a number above 0.0 and up to 1.0$"),
-        (StructuredConfig(neurons=0.0), r"neurons = 0.0: is not above 0.0; use a number above 0.0 and up to 1.0$"),
+        ({"heads": 0.5, "grow": "candidates"}, r"grow = 'candidates': is not one of candidate, paper; use one of "),
+        ({"heads": 1.5}, r"heads = 1.5: is above 1.0; use a number above 0.0 and up to 1.0$"),
+        ({"neurons": 0.0}, r"neurons = 0.0: is not above 0.0; use a number above 0.0 and up to 1.0$"),
     ],
 )
-def test_values_that_no_config_may_hold_are_refused(structured: StructuredConfig, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^sparsity.structured.{message}"):
-        pack_units(build_vit(MODEL), structured, 0)
+def test_structured_options_are_checked_when_they_are_made(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{message}"):
+        StructuredConfig(**options)  # type: ignore[arg-type]
 
 
 def test_a_gated_mlp_is_refused() -> None:
@@ -75,7 +73,7 @@ def test_a_gated_mlp_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^sparsity.structured.neurons = 0.5: can't pack blocks.0.mlp, which .*; leave it at 1.0$"
     ):
-        build_sparse_vit(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
+        build_sparse(model, SparsityConfig(structured=StructuredConfig(neurons=0.5)), 0)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +86,7 @@ def test_a_gated_mlp_is_refused() -> None:
     ],
 )
 def test_dropout_is_refused_where_it_is(structured: dict[str, float], part: str, dropout: str) -> None:
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     getattr(getattr(model.blocks[1], part), dropout).p = 0.1
     with pytest.raises(
         ConfigError, match=rf"= 0.5: can't pack blocks.1.{part}, which has dropout \(.*{dropout}.*\), .*; leave"
@@ -100,7 +98,7 @@ def test_dropout_is_refused_where_it_is(structured: dict[str, float], part: str,
 
 @pytest.mark.parametrize(("structured", "part"), [({"heads": 0.5}, "attn"), ({"neurons": 0.5}, "mlp")])
 def test_weights_packed_one_by_one_are_not_packed_by_units_too(structured: dict[str, float], part: str) -> None:
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     sparsify(model, 0.5)
     with pytest.raises(
         ConfigError, match=rf"= 0.5: can't pack blocks.0.{part}, which holds layers packed by weights, .*; leave"
@@ -140,7 +138,7 @@ def with_a_block_twice(model: VisionTransformer) -> VisionTransformer:
 def test_a_model_that_is_refused_is_left_as_it_was(
     spoil: Callable[[VisionTransformer], VisionTransformer], message: str
 ) -> None:
-    model = spoil(build_vit(MODEL))
+    model = spoil(build_dense(MODEL))
     before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
     with pytest.raises(SviteScaleError, match=message):
         pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
@@ -148,7 +146,7 @@ def test_a_model_that_is_refused_is_left_as_it_was(
 
 
 def test_a_frozen_bias_that_no_unit_owns_stays_frozen() -> None:
-    model = frozen(build_vit(MODEL), "blocks.0.mlp.fc2.bias")
+    model = frozen(build_dense(MODEL), "blocks.0.mlp.fc2.bias")
     pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
     assert not model.get_parameter("blocks.0.mlp.fc2.bias").requires_grad
 
@@ -160,8 +158,11 @@ def test_sparsify_leaves_units_as_they_are() -> None:
 
 
 def test_neurons_by_unit_and_attention_by_weight_go_together() -> None:
-    sparsity = SparsityConfig(structured=StructuredConfig(neurons=0.5), density=0.3, keep_dense=("blocks.*.mlp.*",))
-    model, plan = build_sparse_vit(MODEL, sparsity, 0)
+    sparsity = SparsityConfig(structured=StructuredConfig(neurons=0.5), density=0.3)
+    model, plan = build_sparse(MODEL, sparsity, 0)
+    listed = build_sparse(MODEL, replace(sparsity, keep_dense=("blocks.*.mlp.*",)), 0)
+    assert listed[1] == plan, "keep_dense may list what is packed by units"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), listed[0].parameters(), strict=True))
     kinds = {layer.unit for layer in sparse_layers(model).values()}
     assert kinds == {"neurons", "weights"}
     assert [entry.name for entry in plan][:4] == [

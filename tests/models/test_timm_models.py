@@ -10,11 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.cost.flops import count
+from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.errors import ConfigError
-from svite_scale.models.sparse_vit import plan_sparse_vit
-from svite_scale.models.vit import blocks, build_vit, check_model
+from svite_scale.models.dense import blocks, build_dense, check_model
+from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
+from svite_scale.models.sparse import plan_sparse
+from tests.cost.costs import count
 
 D = 24
 """Features of the small transformers below, whose 3 heads are 8 wide."""
@@ -96,7 +97,7 @@ def test_each_kind_costs_what_arithmetic_says(kind: str) -> None:
     # Of every layer here half the weights is a whole number.
     assert cost.sparse_macs == expected.layers // 2 + expected.others
     with torch.device("meta"):
-        weights = [module.weight for module in build_vit(expected.model).modules() if type(module) in (nn.Linear, nn.Conv2d)]
+        weights = [module.weight for module in build_dense(expected.model).modules() if type(module) in (nn.Linear, nn.Conv2d)]
     assert cost.params_dense - cost.params_active == sum(weight.numel() // 2 for weight in weights)
 
 
@@ -196,7 +197,7 @@ def test_tokens_heads_and_neurons_are_refused_where_blocks_are_others(
 ) -> None:
     message = rf"^sparsity.{field} = 0.5: needs the blocks of timm's VisionTransformer, .* a {name} have .*; leave it out"
     with pytest.raises(ConfigError, match=message):
-        plan_sparse_vit(KINDS[kind].model, sparsity)
+        plan_sparse(KINDS[kind].model, sparsity)
 
 
 @pytest.mark.parametrize("field", ["heads", "neurons"])
@@ -205,7 +206,7 @@ def test_blocks_without_an_attention_or_an_mlp_of_their_own_stay_whole(field: st
     part = {"heads": "attn", "neurons": "mlp"}[field]
     message = rf"^sparsity.structured.{field} = 0.5: can't pack blocks.0.{part}, which isn't there: .*; leave it at 1.0"
     with pytest.raises(ConfigError, match=message):
-        plan_sparse_vit(model, SparsityConfig(structured=StructuredConfig(**{field: 0.5})))
+        plan_sparse(model, SparsityConfig(structured=StructuredConfig(**{field: 0.5})))
 
 
 GATHERED = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config.schema import ModelConfig, TokensConfig
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
-from svite_scale.models.vit import build_vit
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ MODEL = ModelConfig(
 
 def test_a_compiled_model_evaluates_alike_and_trains_without_compiling_again() -> None:
     torch.manual_seed(0)
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     (selector,) = insert_token_selectors(model, TokensConfig(keep=0.6))
     start = selector.weight.detach().clone()
     graphs = 0
@@ -58,7 +58,7 @@ def test_a_compiled_model_evaluates_alike_and_trains_without_compiling_again() -
 def test_the_temperature_reaches_the_compiled_gradient() -> None:
     """A number taken in at compilation would be that of the first step."""
     torch.manual_seed(0)
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     (selector,) = insert_token_selectors(model, TokensConfig(keep=0.6))
     selector.weight.detach().mul_(10)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")

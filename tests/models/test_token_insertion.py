@@ -10,17 +10,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, StructuredConfig, TokensConfig
-from svite_scale.cost.flops import count, model_cost
-from svite_scale.errors import ConfigError
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.cost.flops import model_cost
+from svite_scale.errors import ConfigError, OptionError
+from svite_scale.models.dense import blocks, build_dense
+from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
-from svite_scale.models.vit import blocks, build_vit
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.train.optimizer import parameter_groups
+from tests.cost.costs import count
 
 SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
 MODELS = {
@@ -39,8 +41,8 @@ def sparsity_of(*, keep: float | None = 0.5, blocks: tuple[int, ...] = (0,), mod
 
 
 def test_all_else_is_as_without_selectors() -> None:
-    plain, plain_plan = build_sparse_vit(MODEL, sparsity_of(keep=None), seed=3)
-    model, plan = build_sparse_vit(MODEL, sparsity_of(blocks=(0, 2)), seed=3)
+    plain, plain_plan = build_sparse(MODEL, sparsity_of(keep=None), seed=3)
+    model, plan = build_sparse(MODEL, sparsity_of(blocks=(0, 2)), seed=3)
     state = model.state_dict()
     assert set(state) - set(plain.state_dict()) == {"blocks.selector0.weight", "blocks.selector2.weight"}
     for name, tensor in plain.state_dict().items():
@@ -52,17 +54,17 @@ def test_all_else_is_as_without_selectors() -> None:
 
 
 def test_without_keep_there_are_none() -> None:
-    assert not token_selectors(build_sparse_vit(MODEL, sparsity_of(keep=None), seed=0)[0])
+    assert not token_selectors(build_sparse(MODEL, sparsity_of(keep=None), seed=0)[0])
 
 
 def test_the_dense_method_has_them_too() -> None:
-    model, _ = build_sparse_vit(MODEL, replace(sparsity_of(), method="dense"), seed=0)
+    model, _ = build_sparse(MODEL, replace(sparsity_of(), method="dense"), seed=0)
     assert len(token_selectors(model)) == 1
     assert not packed_layers(model)
 
 
 def test_a_model_with_selectors_can_be_made_sparse_and_they_stay_dense() -> None:
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     (selector,) = insert_token_selectors(model, TokensConfig(keep=0.5))
     plan = sparsify(model, 0.3)
     assert not [entry.name for entry in plan if "selector" in entry.name]
@@ -73,7 +75,7 @@ def test_heads_and_neurons_are_the_same_before_and_after() -> None:
     states = []
     for selectors_first in (False, True):
         torch.manual_seed(3)
-        model = build_vit(MODEL)
+        model = build_dense(MODEL)
         steps = [
             lambda model: pack_units(model, StructuredConfig(heads=0.7, neurons=0.5), 3),
             lambda model: insert_token_selectors(model, TokensConfig(keep=0.5, blocks=(0, 2))),
@@ -88,7 +90,7 @@ def test_heads_and_neurons_are_the_same_before_and_after() -> None:
 
 
 def test_a_second_call_is_refused() -> None:
-    model = build_vit(MODEL)
+    model = build_dense(MODEL)
     insert_token_selectors(model, TokensConfig(keep=0.5))
     names = set(model.state_dict())
     with pytest.raises(ValueError, match="the model has token selectors already; name the blocks of all of them in one call"):
@@ -101,7 +103,7 @@ def test_a_second_call_is_refused() -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str, training: bool, checkpointing: bool) -> None:
     config, num_prefix = MODELS[name]
-    model, _ = build_sparse_vit(replace(config, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 2)), seed=0)
+    model, _ = build_sparse(replace(config, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 2)), seed=0)
     model.train(training)
     total = 25 + num_prefix
     first = int(total * 0.5 + 0.5)
@@ -120,7 +122,7 @@ def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str
 def test_activation_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
-        model, _ = build_sparse_vit(replace(MODEL, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 1)), seed=0)
+        model, _ = build_sparse(replace(MODEL, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 1)), seed=0)
         torch.manual_seed(1)
         model.train()(torch.randn(4, 1, 40, 40)).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -132,14 +134,14 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 def test_a_generator_of_ones_own_is_refused_under_activation_checkpointing() -> None:
     tokens, generator = TokensConfig(keep=0.5), torch.Generator()
-    (selector,) = insert_token_selectors(build_vit(MODEL), tokens, generator)
+    (selector,) = insert_token_selectors(build_dense(MODEL), tokens, generator)
     assert selector.generator is generator
     with pytest.raises(ValueError, match="leave generator out"):
-        insert_token_selectors(build_vit(replace(MODEL, activation_checkpointing=True)), tokens, generator)
+        insert_token_selectors(build_dense(replace(MODEL, activation_checkpointing=True)), tokens, generator)
 
 
 def test_weight_decay_applies_to_the_scores_as_to_any_matrix() -> None:
-    model, _ = build_sparse_vit(MODEL, sparsity_of(), seed=0)
+    model, _ = build_sparse(MODEL, sparsity_of(), seed=0)
     (selector,) = token_selectors(model)
     (decay,) = [
         group["weight_decay"]
@@ -171,39 +173,38 @@ def test_what_does_not_fit_the_model_is_refused(sparsity: SparsityConfig, messag
     assert str(caught.value) == message
 
 
+def test_selectors_without_a_number_of_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        insert_token_selectors(build_dense(MODEL), TokensConfig())
+    assert str(caught.value) == "sparsity.tokens.keep = None: lets all tokens pass; say how many pass, 0.9 say"
+
+
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("options", "message"),
     [
-        (TokensConfig(), "sparsity.tokens.keep = None: lets all tokens pass; say how many pass, 0.9 say"),
+        ({"keep": 3.7}, "keep = 3.7: is no whole number of tokens; round it, or use a fraction of at most 1"),
+        ({"keep": 0.0}, "keep = 0.0: is not above 0.0; use a number above 0.0 or null"),
         (
-            TokensConfig(keep=3.7),
-            "sparsity.tokens.keep = 3.7: is no whole number of tokens; round it, or use a share of at most 1",
+            {"keep": 0.5, "blocks": (1, 0)},
+            "blocks = [1, 0]: doesn't name blocks in ascending order, each once; use for example [0]",
         ),
-        (TokensConfig(keep=0.0), "sparsity.tokens.keep = 0.0: is not above 0.0; use a number above 0.0 or null"),
-        (
-            TokensConfig(keep=0.5, blocks=(1, 0)),
-            "sparsity.tokens.blocks = [1, 0]: doesn't name blocks in ascending order, each once; use for example [0]",
-        ),
-        (
-            TokensConfig(keep=0.5, mode="masks"),  # type: ignore[arg-type]
-            "sparsity.tokens.mode = 'masks': is not one of gather, mask; use one of gather, mask",
-        ),
+        ({"keep": 0.5, "mode": "masks"}, "mode = 'masks': is not one of gather, mask; use one of gather, mask"),
     ],
 )
-def test_values_that_no_config_may_hold_are_refused(tokens: TokensConfig, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        insert_token_selectors(build_vit(MODEL), tokens)
+def test_token_options_are_checked_when_they_are_made(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        TokensConfig(**options)  # type: ignore[arg-type]
     assert str(caught.value) == message
 
 
 def test_a_count_may_be_an_int() -> None:
-    (selector,) = insert_token_selectors(build_vit(MODEL), TokensConfig(keep=9))
+    (selector,) = insert_token_selectors(build_dense(MODEL), TokensConfig(keep=9))
     assert selector.num_tokens == 9
 
 
 def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
     for keep in (2.0, 26.0):
-        (selector,) = token_selectors(build_sparse_vit(MODEL, sparsity_of(keep=keep), seed=0)[0])
+        (selector,) = token_selectors(build_sparse(MODEL, sparsity_of(keep=keep), seed=0)[0])
         assert selector.num_tokens == keep
 
 
@@ -211,11 +212,11 @@ def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
 def test_the_cost_is_what_torch_counts(name: str) -> None:
     """With all weights, so that tokens alone make the difference; torch counts a multiply and an add as two operations."""
     sparsity = SparsityConfig(tokens=TokensConfig(keep=0.6, blocks=(1, 2)))
-    model, plan = build_sparse_vit(MODELS[name][0], sparsity, seed=0)
+    model, plan = build_sparse(MODELS[name][0], sparsity, seed=0)
     timm.layers.set_fused_attn(False)
     try:
         counters = []
-        for each in (model, build_sparse_vit(MODELS[name][0], SparsityConfig(), seed=0)[0]):
+        for each in (model, build_sparse(MODELS[name][0], SparsityConfig(), seed=0)[0]):
             counter = FlopCounterMode(display=False)
             for block in blocks(each):
                 block.attn.fused_attn = False  # type: ignore[union-attr, assignment]
@@ -245,7 +246,7 @@ def test_deit_small_saves_what_the_abstract_says() -> None:
 
 
 def test_a_selector_is_called_by_a_plain_loop_over_the_blocks() -> None:
-    model, _ = build_sparse_vit(MODEL, sparsity_of(), seed=0)
+    model, _ = build_sparse(MODEL, sparsity_of(), seed=0)
     x = torch.randn(2, 26, 24)
     for item in model.eval().blocks:
         x = item(x)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from svite_scale.config.schema import TokensConfig
+from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import TokenSelector, kept_tokens
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from svite_scale.config.load import to_dict
-from svite_scale.config.schema import Config, ModelConfig, SparsityConfig, TokensConfig
-from svite_scale.cost.flops import count
-from svite_scale.models.vit import build_vit
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig, TokensConfig
+from tests.cost.costs import count
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tokens.md").read_text()
 
@@ -37,7 +38,7 @@ def test_the_saving_of_the_page_is_what_is_counted() -> None:
 
 def test_the_loop_of_the_page_runs() -> None:
     names: dict[str, Any] = {
-        "model": build_vit(ModelConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, embed_dim=16, num_heads=2)),
+        "model": build_dense(ModelConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, embed_dim=16, num_heads=2)),
         "step": 3,
         "total_steps": 4,
     }

@@ -9,9 +9,9 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.config.schema import ModelConfig, StructuredConfig
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.structure import pack_units
-from svite_scale.models.vit import build_vit
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from tests import reference
 
@@ -24,7 +24,7 @@ Build = Callable[[], VisionTransformer]
 
 
 def build_model() -> VisionTransformer:
-    return build_vit(MODEL)
+    return build_dense(MODEL)
 
 
 def packed_vit(

@@ -7,9 +7,9 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from svite_scale.config.schema import ModelConfig, TokensConfig
+from svite_scale.models.dense import build_dense
+from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
-from svite_scale.models.vit import build_vit
 from svite_scale.report.kept_patches import compose, kept_patches, named_selectors, tokens_passed
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
@@ -19,7 +19,7 @@ SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_si
 def vit(name: str, **tokens: object) -> VisionTransformer:
     """With selectors where ``tokens`` says so."""
     torch.manual_seed(0)
-    model = build_vit(ModelConfig(name=name, **SIZES))  # type: ignore[arg-type]
+    model = build_dense(ModelConfig(name=name, **SIZES))  # type: ignore[arg-type]
     if tokens:
         insert_token_selectors(model, TokensConfig(**tokens))  # type: ignore[arg-type]
     return model.eval()

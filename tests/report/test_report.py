@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("depth: 2", "depth: 1")),
         "{run}/checkpoints/step-00000020: model/blocks.1.attn.mask is only in the checkpoint; use the config",
     ),
-    "torn line": (
+    "half a line": (
         lambda run: (run / "topology.jsonl").open("a").write('{"step": 17, "ma'),
         "{run}/topology.jsonl: line 6 is damaged (JSONDecodeError",
     ),
@@ -197,7 +197,7 @@ def test_what_cant_be_read_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json", "manifest.json"])
-def test_a_torn_checkpoint_is_passed_over_unless_it_is_named(
+def test_an_incomplete_or_corrupt_checkpoint_is_skipped_unless_it_is_named(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run_dir = shutil.copytree(saved("single"), tmp_path / "run")
@@ -205,7 +205,7 @@ def test_a_torn_checkpoint_is_passed_over_unless_it_is_named(
     assert read_run(run_dir).checkpoint.name == "step-00000010"
     answer = command(capsys, "--run", run_dir, "--checkpoint", "step-00000020")
     assert (answer.status, answer.out) == (2, "")
-    assert answer.err.startswith(f"report error: {run_dir}/{NEWEST} is torn: ")
+    assert answer.err.startswith(f"report error: {run_dir}/{NEWEST} is incomplete or corrupt: ")
     assert name in answer.err
     assert answer.err.endswith("; restore it, or give another --checkpoint\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ MAY_IMPORT = {
     "options": {"errors"},
     "runtime": {"errors"},
     "sparsity": {"errors", "options"},
-    "config": {"errors", "options", "sparsity"},
-    "data": {"errors", "options", "runtime", "config"},
-    "models": {"errors", "options", "config", "sparsity"},
-    "engines": {"errors", "options", "config", "sparsity"},
-    "tracking": {"errors", "options", "runtime", "config"},
+    "data": {"errors", "options", "runtime"},
+    "models": {"errors", "options", "sparsity"},
+    "engines": {"errors", "options", "sparsity"},
+    "tracking": {"errors", "options", "runtime"},
+    "config": {"errors", "options", "sparsity", "models"},
     "attach": {"errors", "options", "sparsity", "engines"},
     "cost": {"errors", "options", "config", "sparsity", "models"},
     "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
@@ -42,7 +43,11 @@ MAY_IMPORT = {
     "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
     "": {"sparsity", "attach", "train"},
 }
-"""By part of the package ("" is its __init__), the other parts that it may import."""
+"""By part of the package ("" is its __init__), the other parts that it may import. Besides, all may import the options of
+every part, which import nothing but each other: so the config is made of them, though most components stand above it."""
+
+OPTIONS_MAY_IMPORT = {"errors", "options"}
+LIGHT = {"pydantic", "typing_extensions"}
 
 ROOMS_OF_DATA = {
     "remote": set(),
@@ -95,7 +100,36 @@ def test_imports_go_downward(path: Path) -> None:
         assert library not in NOT_EVEN_LATE.get(part, ()), f"{path}:{line}: {part} knows nothing of {library}"
         if library == "svite_scale":
             target = inner.partition(".")[0]
-            assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {name}"
+            allowed = target == part or target in MAY_IMPORT[part] or is_options(name)
+            assert allowed, f"{path}:{line}: {part} may not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("options.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_options_import_only_errors_and_options(path: Path) -> None:
+    for line, name in imported(path):
+        library, _, inner = name.partition(".")
+        if library == "svite_scale":
+            allowed = inner.partition(".")[0] in OPTIONS_MAY_IMPORT or is_options(name)
+        else:
+            allowed = library in LIGHT or library in sys.stdlib_module_names
+        assert allowed, f"{path}:{line}: options may not import {name}"
+
+
+def is_options(name: str) -> bool:
+    """Whether a dotted name is in the options module of a part."""
+    return re.fullmatch(r"svite_scale\.\w+\.options(\.\w+)?", name) is not None
+
+
+def test_a_config_is_read_without_torch() -> None:
+    heavy = {"torch", "timm", "numpy", "deepspeed", "mlflow"}
+    script = (
+        "import sys\n"
+        "from svite_scale.config.load import read_config\n"
+        "read_config('configs/quickstart.yaml')\n"
+        f"print(*sorted({{name.partition('.')[0] for name in sys.modules}} & {heavy}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def room_of(inner: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from svite_scale.config.load import read_config
-from svite_scale.config.validate import check_config
+from svite_scale.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,4 +23,4 @@ def test_its_configs_are_configs(tmp_path: Path) -> None:
     for block in blocks:
         path = tmp_path / "config.yaml"
         path.write_text(f"run_dir: a\n{block}")
-        check_config(read_config(path), world_size=1)
+        validate(read_config(path), world_size=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.data.batches import explained
+from svite_scale.data.batches import explain_loader_error
 from svite_scale.errors import ConfigError, DataError, DivergedError
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import Failure, reporting
@@ -50,8 +50,8 @@ MISTAKE = r"error: rank {last} on \S+ \(after step \d+, {phase}\) failed: KeyErr
 ENDS = {
     ("unreadable", 1, "single"): r"error on rank 0: \S+/train-00000\d\.tar ends before byte \d+, inside a sample; write .*",
     ("killed", 2, "single"): (
-        r"error on rank 0: data\.workers: a loader process is gone \(DataLoader worker .*\): killed for want of memory, unless "
-        r"somebody ended it; give the job more memory, and more of /dev/shm \(docker run --shm-size\), or lower .*"
+        r"error on rank 0: data\.workers: a loader process is gone \(DataLoader worker .*\): probably killed because "
+        r"memory ran out; give the job more memory, and more of /dev/shm \(docker run --shm-size\), or lower .*"
     ),
     (
         "memory",
@@ -128,7 +128,7 @@ def test_a_run_that_is_done_but_does_not_end_is_ended(config_path: Path, shards:
 
 def test_another_rank_speaks_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     """The main rank's bar may stand on the line."""
-    failure = Failure(explained)
+    failure = Failure(explain_loader_error)
     failure.world = World(rank=1, size=2, local_rank=1, local_size=2)
     failure.report(DataError("a shard is gone"))
     assert capsys.readouterr().err == "\nerror on rank 1: a shard is gone\n"
@@ -145,14 +145,14 @@ def test_another_rank_speaks_on_a_line_of_its_own(capsys: pytest.CaptureFixture[
 def test_a_mistake_of_the_user_is_one_line(
     error: Exception, line: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failure = Failure(explained)
+    failure = Failure(explain_loader_error)
     assert [failure.report(error), failure.report(error)] == [status, status]
     assert capsys.readouterr().err == line, "once"
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(0), RuntimeError("a\nb")], ids=repr)
 def test_whatever_else_ends_a_run_has_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
-    failure, activity = Failure(explained), Activity()
+    failure, activity = Failure(explain_loader_error), Activity()
     activity.enter("optimizer step")
     with pytest.raises(type(error)), reporting(lambda found: failure.report(found, activity)):
         raise error

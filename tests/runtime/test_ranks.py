@@ -87,27 +87,27 @@ def test_half_an_environment_is_refused_by_the_variables_name(mistake: str) -> N
 
 def test_the_device_is_the_ranks_own_gpu_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ranks.device_of(World(3, 4, 3, 4)) == torch.device("cpu")
+    assert ranks.local_device(World(3, 4, 3, 4)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert ranks.device_of(World(3, 4, 1, 2)) == torch.device("cuda", 1)
+    assert ranks.local_device(World(3, 4, 1, 2)) == torch.device("cuda", 1)
     # Also on the main rank, which prints: the one without a GPU may be another.
     for world in (World(2, 3, 2, 3), World(0, 3, 0, 3)):
         with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE = 3: .* \(2\); start fewer ranks on it$"):
-            ranks.device_of(world)
+            ranks.local_device(world)
 
 
 def test_a_world_of_one_has_a_group_of_one_and_leaves_it() -> None:
     """In a process of its own, for a process group is global."""
     script = (
         "import torch, torch.distributed as dist\n"
-        "from svite_scale import distributed\n"
-        "distributed.stop()\n"
-        "distributed.start(ranks.World(), torch.device('cpu'))\n"
+        "from svite_scale.runtime import ranks\n"
+        "ranks.stop()\n"
+        "ranks.start(ranks.World(), torch.device('cpu'))\n"
         "total = torch.ones(3)\n"
         "dist.all_reduce(total)\n"
         "print(dist.get_world_size(), total.sum().item())\n"
-        "distributed.stop()\n"
+        "ranks.stop()\n"
         "print(dist.is_initialized(), torch.cuda.is_initialized())\n"
     )
     plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}

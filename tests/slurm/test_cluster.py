@@ -40,7 +40,7 @@ def test_a_suite_leaves_nothing_however_it_ends(cluster: Cluster, tmp_path: Path
     assert cluster.node_state("node1") == "IDLE"
 
 
-def test_what_a_killed_suite_left_is_removed_and_what_a_living_one_has_is_not(cluster: Cluster) -> None:
+def test_a_start_removes_what_a_killed_suite_left_and_nothing_of_a_living_one(cluster: Cluster) -> None:
     with subprocess.Popen(["true"]) as ended:
         pass
     left = f"{PREFIX}-{ended.pid}-node1"
@@ -50,7 +50,7 @@ def test_what_a_killed_suite_left_is_removed_and_what_a_living_one_has_is_not(cl
     assert len(namespaces_of(os.getpid())) == 3
 
 
-def test_a_namespace_that_is_not_there_is_no_error(cluster: Cluster) -> None:
+def test_removing_a_namespace_succeeds_when_it_does_not_exist(cluster: Cluster) -> None:
     assert pids_in(f"{PREFIX}-none") == []
     remove_namespace(f"{PREFIX}-none")
 

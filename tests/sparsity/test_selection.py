@@ -53,3 +53,14 @@ def test_the_scores_stay_as_they_were() -> None:
     scores = torch.tensor([2.0, -0.0, -1.0])
     kth(scores, [True] * 3, 2)
     assert str(scores.tolist()) == "[2.0, -0.0, -1.0]"
+
+
+@given(units=SCORES.filter(lambda units: any(counted for _, counted in units)), data=st.data())
+def test_a_gpu_sorts_where_the_cpu_counts_digits(units: list[tuple[float, bool]], data: st.DataObject) -> None:
+    scores, counted = torch.tensor([score for score, _ in units]), [counted for _, counted in units]
+    k = data.draw(st.integers(1, sum(counted)))
+    found = kth(scores, counted, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "on_cpu", lambda tensor: False)
+        assert [*selection.parts(scores)] == [slice(0, len(units))]
+        assert kth(scores, counted, k) == found

@@ -17,19 +17,23 @@ from tests.sparsity.bit_patterns import assert_same_bits, packed_of
 ROOT = Path(__file__).parents[2]
 
 
-def test_interpreted() -> None:
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton kernels need a CUDA GPU")
+
+
+@pytest.mark.parametrize("way", ["interpreted", pytest.param("compiled", marks=on_a_gpu)])
+def test_it_moves_the_right_bits(way: str) -> None:
     pytest.importorskip("triton", reason="torch brings Triton on Linux with x86-64 only")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/sparsity/interpreted_triton.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if way == "interpreted" else "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 passed" in done.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton kernels need a CUDA GPU")
+@on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 9, 2047, 2049, 100_003])
-def test_on_a_gpu(dtype: torch.dtype, numel: int) -> None:
+def test_the_host_never_waits_for_the_gpu(dtype: torch.dtype, numel: int) -> None:
     from svite_scale.sparsity.kernels import triton_kernels
 
     packed = packed_of(numel, 0.3, dtype, seed=numel)

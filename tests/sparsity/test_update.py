@@ -56,6 +56,27 @@ def test_scores_to_topology(
     assert new.tolist() == bools(topology).tolist()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("numel", [1, 1000, 2304 * 768])
+def test_a_gpu_decides_as_the_cpu_does(numel: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    # Some 1,000 levels, so that most decisions are between ties.
+    scores = torch.randn(2, numel, generator=generator).mul(100).round().to(dtype)
+    active = torch.rand(numel, generator=generator) < 0.3
+    count = int(active.sum()) // 2
+    on_cpu = prune_and_grow(active, scores[0], scores[1], count)
+    on_gpu = prune_and_grow(active.cuda(), scores[0].cuda(), scores[1].cuda(), count)
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("active", "drop", "grow", "count", "topology"), TABLE)
+def test_scores_to_topology_on_a_gpu(active: str, drop: list[float], grow: list[float], count: int, topology: str) -> None:
+    new = prune_and_grow(bools(active).cuda(), torch.tensor(drop).cuda(), torch.tensor(grow).cuda(), count)
+    assert new.tolist() == bools(topology).tolist()
+
+
 SPECIAL = st.sampled_from([0.0, -0.0, DENORMAL, -DENORMAL, 2 * DENORMAL, 1.0, 1.0 + 2**-23, 2.0, -1.0, INF, -INF])
 SCORE = SPECIAL | st.floats(width=32, allow_nan=False)
 UNITS = st.lists(st.tuples(st.booleans(), SCORE, SCORE), min_size=1, max_size=60)

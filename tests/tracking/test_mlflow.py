@@ -12,12 +12,13 @@ from unittest.mock import patch
 
 import pytest
 
-from svite_scale.config.schema import Config, TrackingConfig
+from svite_scale.config.schema import Config
 from svite_scale.errors import RunError
 from svite_scale.tracking import mlflow_run
-from svite_scale.tracking.tracker import Tracker
+from svite_scale.tracking.options import TrackingConfig
 from tests.ranks import free_port
 from tests.runs import metrics_of
+from tests.tracking.trackers import tracker_of
 
 
 def started(folder: Path, number: int, experiment: str, together: Any, answers: Any) -> None:
@@ -27,7 +28,7 @@ def started(folder: Path, number: int, experiment: str, together: Any, answers: 
     config = Config(run_dir=str(run_dir), tracking=TrackingConfig(experiment=experiment))
     together.wait(120)
     try:
-        with Tracker(config, run_dir, None, enabled=True) as tracker:
+        with tracker_of(config, run_dir, None) as tracker:
             tracker.log(1, {"loss": float(number)})
         answers.put("")
     except BaseException as error:
@@ -64,7 +65,7 @@ def test_what_is_deleted_is_begun_anew(tmp_path: Path, caplog: pytest.LogCapture
     def run_id() -> str:
         return (run_dir / "mlflow_run_id").read_text().strip()
 
-    with Tracker(config, run_dir, None, enabled=True) as tracker:
+    with tracker_of(config, run_dir, None) as tracker:
         tracker.log(1, {"loss": 1.0})
         client.delete_run(run_id())
         tracker.log(2, {"loss": 2.0})
@@ -74,7 +75,7 @@ def test_what_is_deleted_is_begun_anew(tmp_path: Path, caplog: pytest.LogCapture
         assert [entry.step for entry in client.get_metric_history(run_id(), "loss")] == [3]
         assert client.get_experiment(client.get_run(run_id()).info.experiment_id).name == "digits-2"
     (run_dir / "mlflow_run_id").write_bytes(b"\xff../../elsewhere")
-    with Tracker(config, run_dir, 3, enabled=True) as tracker:
+    with tracker_of(config, run_dir, 3) as tracker:
         database.unlink()
         tracker.log(4, {"loss": 4.0})
         with closing(sqlite3.connect(database)) as connection:
@@ -110,7 +111,7 @@ def test_a_run_goes_on_without_mlflow(tmp_path: Path, caplog: pytest.LogCaptureF
         with (  # noqa: PT012
             patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
             pytest.raises(ZeroDivisionError),
-            Tracker(config, run_dir, 1 if kind == "away" else None, enabled=True) as tracker,
+            tracker_of(config, run_dir, 1 if kind == "away" else None) as tracker,
         ):
             for step in (2, 3):
                 tracker.log(step, {"loss": 1.0})
@@ -131,5 +132,5 @@ def test_a_run_goes_on_without_mlflow(tmp_path: Path, caplog: pytest.LogCaptureF
 )
 def test_what_mlflow_refuses_is_an_error_at_the_first_start(tmp_path: Path, tracking: TrackingConfig, message: str) -> None:
     with pytest.raises(RunError) as caught:
-        Tracker(Config(run_dir="a", tracking=tracking), tmp_path / "run", None, enabled=True)
+        tracker_of(Config(run_dir="a", tracking=tracking), tmp_path / "run", None)
     assert str(caught.value).startswith(message)

@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 
 from svite_scale.config.load import flatten_config, read_config
-from svite_scale.config.schema import Config, SparsityConfig, TrackingConfig
+from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.data.loader import Batch
 from svite_scale.engines.backend import StepResult
 from svite_scale.errors import RunError
 from svite_scale.tracking.mlflow_run import RETRY_S
-from svite_scale.tracking.tracker import Tracker
+from svite_scale.tracking.options import TrackingConfig
 from svite_scale.train.randomness import seed_step
 from svite_scale.train.window import MetricsWindow
 from tests.ranks import free_port, run_on_ranks
 from tests.runs import metrics_of
+from tests.tracking.trackers import tracker_of
 
 
 def quiet(run_dir: Path) -> Config:
@@ -32,12 +33,12 @@ def quiet(run_dir: Path) -> Config:
 
 def test_lines_are_there_at_once_and_other_ranks_write_nothing(tmp_path: Path) -> None:
     run_dir = tmp_path / "folder" / "run"
-    with Tracker(quiet(run_dir), run_dir, None, enabled=False) as tracker:
+    with tracker_of(quiet(run_dir), run_dir, None, enabled=False) as tracker:
         tracker.log(1, {"loss": 2.0})
         tracker.summarize({"steps": 1})
         assert tracker.ui_command is None
     assert not run_dir.parent.exists()
-    with Tracker(quiet(run_dir), run_dir, None, enabled=True) as tracker:
+    with tracker_of(quiet(run_dir), run_dir, None) as tracker:
         tracker.log(1, {"loss": 2.0})
         assert metrics_of(run_dir) == [{"step": 1, "loss": 2.0}]
         tracker.log(3, {"loss": 1.5, "density": 0.3})
@@ -51,7 +52,7 @@ def test_lines_are_there_at_once_and_other_ranks_write_nothing(tmp_path: Path) -
 def test_a_resumed_run_cuts_the_lines_after_its_checkpoint(tmp_path: Path, torn: str) -> None:
     whole = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 5))
     (tmp_path / "metrics.jsonl").write_text(whole + torn)
-    with Tracker(quiet(tmp_path), tmp_path, 3, enabled=True) as tracker:
+    with tracker_of(quiet(tmp_path), tmp_path, 3) as tracker:
         tracker.log(4, {"loss": 9.0})
     assert [(line["step"], line["loss"]) for line in metrics_of(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
 
@@ -62,20 +63,20 @@ def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path
     uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     run_dir = tmp_path / "runs" / "a"
     config = Config(run_dir=str(run_dir), tracking=TrackingConfig(uri=uri, experiment="digits"))
-    with pytest.raises(ZeroDivisionError), Tracker(config, run_dir, None, enabled=True) as tracker:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), tracker_of(config, run_dir, None) as tracker:  # noqa: PT012
         tracker.log(1, {"loss": 2.0})
         assert tracker.ui_command == f"mlflow ui --backend-store-uri {uri}"
         raise ZeroDivisionError
     client = MlflowClient(uri)
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
     assert client.get_run(run_id).info.status == "FAILED"
-    with Tracker(config, run_dir, 1, enabled=True) as tracker:
+    with tracker_of(config, run_dir, 1) as tracker:
         assert client.get_run(run_id).info.status == "RUNNING"
         tracker.log(2, {"loss": 1.0})
     (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert (run.info.run_id, run.info.run_name, run.info.status) == (run_id, "a", "FINISHED")
     assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
-    with Tracker(config, tmp_path / "runs" / "b", None, enabled=True):
+    with tracker_of(config, tmp_path / "runs" / "b", None):
         pass
     assert len(client.search_runs([run.info.experiment_id])) == 2
 
@@ -90,7 +91,7 @@ def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, cap
         return [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
 
     refuses = patch.object(MlflowClient, "log_batch", side_effect=MlflowException("the server is away\nmore"))
-    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True) as tracker:
+    with tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, None) as tracker:
         tracker.log(1, {"loss": 3.0})
         with refuses as asked:
             tracker.log(2, {"loss": 2.0})
@@ -107,7 +108,7 @@ def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, cap
         (4, 0),
     ]
     caplog.clear()
-    with Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4, enabled=True) as tracker, refuses:
+    with tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4) as tracker, refuses:
         tracker.log(5, {"loss": 0.0, "density": 0.3})
         tracker.__exit__(None, None, None)
     assert ours()[1] == "MLflow lacks the last 2 metrics: the server is away"
@@ -119,13 +120,13 @@ def test_a_server_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> Non
         patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
         pytest.raises(RunError, match=rf"^tracking\.uri = '{uri}': MLflow can't be used \(.*\); start the server or correct"),
     ):
-        Tracker(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None, enabled=True)
+        tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None)
 
 
 def test_a_run_directory_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=rf"^run_dir = '{tmp_path}/file/run' can't be written \(.*Not a directory"):
-        Tracker(quiet(tmp_path / "file" / "run"), tmp_path / "file" / "run", None, enabled=True)
+        tracker_of(quiet(tmp_path / "file" / "run"), tmp_path / "file" / "run", None)
 
 
 def test_flattened_names_are_dotted_and_a_mapping_of_patterns_stays_whole() -> None:
@@ -140,7 +141,7 @@ def test_mlflow_takes_patterns_of_layers(tmp_path: Path) -> None:
 
     uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
     sparsity = SparsityConfig(densities={"blocks.*": 0.3, "*": 0.5})
-    with Tracker(Config(run_dir="a", sparsity=sparsity, tracking=TrackingConfig(uri=uri)), run_dir, None, enabled=True):
+    with tracker_of(Config(run_dir="a", sparsity=sparsity, tracking=TrackingConfig(uri=uri)), run_dir, None):
         pass
     logged = MlflowClient(uri).get_run((run_dir / "mlflow_run_id").read_text().strip()).data.params
     assert logged["sparsity.densities"] == str({"blocks.*": 0.3, "*": 0.5})

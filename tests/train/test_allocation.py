@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from svite_scale.config.load import read_config
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import prunable_layers
@@ -50,7 +50,7 @@ def test_a_run_by_patterns_goes_on_with_the_same_patterns_only(
 
 def test_a_run_from_a_file_of_masks(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(digits, tmp_path / "run", "sparsity.density=1.0")
-    dense, _ = build_sparse_vit(config.model, config.sparsity, seed=0)
+    dense, _ = build_sparse(config.model, config.sparsity, seed=0)
     masks = {name: torch.rand(layer.weight.shape) < 0.2 for name, layer in prunable_layers(dense).items()}
     save_file({f"{name}.weight": mask for name, mask in masks.items()}, tmp_path / "masks")
     keys = ("sparsity.density=1.0", f"sparsity.masks={tmp_path / 'masks'}", "train.max_steps=2")
@@ -59,6 +59,6 @@ def test_a_run_from_a_file_of_masks(digits: Path, tmp_path: Path, capsys: pytest
     assert metrics_of(tmp_path / "run")[-1]["density"] == pytest.approx(density, rel=1e-12)
 
     config = tiny_config(digits, tmp_path / "run", *keys)
-    model, _ = build_sparse_vit(config.model, config.sparsity, config.seed)
+    model, _ = build_sparse(config.model, config.sparsity, config.seed)
     for name, layer in packed_layers(model).items():
         assert torch.equal(bits.unpack(layer.mask, layer.shape.numel()), masks[name].flatten())

@@ -38,7 +38,7 @@ def test_without_a_checkpoint_it_starts_anew_and_with_one_it_goes_on(
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
 
 
-def test_it_does_not_start_over_a_run_whose_checkpoints_are_torn(
+def test_a_run_is_not_started_over_when_its_checkpoints_are_corrupt(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -48,7 +48,7 @@ def test_it_does_not_start_over_a_run_whose_checkpoints_are_torn(
     answer = run_here(capsys, "--config", str(config), "--auto-resume", *SINGLE)
     assert answer.status == 1
     assert (
-        f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is whole; restore one, or start a new run" in answer.err
+        f"{tmp_path / 'run' / 'checkpoints'} holds no checkpoint that is valid; restore one, or start a new run" in answer.err
     )
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
 

@@ -227,7 +227,7 @@ def test_a_run_its_refusals_and_its_resumption(
     assert run_here(capsys, *again, "train.max_steps=7", "train.eval_batch_size=4", "parallel.backend=fsdp2").status == 0
     assert [line["step"] for line in metrics_of(run_dir)] == [2, 4, 5, 6, 7]
     assert read_config(run_dir / "config.yaml").train.max_steps == 7
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000007\n"
+    assert (run_dir / "checkpoints" / "step-00000007").is_dir()
 
     finished = metrics_of(run_dir)
     answer = run_here(capsys, *again, "train.max_steps=7")

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from svite_scale.checkpoint.compatibility import check_same_run
 from svite_scale.config.load import to_dict
 from svite_scale.config.schema import Config
-from svite_scale.config.validate import check_config
+from svite_scale.config.validate import validate
 from svite_scale.errors import CheckpointError, ConfigError
+from svite_scale.models.dense import build_dense
 from svite_scale.models.teacher import answer_twice, build_teacher, check_teacher
-from svite_scale.models.vit import build_vit
 from svite_scale.train.loss import Teacher, TrainingLoss, hard_distillation, soft_distillation
 from tests.command_line import run_here
 from tests.ranks import run_on_ranks
@@ -157,7 +157,7 @@ def test_a_plain_student_learns_from_the_teacher_with_its_only_head(tmp_path: Pa
 
 def test_both_heads_answer_in_training_and_their_mean_in_evaluation(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "model.name=deit_tiny_distilled_patch16_224")
-    student, images = build_vit(config.model), torch.rand(3, 1, 8, 8)
+    student, images = build_dense(config.model), torch.rand(3, 1, 8, 8)
     answer_twice(student)
     both = student.train()(images)
     assert both.shape == (2, 3, 10)
@@ -167,20 +167,23 @@ def test_both_heads_answer_in_training_and_their_mean_in_evaluation(tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("distillation.teacher=test_resnet",), "distillation.checkpoint = None: is missing beside distillation.teacher"),
-        (("distillation.checkpoint=x.pth",), "distillation.teacher = None: is missing beside distillation.checkpoint"),
-        (("distillation.mean=[0.5]",), r"distillation.std = None: is missing beside distillation.mean \(\(0.5,\)\)"),
+        (("distillation.teacher=test_resnet",), "distillation.checkpoint = None: is missing beside teacher"),
+        (("distillation.checkpoint=x.pth",), "distillation.teacher = None: is missing beside checkpoint"),
+        (("distillation.mean=[0.5]",), r"distillation.std = None: is missing beside mean \(\(0.5,\)\)"),
         (
             ("distillation.mean=[0.5,0.5]", "distillation.std=[0.5]"),
             r"distillation.mean = \[0.5, 0.5\]: has 2 entries for 1 channels",
         ),
-        (("distillation.mean=[0.5]", "distillation.std=[0.0]"), r"distillation.std = \[0.0\]: pixels are divided by it"),
-        (("distillation.temperature=2.0",), "distillation.temperature = 2.0: isn't used by distillation.kind=hard"),
+        (
+            ("distillation.mean=[0.5]", "distillation.std=[0.0]"),
+            r"distillation.std = \[0.0\]: is not above 0.0; use a list",
+        ),
+        (("distillation.temperature=2.0",), "distillation.temperature = 2.0: isn't used by kind=hard"),
     ],
 )
 def test_fields_that_do_not_fit(tmp_path: Path, digits: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_config(tiny_config(digits, tmp_path / "run", *overrides), 1)
+        validate(tiny_config(digits, tmp_path / "run", *overrides), 1)
 
 
 def test_a_teacher_that_can_not_be_used_ends_the_command(

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
-from svite_scale.config.schema import Config, DataConfig
+from svite_scale.config.schema import Config
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.loader import EvalData
 from svite_scale.data.make.shards import Sample, write_shards
+from svite_scale.data.options import DataConfig
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate
@@ -31,7 +32,7 @@ def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float
     """The metrics twice and on damaged shards, whether the model trains after them, and on one process the dense weights."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
     world = trainer.world
-    other = EvalData(damaged, image_size=8, in_channels=1, batch_size=10, rank=world.rank, world_size=world.size)
+    other = EvalData(damaged, image_shape=(1, 8, 8), batch_size=10, world=world)
     found = [evaluate(trainer.backend, data, trainer.eval_transform) for data in (trainer.eval_data, trainer.eval_data, other)]
     return found, trainer.backend.wrapped.training, dense_weights(trainer) if world.size == 1 else {}
 

@@ -15,12 +15,13 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
-from svite_scale.config.schema import Config, GuardConfig
+from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch, TrainData
 from svite_scale.errors import DivergedError
 from svite_scale.runtime.preemption import Preempted
 from svite_scale.runtime.ranks import World
 from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.options import GuardConfig
 from svite_scale.train.trainer import Trainer
 from svite_scale.train.window import MetricsWindow
 from tests.command_line import run_here
@@ -182,16 +183,8 @@ def run_with_spikes(config: Config, times: int) -> list[list[int]]:
 def test_a_spike_takes_the_run_back_and_past_the_data(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
     config = tiny_config(digits, tmp_path / "run", *ENGINES[engine], *ROLLBACK)
     for rank, labels in enumerate(run_on_ranks(world_size, run_with_spikes, config, 1)):
-        data = TrainData(
-            config.data,
-            image_size=8,
-            in_channels=1,
-            global_batch_size=16,
-            accumulation_steps=1,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-        )
+        world = World(rank=rank, size=world_size)
+        data = TrainData(config.data, image_shape=(1, 8, 8), global_batch_size=16, seed=config.seed, world=world)
         every_batch = [batch.labels.tolist() for batch in data.batches(0, 32 + SPIKE_STEP - SAVED)]
         assert labels == every_batch, "16 steps, 4 that were undone, and 16 more, on data that was never seen"
     lines = metrics_of(tmp_path / "run")
@@ -213,7 +206,7 @@ def test_a_rollback_is_counted_by_the_next_start_too(tmp_path: Path, digits: Pat
     """Where the run is asked to stop in the very step that spikes."""
     config = tiny_config(digits, tmp_path / "run", *ROLLBACK)
     run_on_ranks(1, spikes_and_stops, config)
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step-{SAVED:08d}-2\n"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{SAVED:08d}-2").is_dir()
     assert run_on_ranks(1, offset_after_a_resume, config) == [SPIKE_STEP - SAVED]
 
 
@@ -279,7 +272,7 @@ def test_what_was_counted_survives_a_resume() -> None:
     for _ in range(16):
         guard.is_spike(4, 1.0, lambda: Path("checkpoint"))
     resumed = Guard(guard.config)
-    resumed.resume(json.loads(json.dumps(guard.state())))
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert resumed.metrics() == {"skipped_steps": 3, "rollbacks": 1}
     assert resumed.data_offset == 4
     assert resumed.is_spike(5, 2.1, lambda: Path("checkpoint"))

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config.schema import Config, ModelConfig, OptimizerConfig, SparsityConfig, TrainConfig
-from svite_scale.models.sparse_vit import build_sparse_vit
+from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
 from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups, peak_lr
+from svite_scale.train.options import OptimizerConfig, TrainConfig
 
 MODEL = ModelConfig(
     name="vit_tiny_patch16_224", num_classes=10, image_size=8, in_channels=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
@@ -32,7 +34,7 @@ def decay_by_name(model: nn.Module) -> dict[str, float]:
 
 
 def test_packed_values_and_matrices_decay_and_nothing_else() -> None:
-    model, plan = build_sparse_vit(MODEL, SparsityConfig(density=0.6), seed=0)
+    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
     decay = decay_by_name(model)
     packed = [entry.name for entry in plan if entry.is_packed]
     dense = [entry.name for entry in plan if not entry.is_packed]

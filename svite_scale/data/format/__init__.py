@@ -1,1 +1,1 @@
-"""What a shard is: its tar file, its index, its labels, and the folder that holds it."""
+"""The format of a shard: its tar file, its index, its labels, and the folder that holds it."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files that appear complete or not at all, and their checksums."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHUNK = 1 << 20
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a hidden temporary name beside ``path``; what was written there becomes ``path`` when the block succeeds.
+    """Yields a hidden temporary path beside ``path``, and renames the file there to ``path`` when the block succeeds.
 
-    A reader, or a run that was killed, never sees a part of the file.
+    So neither a reader nor a kill ever finds an incomplete file at ``path``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Removes what killed processes left of these files, which are in one folder; none may be writing them."""
+    """Removes temporary files that killed processes left beside these paths. No process may be writing them now."""
     names = {path.name: path.parent for path in paths}
     for folder in set(names.values()):
         for temporary in folder.glob(".*.tmp"):
@@ -37,10 +37,10 @@ def remove_leftovers(paths: Iterable[Path]) -> None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Opens a file to read it, and nothing else: a pipe would keep its reader waiting for ever.
+    """Opens an ordinary file for reading. (A named pipe would keep its reader waiting for ever.)
 
     Raises:
-        OSError: it can't be opened, or is a folder, a pipe, a socket or a device.
+        OSError: the file can't be opened, or is a folder, a pipe, a socket or a device.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is no ordinary file")
@@ -48,7 +48,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; reads all of it."""
+    """Returns the SHA-256 of a file's content, in hexadecimal; reads all of it."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(CHUNK):

@@ -1,8 +1,8 @@
-"""The index of a tar shard: where each image lies, and its label; kept in a small JSON sidecar next to the shard.
+"""The index of a tar shard: the place and the label of each image, in a small JSON sidecar beside the shard.
 
-An index tells by its own time of change, in whole microseconds, when its tar was changed. A time within it would make its bytes
-depend on more than the tar. A copy that keeps times, rounded to seconds or not, keeps this; one that doesn't gives the index a
-time with other digits, from which nothing follows.
+The sidecar's own modification time is that of its tar, in whole microseconds. (A time in its content would make the bytes
+depend on more than the tar.) A copy that keeps times, rounded to seconds or not, keeps this equality. A copy that doesn't gives
+the sidecar a time that isn't in whole microseconds, and then times prove nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DAY_NS = 86_400 * 10**9
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What random access to one shard needs.
+    """The places, labels and keys of a shard's samples, for random access.
 
     Columns are numpy arrays, so that an index of millions of samples stays compact and is shared with forked workers: 16
     bytes per sample, and the packed keys.
@@ -42,11 +42,12 @@ class ShardIndex:
     path: Path | RemoteShard
     """The tar file."""
     size: int
-    """Its length in bytes, by which a stale index is recognised at once."""
+    """Bytes of the tar, by which a stale index is recognised at once."""
     sha256: str
-    """Of its content, by which damage is recognised, in hexadecimal."""
-    plan: str
-    """What it was written from, as a checksum by which the writer knows its own; empty for shards of others."""
+    """SHA-256 of the tar in hexadecimal, by which damage is recognised."""
+    source_digest: str
+    """Digest of the files that the shard was written from, by which its writer recognises it; empty for shards of others.
+    The sidecar calls it ``plan``."""
     offsets: npt.NDArray[np.int64]
     """``[count]``: first byte of each image."""
     lengths: npt.NDArray[np.int32]
@@ -54,51 +55,51 @@ class ShardIndex:
     labels: npt.NDArray[np.int32]
     """``[count]``"""
     packed_keys: bytes
-    """The keys, which only messages need: zero-separated UTF-8 (other bytes as Python's ``surrogateescape``), compressed."""
+    """Keys, for messages only: compressed UTF-8, separated by zero bytes (other bytes by Python's ``surrogateescape``)."""
 
     @property
     def count(self) -> int:
-        """Samples in the shard."""
+        """The number of samples in the shard."""
         return len(self.offsets)
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys; unpacked at each call."""
+        """The samples' keys, unpacked at each call."""
         return zlib.decompress(self.packed_keys).decode(errors="surrogateescape").split("\0") if self.count else []
 
     def key(self, position: int) -> str:
-        """Key of the sample at ``position`` of the shard."""
+        """Returns the key of the sample at ``position`` in the shard."""
         return self.keys[position]
 
 
 def sidecar_path(shard: Path) -> Path:
-    """Where the index of ``shard`` is kept."""
+    """Returns the path of a shard's index."""
     return shard.with_name(shard.name + ".index.json")
 
 
-def build_index(shard: Path, rule: LabelRule | None = None, plan: str = "") -> tuple[ShardIndex, Counter[str]]:
-    """Builds the index by reading the whole tar, once for its headers and once for the checksum.
+def build_index(shard: Path, rule: LabelRule | None = None, source_digest: str = "") -> tuple[ShardIndex, Counter[str]]:
+    """Builds an index by reading the whole tar, once for its headers and once for the checksum.
 
     Returns:
         The index, and the members that belong to no sample, counted by kind.
 
     Raises:
-        DataError: the tar is damaged or compressed, or a sample has no image or no label, or the tar changes meanwhile.
+        DataError: the tar is damaged or compressed, a sample has no image or no label, or the tar changes meanwhile.
     """
     before = shard.stat()
     samples, left_out = scan_tar(shard, rule)
-    index = index_of(shard, before.st_size, sha256_of(shard), plan, *zip(*samples, strict=True))
+    index = make_index(shard, before.st_size, sha256_of(shard), source_digest, *zip(*samples, strict=True))
     after = shard.stat()
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise DataError(f"{shard} changes while it is read; index it when it is complete")
     return index, left_out
 
 
-def index_of(
+def make_index(
     shard: Path,
     size: int,
     sha256: str,
-    plan: str,
+    source_digest: str,
     keys: Sequence[str],
     offsets: Sequence[int],
     lengths: Sequence[int],
@@ -108,7 +109,7 @@ def index_of(
         path=shard,
         size=size,
         sha256=sha256,
-        plan=plan,
+        source_digest=source_digest,
         offsets=np.array(offsets, dtype=np.int64),
         lengths=np.array(lengths, dtype=np.int32),
         labels=np.array(labels, dtype=np.int32),
@@ -117,12 +118,12 @@ def index_of(
 
 
 def save_index(index: ShardIndex) -> Path:
-    """Writes the sidecar in one step and returns its path; it gets the tar's time of change, see ``index_time``."""
+    """Writes the sidecar, complete or not at all, with the tar's modification time, and returns its path."""
     record = {
         "format": FORMAT,
         "size": index.size,
         "sha256": index.sha256,
-        "plan": index.plan,
+        "plan": index.source_digest,
         "keys": index.keys,
         "offsets": index.offsets.tolist(),
         "lengths": index.lengths.tolist(),
@@ -132,17 +133,17 @@ def save_index(index: ShardIndex) -> Path:
     path = sidecar_path(index.path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
-        give_time(temporary, index.path)
+        copy_time(temporary, index.path)
     return path
 
 
 def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
-    """The index that a sidecar's text describes; reads no file.
+    """Parses the text of a sidecar; reads no file.
 
     Args:
         text: of the sidecar.
-        shard: which the index is of.
-        source: where the text is from, for the error.
+        shard: path of the tar.
+        source: path or URL of the text, for the error.
         remedy: for the error.
 
     Raises:
@@ -153,14 +154,14 @@ def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
         if record["format"] != FORMAT:
             raise DataError(f"{source} has format {record['format']!r}, this version reads {FORMAT}; {remedy}")
         columns = [record[name] for name in ("keys", "offsets", "lengths", "labels")]
-        require([record["size"]], int)
+        require_list([record["size"]], int)
         for column, kind in zip(columns, (str, int, int, int), strict=True):
-            require(column, kind)
+            require_list(column, kind)
         if len({len(column) for column in columns}) != 1:
             raise ValueError("columns of unequal length")
         if any("\0" in key for key in columns[0]):
             raise ValueError("a key with a zero byte")
-        index = index_of(shard, record["size"], str(record["sha256"]), str(record["plan"]), *columns)
+        index = make_index(shard, record["size"], str(record["sha256"]), str(record["plan"]), *columns)
         if min(int(column.min(initial=0)) for column in (index.offsets, index.lengths, index.labels)) < 0:
             raise ValueError("a negative number")
         if (index.offsets > index.size - index.lengths.astype(np.int64)).any():
@@ -170,8 +171,8 @@ def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
     return index
 
 
-def require(column: object, kind: type) -> None:
-    """Raises ValueError for what isn't a list of nothing but ``kind``; numpy would take a text or a fraction for a number."""
+def require_list(column: object, kind: type) -> None:
+    """Raises ValueError unless ``column`` is a list of ``kind`` only. (numpy would accept texts and fractions as numbers.)"""
     if not isinstance(column, list):
         raise ValueError(f"{str(column)[:40]!r} for a list")
     if set(map(type, column)) - {kind}:
@@ -180,13 +181,13 @@ def require(column: object, kind: type) -> None:
 
 
 def load_index(shard: Path) -> ShardIndex:
-    """Reads the sidecar of ``shard``, and compares the size that it tells with the tar's.
+    """Reads the index of ``shard``, and compares its size with that of the tar.
 
     Raises:
-        DataError: it is missing, unreadable, or was written for another version of the tar.
+        DataError: the index is missing or unreadable, or was written for a tar of another size.
     """
     path = sidecar_path(shard)
-    remedy = index_again(shard)
+    remedy = index_command(shard)
     if not path.exists():
         raise DataError(f"{shard} has no index ({path.name}); {remedy}")
     try:
@@ -206,12 +207,12 @@ def load_index(shard: Path) -> ShardIndex:
     return index
 
 
-def index_again(shard: Path) -> str:
+def index_command(shard: Path) -> str:
     return f"run: python launch/make_shards.py --index '{shard}'"
 
 
 def has_index(shard: Path) -> bool:
-    """Whether ``shard`` has an index that can be read, and is of the size that it tells."""
+    """Tests whether ``shard`` has a readable index for a tar of its size."""
     try:
         load_index(shard)
     except DataError:
@@ -220,23 +221,23 @@ def has_index(shard: Path) -> bool:
 
 
 def is_indexed(shard: Path) -> bool:
-    """Whether ``shard`` has an index that can be used, and is of the time that this was given."""
-    return has_index(shard) and is_as_indexed(shard, sidecar_path(shard))
+    """Tests whether ``shard`` has a readable index for a tar of its size and modification time."""
+    return has_index(shard) and has_indexed_time(shard, sidecar_path(shard))
 
 
-def confirm(shard: Path) -> bool:
-    """Whether ``shard`` is as its index says, by its time or else its checksum; then the index is given its time anew."""
+def confirm_index(shard: Path) -> bool:
+    """Tests whether ``shard`` matches its index, by time or else by checksum. If it does, the index gets its time again."""
     if is_indexed(shard):
         return True
-    if damage(shard):
+    if find_damage(shard):
         return False
-    with suppress(OSError):  # in a folder that is only for reading the checksum is compared each time
-        give_time(sidecar_path(shard), shard)
+    with suppress(OSError):  # in a read-only folder the checksum is compared each time
+        copy_time(sidecar_path(shard), shard)
     return True
 
 
-def damage(shard: Path) -> str:
-    """What is wrong with ``shard``, comparing all of it with the size and checksum in its index; empty if nothing is."""
+def find_damage(shard: Path) -> str:
+    """Compares all of ``shard`` with the size and checksum in its index, and returns the problem; empty if there is none."""
     try:
         index = load_index(shard)
         found = sha256_of(shard)
@@ -248,26 +249,26 @@ def damage(shard: Path) -> str:
         return ""
     return (
         f"{shard} is damaged, or its index is stale: its checksum is {found[:12]}..., the index has {index.sha256[:12]}...; "
-        f"restore the tar, or if it was changed on purpose, delete {sidecar_path(shard).name} and {index_again(shard)}"
+        f"restore the tar, or if it was changed on purpose, delete {sidecar_path(shard).name} and {index_command(shard)}"
     )
 
 
-def give_time(sidecar: Path, shard: Path) -> None:
-    """Gives an index the time of its tar."""
+def copy_time(sidecar: Path, shard: Path) -> None:
+    """Gives an index the modification time of its tar."""
     changed_us = shard.stat().st_mtime_ns // 1000
     os.utime(sidecar, ns=(changed_us * 1000, changed_us * 1000))
 
 
-def is_as_indexed(shard: Path, sidecar: Path) -> bool:
-    """Whether a tar is of the time that its index was given; a copy without times isn't, nor one that was changed since."""
+def has_indexed_time(shard: Path, sidecar: Path) -> bool:
+    """Tests whether a tar has the time of its index. It hasn't after a change, or after a copy without times."""
     return sidecar.stat().st_mtime_ns // 1000 == shard.stat().st_mtime_ns // 1000
 
 
 def is_newer(shard: Path, sidecar: Path) -> bool:
-    """Whether a tar was changed after it was indexed, as far as times tell.
+    """Tests whether a tar was changed after it was indexed, according to their times.
 
-    Of an index that was copied without times, or written by an earlier version, a tar may be newer because it was copied later;
-    but not by a day.
+    If the index was copied without times, or written by an earlier version, the tar counts as newer only by more than a day,
+    because it may have been copied later.
     """
     indexed, changed = sidecar.stat().st_mtime_ns, shard.stat().st_mtime_ns
     return changed // 1000 > indexed // 1000 if indexed % 1000 == 0 else changed > indexed + DAY_NS

@@ -1,4 +1,4 @@
-"""``_info.json`` beside shards: which of them make up each split, and its classes.
+"""``_info.json`` beside shards, which lists the shards and classes of each split.
 
 timm's reader of WebDataset shards finds a split by it: ``ReaderWds(DIR, split="train")``.
 """
@@ -16,22 +16,22 @@ from typing import Any
 from svite_scale.data.format.files import open_regular, replacing
 from svite_scale.errors import DataError
 
-NAME = "_info.json"
+INFO_NAME = "_info.json"
 
 
 def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classes: Sequence[str] | None) -> Path:
-    """Adds a split to the file in the folder of its shards, or replaces it.
+    """Adds a split to ``_info.json`` in the folder of its shards, or replaces it, and returns the path.
 
     Args:
         shards: all of the split, in order.
         counts: samples of each.
         split: its name.
-        classes: names of the labels from 0, where they are known.
+        classes: names of the labels from 0, if they are known.
 
     Raises:
-        DataError: there is a file that holds something else.
+        DataError: the file there holds something else.
     """
-    path = shards[0].parent / NAME
+    path = shards[0].parent / INFO_NAME
     info: dict[str, Any] = {
         "name": split,
         "num_samples": sum(counts),
@@ -40,7 +40,7 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
     }
     if classes is not None:
         info["classes"] = list(classes)
-    with locked(path.parent):
+    with locked_folder(path.parent):
         splits = read_splits(path.parent)
         if splits.get(split) != info:
             splits[split] = info
@@ -50,11 +50,11 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps the other processes that ask for the same folder waiting, so that none reads what another is about to replace."""
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, for which other processes wait, so that none reads a file that another will replace."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems of networks can't lock a folder
+        with suppress(OSError):  # some network file systems can't lock a folder
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -62,10 +62,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_classes(folder: Path, split: str, classes: Sequence[str] | None) -> None:
-    """Requires that the splits written to ``folder`` so far number the same classes alike.
+    """Checks that the other splits in ``folder`` have the same classes in the same order.
 
     Raises:
-        DataError: they don't, or what tells of them can't be read.
+        DataError: they haven't, or ``_info.json`` can't be read.
     """
     for other, info in read_splits(folder).items():
         known = info.get("classes")
@@ -77,7 +77,7 @@ def check_classes(folder: Path, split: str, classes: Sequence[str] | None) -> No
 
 
 def listed_shards(folder: Path) -> list[Path]:
-    """All shards that the file in ``folder`` lists; none where there is no such file, or it is of another kind."""
+    """Returns all shards that ``_info.json`` in ``folder`` lists; none if there is no such file, or it holds something else."""
     try:
         splits = read_splits(folder)
     except DataError:
@@ -86,7 +86,7 @@ def listed_shards(folder: Path) -> list[Path]:
 
 
 def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / NAME
+    path = folder / INFO_NAME
     if not path.exists():
         return {}
     try:
@@ -101,7 +101,7 @@ def read_splits(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_split(info: object) -> bool:
-    """Whether what is used of a split, where it is there, is of the right kind."""
+    """Tests whether the fields of a split that are used here, where present, have the right types."""
     if not isinstance(info, dict):
         return False
     files, classes = info.get("filenames", []), info.get("classes")

@@ -1,4 +1,4 @@
-"""Which files are samples, and of which class: one rule for image folders and for tars; docs/data.md has it as a table."""
+"""The rule by which files are samples, and have classes, in image folders and in tars; docs/data.md has it as a table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SPECIAL = "special (pipe, socket or device)"
 
 
 def kind_of(extension: str) -> str:
-    """What a file is counted as: its extension, which is given without the dot, or what it has instead."""
+    """Returns the kind under which a file is counted: its extension, given without the dot, or ``without extension``."""
     return f".{extension}" if extension else "without extension"
 
 
-def in_words(left_out: Mapping[str, int]) -> str:
-    """``4 .v2.jpg, 2 .webp``: the most frequent first, and in one line of ASCII whatever the names; empty if there are none."""
+def summarize(left_out: Mapping[str, int]) -> str:
+    """Returns counts by kind as a text: ``4 .v2.jpg, 2 .webp``, the most frequent first, in ASCII; empty if there are none."""
     kinds = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
     parts = [f"{left_out[kind]} {kind.encode('unicode_escape').decode()}" for kind in kinds[:SHOWN]]
     if len(kinds) > SHOWN:
@@ -29,38 +29,39 @@ def in_words(left_out: Mapping[str, int]) -> str:
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
 MAX_IMAGE_BYTES = 0x7FFFF000
-"""What one read gives at most on Linux, 4 kB less than 2 GiB."""
+"""The most that one read returns on Linux, 4 kB less than 2 GiB."""
 NO_CLASS = " of no class in --classes"
-"""Ends the kind of images that are left out for it."""
+"""End of the kind of images that are left out because they have no class."""
 
 
-def parts_of(name: str) -> list[str]:
-    """Folders and file of a path, without what doesn't count: ``./a//b.jpg`` gives ``["a", "b.jpg"]``."""
+def path_parts(name: str) -> list[str]:
+    """Splits a path into folders and file, without empty parts and dots: ``./a//b.jpg`` gives ``["a", "b.jpg"]``."""
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
 def is_hidden(parts: Iterable[str]) -> bool:
-    """Whether a path has a hidden folder in it, or is a hidden file."""
+    """Tests whether a path has a hidden folder in it, or is a hidden file."""
     return any(part.startswith(".") and part != ".." for part in parts)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and extension as WebDataset splits them: at the first dot of the file name; ``a/b.seg.PNG`` gives
-    ``("a/b", "seg.png")``."""
+    """Splits a member's name into key and extension as WebDataset does, at the first dot of the file name: ``a/b.seg.PNG``
+    gives ``("a/b", "seg.png")``."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def extension(name: str) -> str:
-    """What follows the last dot of a file's name, in lower case; empty if it has none."""
+    """Returns the part of a file's name after its last dot, in lower case; empty if it has no dot."""
     return name.rpartition("/")[2].partition(".")[2].rpartition(".")[2].lower()
 
 
-def images_among(names: Sequence[str]) -> tuple[list[str], Counter[str]]:
-    """The files that are images, where each is a sample by itself.
+def find_images(names: Sequence[str]) -> tuple[list[str], Counter[str]]:
+    """Finds the images among files, each of which is a sample.
 
-    What has more dots goes with the image that is called so up to its first one: ``b.seg.png`` is left out beside ``b.jpg``.
+    A name with several dots belongs to the image that has its part before the first dot: ``b.seg.png`` is left out beside
+    ``b.jpg``.
 
     Args:
         names: paths of files.
@@ -73,7 +74,7 @@ def images_among(names: Sequence[str]) -> tuple[list[str], Counter[str]]:
     plain = {key for key, rest in map(split_name, names) if rest in IMAGE_EXTENSIONS}
     for name in names:
         key, rest = split_name(name)
-        if is_hidden(parts_of(name)):
+        if is_hidden(path_parts(name)):
             left_out[HIDDEN] += 1
         elif extension(name) not in IMAGE_EXTENSIONS:
             left_out[kind_of(extension(name))] += 1
@@ -84,23 +85,23 @@ def images_among(names: Sequence[str]) -> tuple[list[str], Counter[str]]:
     return images, left_out
 
 
-def class_folders(names: Sequence[str], classes: Collection[str]) -> list[str | None]:
-    """The class that each file of a tar is of: the folder in its path which ``classes`` names; None where there is none.
+def find_class_folders(names: Sequence[str], classes: Collection[str]) -> list[str | None]:
+    """Returns the class of each file of a tar: the folder in its path that ``classes`` names, or None if there is none.
 
-    A tar may have been packed from any folder around its class folders. Where a path has several classes in it, such as
-    ``train/cat/1.jpg`` where ``train`` is a class too, the class folders are those of the one folder that has all of them.
+    A tar may have been packed from any folder around its class folders. If a path has several classes in it, such as
+    ``train/cat/1.jpg`` where ``train`` is a class too, the class folders are those in the one folder that holds all classes.
 
     Args:
         names: paths of files.
         classes: names of all classes.
 
     Raises:
-        DataError: a path has several classes in it, and there is no such folder.
+        DataError: a path has several classes in it, and no single folder holds all classes.
     """
     found = []
     beside = defaultdict(set)
     for name in names:
-        folders = parts_of(name)[:-1]
+        folders = path_parts(name)[:-1]
         candidates = {tuple(folders[:depth]): folder for depth, folder in enumerate(folders) if folder in classes}
         for place, folder in candidates.items():
             beside[place].add(folder)

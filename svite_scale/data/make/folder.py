@@ -18,29 +18,31 @@ from svite_scale.data.format.rule import (
     NO_CLASS,
     SPECIAL,
     extension,
-    images_among,
-    in_words,
+    find_images,
     is_hidden,
     kind_of,
-    parts_of,
+    path_parts,
+    summarize,
 )
 from svite_scale.data.make.shards import Sample, Source, permutation
 from svite_scale.errors import DataError
+
+KNOWN_EXTENSIONS = ", ".join(sorted(IMAGE_EXTENSIONS))
 
 
 class ImageFiles(Source):
     """Image files with labels, in a fixed permutation, so that a shard holds samples of many classes.
 
     Args:
-        root: folder that the files are in.
-        files: paths within it and labels; their order matters.
-        classes: names of the labels, if there are any.
+        root: folder of the files.
+        files: paths within the folder, and labels; the permutation depends on their order.
+        classes: names of the labels, if they have names.
     """
 
     def __init__(self, root: Path, files: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> None:
         self._root = root
         self._files = [files[position] for position in permutation(len(files))]
-        self.keys = [f"{number:08d}-{key_part(file)}" for number, (file, _) in enumerate(self._files)]
+        self.keys = [f"{number:08d}-{readable_stem(file)}" for number, (file, _) in enumerate(self._files)]
         self.classes = classes
 
     def sample(self, number: int) -> Sample:
@@ -67,16 +69,16 @@ class ImageFiles(Source):
 
 
 def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> ImageFiles:
-    """The JPEG and PNG files under a folder in ImageNet's layout, one folder per class.
+    """Finds the JPEG and PNG files under a folder in ImageNet's layout, one folder per class.
 
     Args:
         root: the folder.
-        classes: class folders and their labels; by default all that aren't hidden, whose sorted names are numbered from 0.
+        classes: class folders and their labels; by default all folders that aren't hidden, numbered from 0 in sorted order.
 
     Raises:
-        DataError: there is no such folder, it has no class folders or not these, or one of them has no image.
+        DataError: the folder is missing, a class folder is missing, or one has no image.
     """
-    folder = existing_folder(root)
+    folder = require_folder(root)
     labels = classes
     if labels is None:
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -87,8 +89,8 @@ def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> 
     for name, label in labels.items():
         if not (folder / name).is_dir():
             raise DataError(f"{folder} has no folder {name!r}, which line {label + 1} of --classes names; correct one of them")
-    found, left_out = walk(folder)
-    images, others = images_among(found)
+    found, left_out = find_files(folder)
+    images, others = find_images(found)
     left_out += others
     files = []
     for image in sorted(images):
@@ -104,29 +106,29 @@ def image_folder(root: str | Path, classes: Mapping[str, int] | None = None) -> 
 
 
 def labelled_files(root: str | Path, labels: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> ImageFiles:
-    """The files under a folder that a list names; others there are left out.
+    """Finds the files under a folder that a list names; others are left out.
 
     Args:
         root: the folder.
-        labels: paths within it, and labels.
-        classes: names of the labels, if there are any.
+        labels: paths within the folder, and labels.
+        classes: names of the labels, if they have names.
 
     Raises:
-        DataError: there is no such folder, or a file is missing or no JPEG or PNG.
+        DataError: the folder is missing, or a file is missing or is no JPEG or PNG.
     """
-    folder = existing_folder(root)
+    folder = require_folder(root)
     for file, _ in labels:
         if extension(file) not in IMAGE_EXTENSIONS or not (folder / file).is_file():
-            raise DataError(f"{folder / file}, which --labels names, is no image ({wanted()}) there; correct the list")
+            raise DataError(f"{folder / file}, which --labels names, is no image ({KNOWN_EXTENSIONS}) there; correct the list")
     source = ImageFiles(folder, labels, classes)
-    named = {"/".join(parts_of(file)) for file, _ in labels}
-    found, left_out = walk(folder)
-    images, others = images_among([file for file in found if file not in named])
+    named = {"/".join(path_parts(file)) for file, _ in labels}
+    found, left_out = find_files(folder)
+    images, others = find_images([file for file in found if file not in named])
     source.left_out = left_out + others + Counter(f"{kind_of(extension(image))} not in --labels" for image in images)
     return source
 
 
-def existing_folder(root: str | Path) -> Path:
+def require_folder(root: str | Path) -> Path:
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one that holds a folder of images per class")
@@ -134,28 +136,29 @@ def existing_folder(root: str | Path) -> Path:
 
 
 def class_of(file: str) -> str:
-    """The outermost folder of a path; empty where it has none."""
+    """Returns the outermost folder of a path; empty if it has none."""
     return file.partition("/")[0] if "/" in file else ""
 
 
 def refuse_empty(
     root: Path, labels: Mapping[str, int], files: Sequence[tuple[str, int]], found: Sequence[str], *, by_list: bool
 ) -> None:
-    """Requires an image of each class, among the files that were found."""
+    """Raises DataError for a class without an image."""
     full = {label for _, label in files}
     for name, label in labels.items():
         if label not in full:
-            _, others = images_among([file for file in found if class_of(file) == name])
-            problem = f"{root / name} has no image ({wanted()}) but {in_words(others) or 'nothing'}"
+            _, others = find_images([file for file in found if class_of(file) == name])
+            problem = f"{root / name} has no image ({KNOWN_EXTENSIONS}) but {summarize(others) or 'nothing'}"
             if by_list:
                 raise DataError(f"{problem}; {CONVERT}, or take it out of --classes")
             raise DataError(f"{problem}; every folder counts as a class, unless --classes names them; or {CONVERT}")
 
 
-def walk(root: Path) -> tuple[list[str], Counter[str]]:
-    """The files in and under a folder, also where links lead, as paths within it; and what is no file, counted by kind.
+def find_files(root: Path) -> tuple[list[str], Counter[str]]:
+    """Finds the files in and under a folder, and follows links. The files of hidden folders are only counted.
 
-    Hidden folders are looked into only to count their files.
+    Returns:
+        Paths within the folder; and hidden or special files, counted by kind.
     """
     files: list[str] = []
     left_out = Counter[str]()
@@ -167,20 +170,20 @@ def walk(root: Path) -> tuple[list[str], Counter[str]]:
         if (class_of(f"{folder}/"), place) in seen:
             raise DataError(f"{root / folder} leads to {place}, whose files are read already; take the link out")
         seen.add((class_of(f"{folder}/"), place))
-        for entry in entries_of(root / folder):
+        for entry in list_entries(root / folder):
             inside = os.path.join(folder, entry.name)
             if is_folder(entry) and is_hidden([entry.name]):
                 left_out[HIDDEN] += sum(len(hidden) for _, _, hidden in os.walk(entry.path))
             elif is_folder(entry):
                 waiting.append(inside)
             elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                files.append(inside)  # a link that leads nowhere is told when it is read
+                files.append(inside)  # a broken link is reported when it is read
             else:
                 left_out[SPECIAL] += 1
     return files, left_out
 
 
-def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -196,8 +199,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def numbered_as_text(classes: Sequence[str]) -> str:
-    """What to say of class folders that are called by numbers and sorted as text, 10 before 2; empty if they aren't."""
+def describe_text_order(classes: Sequence[str]) -> str:
+    """Returns a warning if class folders are named by numbers and sorted as text, 10 before 2; otherwise an empty text."""
     if not all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
         return ""
     for label, (name, following) in enumerate(pairwise(classes)):
@@ -209,10 +212,6 @@ def numbered_as_text(classes: Sequence[str]) -> str:
     return ""
 
 
-def wanted() -> str:
-    return ", ".join(sorted(IMAGE_EXTENSIONS))
-
-
-def key_part(file: str) -> str:
-    """What a key shows of a file's name: letters and digits that any tar reader takes."""
+def readable_stem(file: str) -> str:
+    """Returns the part of a file's name that its key shows: letters and digits that any tar reader accepts."""
     return re.sub("[^A-Za-z0-9_-]", "-", Path(file).stem)[:60]

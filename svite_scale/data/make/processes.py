@@ -1,4 +1,4 @@
-"""The same work done to many things in several processes."""
+"""A function applied to many items in several processes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Result = TypeVar("Result")
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(work: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """``work`` of each item, from at most ``workers`` forked processes; results come as they are ready.
+    """Yields ``work(item)`` for each item as it is ready, from at most ``workers`` forked processes.
 
-    Where one process is enough it is this one. An error, or closing the iterator, ends the others at once; so does the end of
-    this process, however it ends.
+    If one process is enough, it is this one. An error, closing the iterator, or the end of this process, even by a kill, ends
+    the forked processes at once.
 
     Args:
-        work: forked, not pickled, so it may hold as much as it likes; its results are pickled.
+        work: inherited by fork, not pickled, so it may hold large objects; its results are pickled.
         items: pickled one by one.
         workers: at least 1.
 
@@ -57,18 +57,18 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item], workers:
 
 
 _work: Callable[[Any], Any]
-"""What a worker does; set in workers only."""
+"""The function that a worker applies; set in workers only."""
 
 
 def start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends its workers
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Ends this process when its parent has: a pool's workers would wait for more work for ever after a kill -9."""
+    """Ends this process after its parent has ended. After a kill -9, a pool's workers would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers"
     parent.join()

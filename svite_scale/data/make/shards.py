@@ -15,21 +15,21 @@ import numpy as np
 from webdataset import TarWriter
 
 from svite_scale.data.format.files import remove_leftovers, replacing
-from svite_scale.data.format.index import build_index, confirm, load_index, save_index, sidecar_path
+from svite_scale.data.format.index import build_index, confirm_index, load_index, save_index, sidecar_path
 from svite_scale.data.format.rule import IMAGE_EXTENSIONS
 from svite_scale.data.format.scan import LABEL_EXTENSION
 from svite_scale.data.make.processes import in_processes
 from svite_scale.errors import DataError
 
 METADATA = re.compile(r"__[^/]*__($|/)")
-"""Keys that WebDataset takes for no samples."""
+"""Keys that WebDataset doesn't read as samples."""
 STORED_EXTENSION = {"jpeg": "jpg"}
 MAX_KEY_BYTES = 90
-"""A portable tar header holds names of 100 bytes, extension included."""
+"""A portable tar header holds names of up to 100 bytes, extension included."""
 
 
 class Sample(NamedTuple):
-    """A labelled image as it is stored."""
+    """A labelled image, as it is stored."""
 
     key: str
     """Name within the shards, unique, without a dot in its last part."""
@@ -73,12 +73,12 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, prefix: str, 
 
 
 def refuse_longer(directory: Path, prefix: str, num_shards: int) -> None:
-    """Requires that no shards of ``prefix`` are there beyond the first ``num_shards``: patterns would take them in."""
+    """Raises DataError if shards of ``prefix`` exist beyond the first ``num_shards``, because patterns would include them."""
     shards = {directory / shard_name(prefix, number) for number in range(num_shards)}
     leftover = [shard for shard in existing_shards(directory, prefix) if shard not in shards]
     if leftover:
         last = shard_name(prefix, num_shards - 1)
-        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete it and its like after {last}")
+        raise DataError(f"{leftover[0]} remains from an earlier, longer output; delete all shards after {last}")
 
 
 def shard_name(prefix: str, number: int) -> str:
@@ -86,35 +86,35 @@ def shard_name(prefix: str, number: int) -> str:
 
 
 def shard_pattern(prefix: str, num_shards: int) -> str:
-    """What names these shards and no others; a glob would take in those of a prefix that begins alike."""
+    """Returns the brace pattern of these shards only; a glob would include those of a longer prefix that begins alike."""
     return f"{prefix}-{{{0:06d}..{num_shards - 1:06d}}}.tar"
 
 
 def existing_shards(directory: Path, prefix: str) -> list[Path]:
-    """The shards of ``prefix`` in ``directory``, in order."""
+    """Returns the shards of ``prefix`` in ``directory``, in order."""
     name = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
     return sorted(path for path in directory.glob("*.tar") if name.fullmatch(path.name))
 
 
 def chunks(samples: Iterable[Sample], size: int) -> Iterator[Iterator[Sample]]:
-    """Successive runs of ``size`` samples; each must be consumed before the next is asked for."""
+    """Yields successive runs of ``size`` samples; each must be consumed before the next is requested."""
     iterator = iter(samples)
     for first in iterator:
         yield chain([first], islice(iterator, size - 1))
 
 
-def write_shard(samples: Iterable[Sample], shard: Path, plan: str = "") -> None:
-    """Writes one tar, and its index once it is complete; fixed times and owners make the bytes a function of the samples.
+def write_shard(samples: Iterable[Sample], shard: Path, source_digest: str = "") -> None:
+    """Writes one tar and then its index. Fixed times and owners make the bytes a function of the samples.
 
     Args:
         samples: at least one.
         shard: the tar.
-        plan: checksum of what the samples are made of, for the index.
+        source_digest: digest of the files that the samples are made from, for the index.
 
     Raises:
         DataError: a sample can't be stored.
     """
-    # An index of an earlier tar of this name must not outlive it: the sizes can agree by chance.
+    # The index of an earlier tar of this name must go first, because the sizes can be equal by chance.
     sidecar_path(shard).unlink(missing_ok=True)
     with replacing(shard) as temporary, open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:
@@ -126,7 +126,7 @@ def write_shard(samples: Iterable[Sample], shard: Path, plan: str = "") -> None:
                     LABEL_EXTENSION: str(sample.label).encode(),
                 }
             )
-    index, _ = build_index(shard, plan=plan)
+    index, _ = build_index(shard, source_digest=source_digest)
     save_index(index)
 
 
@@ -143,53 +143,48 @@ def check_sample(sample: Sample) -> None:
 
 
 class Source(ABC):
-    """Samples by number, in a fixed order, so that several processes can each make a part of them."""
+    """Samples by number, in a fixed order, so that each of several processes can make a part of them."""
 
     keys: Sequence[str]
-    """Of the samples, in their order."""
+    """Keys of the samples, in order."""
     classes: Sequence[str] | None = None
-    """Names of the labels from 0, where the source has them."""
+    """Names of the labels from 0, if the source has them."""
     left_out: Mapping[str, int] = MappingProxyType({})
-    """Files found that make no sample, counted by kind."""
+    """Files that are no samples, counted by kind."""
 
     @abstractmethod
     def sample(self, number: int) -> Sample:
-        """The sample of ``keys[number]``.
+        """Makes the sample of ``keys[number]``.
 
         Raises:
-            DataError: it can't be made.
+            DataError: the sample can't be made.
         """
 
     @abstractmethod
     def origin(self, number: int) -> str:
-        """What that sample is made of, known without making it: a text that changes when the sample does.
+        """Returns a text that changes when the sample does, for example its file's name, size and time, without making it.
 
         Raises:
-            DataError: it is missing.
+            DataError: the sample's file is missing.
         """
 
     def prepare(self) -> None:  # noqa: B027
-        """Loads what all samples need, before processes are forked to make them."""
-
-    @property
-    def samples(self) -> Iterator[Sample]:
-        """All samples, in order."""
-        return (self.sample(number) for number in range(len(self.keys)))
+        """Loads the data that all samples need, before processes are forked to make them."""
 
 
 def permutation(count: int, seed: int = 0) -> list[int]:
-    """A fixed permutation; numpy keeps the streams of RandomState for ever."""
+    """Returns a fixed permutation. (numpy promises that the streams of RandomState never change.)"""
     return np.random.RandomState(seed).permutation(count).tolist()
 
 
 class Output:
-    """The shards of one source: ``prefix-000000.tar``, ``prefix-000001.tar`` ..., and their indexes.
+    """The shards of one source, ``prefix-000000.tar``, ``prefix-000001.tar``, ..., with their indexes, written by processes.
 
-    Their bytes are a function of the source, whatever the number of processes and however often the writing was cut off. One
-    command at a time may write a prefix.
+    Their bytes are a function of the source, for any number of processes and interruptions. Finished shards of an interrupted
+    run are kept. One command at a time may write a prefix.
 
     Args:
-        source: what to write.
+        source: of the samples.
         directory: created if missing.
         prefix: start of the shards' names.
         samples_per_shard: the last shard may hold fewer.
@@ -213,16 +208,16 @@ class Output:
 
     @property
     def counts(self) -> list[int]:
-        """Samples of each shard."""
+        """The number of samples in each shard."""
         return [len(part) for part in self._parts]
 
     def missing(self, workers: int) -> list[int]:
-        """Numbers of the shards that aren't finished: whose index doesn't fit the tar, or was written for other samples."""
+        """Returns the numbers of the shards whose index is missing, doesn't match the tar, or was written for other samples."""
         finished = dict(in_processes(self._is_finished, range(len(self.shards)), workers))
         return [number for number in range(len(self.shards)) if not finished[number]]
 
     def write(self, missing: Sequence[int], workers: int) -> Iterator[int]:
-        """Writes these shards, and yields the number of samples of each as it is complete.
+        """Writes these shards, and yields the number of samples of each when it is complete.
 
         Raises:
             DataError: a sample can't be made or stored.
@@ -232,25 +227,25 @@ class Output:
         try:
             yield from in_processes(self._write, missing, workers)
         finally:
-            # Also what earlier runs left, if they were killed.
+            # This includes files of earlier runs that were killed.
             remove_leftovers([*self.shards, *map(sidecar_path, self.shards)])
 
     def _is_finished(self, number: int) -> tuple[int, bool]:
         shard = self.shards[number]
         if not sidecar_path(shard).exists():
-            return number, False  # without a look at the samples, which takes a while on a network's file system
+            return number, False  # without reading the samples' files, which is slow on a network file system
         try:
             index = load_index(shard)
         except DataError:
             return number, False
-        return number, index.plan == self._plan(number) and confirm(shard)
+        return number, index.source_digest == self._source_digest(number) and confirm_index(shard)
 
     def _write(self, number: int) -> int:
-        plan = self._plan(number)  # first: a file that changes meanwhile has the shard written again the next time
-        write_shard((self._source.sample(sample) for sample in self._parts[number]), self.shards[number], plan)
+        source_digest = self._source_digest(number)  # first, so a file that changes later is noticed
+        write_shard((self._source.sample(sample) for sample in self._parts[number]), self.shards[number], source_digest)
         return len(self._parts[number])
 
-    def _plan(self, number: int) -> str:
-        """Checksum of what a shard's samples are made of."""
+    def _source_digest(self, number: int) -> str:
+        """Returns the digest of the files that a shard's samples are made from."""
         text = "\n".join(self._source.origin(sample) for sample in self._parts[number])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -10,46 +10,45 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from svite_scale.config.schema import DataConfig
+from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.fetch import INDEX_SUFFIX, FetchError, fetch, index_url, readable_name
-from svite_scale.errors import ConfigError, DataError
+from svite_scale.errors import DataError
 
-JUST_NOW_S = 1.0
-"""Files used within this time aren't evicted: processes that waited for them may be about to open them."""
+RECENTLY_USED_S = 1.0
+"""Files that were used within this time aren't evicted: a process that waited for one may be about to open it."""
 WAIT_S = 0.05
-"""Between two looks for room, while other files are being written or were just used."""
+"""Time between two attempts to make room, while other files are being written or were just used."""
 PART, LOCKS, ROOM = ".part", "locks", "room"
 NAME = re.compile("[0-9a-f]{16}-")
-"""What the files of a cache begin with. Others that a folder holds aren't counted, and never removed."""
+"""Beginning of the names of cached files. Other files in the folder aren't counted, and never removed."""
 
 
 class CacheFolder:
-    """Whole files by name, of at most ``limit`` bytes.
+    """A folder of complete files by name, of at most ``limit`` bytes together, shared by the processes of a machine.
 
-    - A file has its name only when it is whole; until then it is its name with ``.part``, and its writer holds its lock. Locks
-      are the kernel's (``flock``) and end with their process, so what a killed writer left is known by a lock that is free.
-    - Room is taken before the first byte is written, so files being written count in full. Files come and go, and are
-      counted, under one lock.
-    - The least recently used files go first. One that is open in some process stays readable there, until it is closed.
+    - A file gets its name when it is complete. Until then ``.part`` follows its name, and its writer holds its lock. Locks are
+      the kernel's (``flock``) and end with their process, so a ``.part`` file whose lock is free was left by a killed writer.
+    - Room is taken before the first byte is written, so files that are being written count in full. One lock guards counting,
+      adding and removing files.
+    - The least recently used files are removed first. A file that is open in a process stays readable there until it is closed.
+    - A file that others may write, or a link in its place, counts as missing.
 
-    - What isn't a file of this user's alone, such as a link that others have put in its place, counts as not there.
-
-    The folder must be on a local disk: locks and times of use are this machine's. All methods may raise OSError.
+    The folder must be on a local disk, because locks and times of use belong to one machine. All methods may raise OSError.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
-        """Does nothing yet; ``directory`` is created at the first use."""
+        """Stores the arguments; ``directory`` is created at the first use."""
         self.directory, self.limit = directory, limit
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Keeps the other processes and threads that ask for the same name waiting."""
+        """Holds the lock of a name, for which other processes and threads wait."""
         descriptor = self._lock_file(name)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -58,7 +57,7 @@ class CacheFolder:
             release(descriptor)
 
     def open(self, name: str, size: int) -> int | None:
-        """A descriptor of a whole file of that size, which counts as used now; None if there is none."""
+        """Returns a descriptor of the file if it is there and has that size, and marks it as used; otherwise None."""
         descriptor = open_own(self.directory / name)
         if descriptor is None:
             return None
@@ -69,15 +68,15 @@ class CacheFolder:
         return descriptor
 
     def add(self, name: str, size: int, write: Callable[[int], None]) -> int:
-        """Makes a file of ``size`` bytes, and waits for room if need be. The caller holds the name's lock.
+        """Makes a file of ``size`` bytes, and waits for room if necessary. The caller holds the name's lock.
 
         Args:
             name: of the file.
-            size: of it, at most the limit; the room is allocated on the disk.
-            write: fills the descriptor that it is given from position 0 on; if it raises, there will be no file.
+            size: of the file in bytes, at most the limit; the room is allocated on the disk.
+            write: fills the descriptor that it is given, from position 0 on; if it raises an error, there will be no file.
 
         Returns:
-            The descriptor; the file may be evicted before anyone else has opened it.
+            The descriptor. The file may be evicted before anyone else has opened it.
         """
         assert size <= self.limit, "it would wait for room for ever"
         part = self.directory / (name + PART)
@@ -86,7 +85,7 @@ class CacheFolder:
             if size:
                 os.posix_fallocate(descriptor, 0, size)
             write(descriptor)
-            # Before it has its name, or a power failure could leave a whole file of zeros.
+            # First to the disk, then the name: a power failure could otherwise leave a named file of zeros.
             os.fsync(descriptor)
             with self.locked(ROOM):
                 part.rename(self.directory / name)
@@ -98,12 +97,12 @@ class CacheFolder:
         return descriptor
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file if it is there."""
         with self.locked(ROOM):
             (self.directory / name).unlink(missing_ok=True)
 
     def _take_room(self, part: Path, size: int) -> int:
-        """A new file of ``size`` bytes, once others have made room for it."""
+        """Waits until ``size`` bytes fit, creates a file of that size, and returns its descriptor."""
         while True:
             with self.locked(ROOM):
                 part.unlink(missing_ok=True)
@@ -114,15 +113,15 @@ class CacheFolder:
             time.sleep(WAIT_S)
 
     def _make_room(self, size: int) -> bool:
-        """Evicts what must go; whether ``size`` bytes fit now. The caller holds the lock of the room."""
+        """Evicts files, and returns whether ``size`` bytes fit now. The caller holds the lock ``ROOM``."""
         entries = [entry for entry in os.scandir(self.directory) if NAME.match(entry.name)]
         files = [(entry.name, entry.stat()) for entry in entries if entry.is_file(follow_symlinks=False)]
         excess = sum(status.st_size for _, status in files) + size - self.limit
         for name, status in sorted(files, key=lambda file: file[1].st_mtime):
             if excess <= 0:
                 break
-            # A time that is still to come is a clock's that was set back.
-            used_just_now = 0 <= time.time() - status.st_mtime < JUST_NOW_S
+            # A time in the future means that the clock was set back.
+            used_just_now = 0 <= time.time() - status.st_mtime < RECENTLY_USED_S
             if self._is_being_written(name) if name.endswith(PART) else used_just_now:
                 continue
             (self.directory / name).unlink()
@@ -146,9 +145,9 @@ class CacheFolder:
 
 
 def open_own(path: Path) -> int | None:
-    """A descriptor of a file that nobody but this user may write; None where there is none, or something else."""
+    """Returns a descriptor of an ordinary file that only this user may write; None if there is no such file."""
     try:
-        # Not to wait for a writer where it is a named pipe.
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
@@ -162,23 +161,23 @@ def open_own(path: Path) -> int | None:
 
 
 def release(lock_file: int) -> None:
-    """Ends a lock. Closing alone would leave it to processes that another thread has forked meanwhile."""
+    """Releases a lock. If the file were only closed, processes forked meanwhile by another thread would keep the lock."""
     fcntl.flock(lock_file, fcntl.LOCK_UN)
     os.close(lock_file)
 
 
 INDEX_AGE_S = 600.0
-"""Indexes are fetched again when their copy is older: one fetch serves all ranks of a start, and later starts see changes."""
+"""An index is fetched again when its copy is older. So one fetch serves all ranks of a start, and later starts see changes."""
 
 
 class ShardCache:
-    """Fetches what a machine's processes ask for, each file once, and keeps it in a :class:`CacheFolder` that they share.
+    """Fetches shards and indexes, each once per machine, into a :class:`CacheFolder` that the machine's processes share.
 
     Args:
-        directory: None is ``svite_scale-UID`` in the system's folder for temporary files.
-        limit: bytes.
-        attempts: tries of a fetch.
-        backoff_s: mean wait after the first try, in seconds; it doubles from try to try.
+        directory: of the cache; None is ``svite_scale-UID`` in the system's folder for temporary files.
+        limit: of the cache, in bytes.
+        attempts: to fetch a file.
+        backoff_s: mean wait after the first attempt, in seconds; it doubles from attempt to attempt.
     """
 
     def __init__(self, directory: Path | None, limit: int, attempts: int, backoff_s: float = 1.0) -> None:
@@ -187,21 +186,21 @@ class ShardCache:
         self._attempts, self._backoff_s = attempts, backoff_s
 
     @classmethod
-    def of(cls, config: DataConfig) -> ShardCache:
-        """The cache that a config names."""
-        directory = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
-        return cls(directory, round(config.cache_gb * 1e9), config.fetch_attempts)
+    def from_options(cls, options: DataConfig) -> ShardCache:
+        """Returns the cache that the options name."""
+        directory = None if options.cache_dir is None else Path(options.cache_dir).expanduser()
+        return cls(directory, round(options.cache_gb * 1e9), options.fetch_attempts)
 
     def shard(self, url: str, size: int, digest: str) -> RemoteShard:
-        """A shard of this cache; nothing is fetched yet.
+        """Returns a shard of this cache; nothing is fetched yet.
 
         Args:
             url: of the shard.
-            size: bytes, as its index tells.
-            digest: SHA-256 in hexadecimal, as its index tells.
+            size: of the shard in bytes, from its index.
+            digest: SHA-256 in hexadecimal, from its index.
 
         Raises:
-            DataError: the cache can't hold it.
+            DataError: the shard is larger than the cache.
         """
         limit = self._folder.limit
         if size > limit:
@@ -211,35 +210,37 @@ class ShardCache:
         return RemoteShard(url, size, digest, self)
 
     def open_shard(self, url: str, size: int, digest: str) -> int:
-        """A descriptor of the shard's bytes, for the caller to close. They stay readable through it, evicted or not.
+        """Returns a descriptor of the shard's bytes, fetched if necessary; the caller closes it.
+
+        The bytes stay readable through the descriptor after the file is evicted.
 
         Raises:
-            DataError: the shard can't be fetched, or isn't what its index tells.
+            DataError: the shard can't be fetched, or doesn't match its index.
         """
-        # What the index tells is in the name, so a replaced shard is another file.
-        name = hashed(f"{size} {digest} {url}") + readable_name(url)
+        # The name depends on size and digest, so a replaced shard is another file.
+        name = name_prefix(f"{size} {digest} {url}") + readable_name(url)
         with self._folder_errors():
             descriptor = self._folder.open(name, size)
             if descriptor is not None:
                 return descriptor
             with self._folder.locked(name):
-                # Whoever had the lock before has probably fetched it.
+                # Another process has probably fetched the shard, if this one waited for the lock.
                 descriptor = self._folder.open(name, size)
                 return self._fetch_shard(name, url, size, digest) if descriptor is None else descriptor
 
     def index_text(self, url: str) -> str:
-        """The index sidecar of a shard, by the shard's URL: JSON, otherwise unchecked.
+        """Returns the index of the shard at ``url``: valid JSON, otherwise unchecked.
 
         Raises:
-            DataError: it can't be fetched, or is no JSON, or the cache can't hold it.
+            DataError: the index can't be fetched, is no JSON, or is larger than the cache.
         """
         name = index_name(url)
         with self._folder_errors(), self._folder.locked(name):
-            content = young_content(self._folder.directory / name)
+            content = read_if_young(self._folder.directory / name)
             return (self._fetch_index(name, index_url(url)) if content is None else content).decode()
 
     def forget_index(self, url: str) -> None:
-        """Lets the next start fetch the index of the shard at ``url``, because something doesn't fit."""
+        """Removes the index of the shard at ``url`` because it doesn't match the shard; the next start fetches it again."""
         self._folder.remove(index_name(url))
 
     def _fetch_shard(self, name: str, url: str, size: int, digest: str) -> int:
@@ -259,7 +260,7 @@ class ShardCache:
             "check the URL; a shard without an index gets one where it is stored (python launch/make_shards.py --index), "
             "to be put beside it"
         )
-        content = fetch(source, whole_json, self._attempts, self._backoff_s, remedy)
+        content = fetch(source, read_json, self._attempts, self._backoff_s, remedy)
         if len(content) > self._folder.limit:
             limit = self._folder.limit / 1e9
             raise DataError(f"data.cache_gb = {limit:g} is smaller than one index ({source}); raise it")
@@ -268,7 +269,7 @@ class ShardCache:
 
     @contextmanager
     def _folder_errors(self) -> Iterator[None]:
-        """Checks the folder, and turns its errors into one that names the field."""
+        """Creates and checks the folder, and turns its OSErrors into a DataError that names the field."""
         directory = self._folder.directory
         field = f"data.cache_dir = {'null' if self._is_ours else repr(str(directory))}"
         try:
@@ -276,7 +277,7 @@ class ShardCache:
             if self._is_ours and directory.lstat().st_uid != os.getuid():
                 raise DataError(f"{field}: {directory} is another user's; name a folder of yours")
             mode = directory.stat().st_mode
-            # Where only owners may rename, what others write there isn't taken for a file of this user's.
+            # In a folder with the sticky bit others can't replace files, and ``open_own`` ignores files of others.
             if mode & 0o022 and not mode & stat.S_ISVTX:
                 raise DataError(f"{field}: {directory} can be written by others; run chmod go-w {directory}, or name another")
             yield
@@ -286,7 +287,7 @@ class ShardCache:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard behind a URL, as its index describes it."""
+    """A shard at a URL, with size and SHA-256 from its index."""
 
     url: str
     size: int
@@ -297,36 +298,36 @@ class RemoteShard:
         return self.url
 
     def open(self) -> int:
-        """A descriptor of the shard's bytes, fetched if need be; see :meth:`ShardCache.open_shard`."""
+        """Returns a descriptor of the shard's bytes; see :meth:`ShardCache.open_shard`."""
         return self.cache.open_shard(self.url, self.size, self.digest)
 
 
-def hashed(text: str) -> str:
-    """The beginning of a file's name in the cache, which tells it from all others."""
+def name_prefix(text: str) -> str:
+    """Returns the beginning of a file's name in the cache, by which it differs from all others."""
     return f"{sha256(text.encode()).hexdigest()[:16]}-"
 
 
 def index_name(url: str) -> str:
-    """What the index of a shard is called in the cache."""
-    return hashed(index_url(url)) + readable_name(url) + INDEX_SUFFIX
+    """Returns the name of a shard's index in the cache."""
+    return name_prefix(index_url(url)) + readable_name(url) + INDEX_SUFFIX
 
 
-def whole_json(chunks: Iterator[bytes]) -> bytes:
-    """All bytes of a JSON text.
+def read_json(chunks: Iterator[bytes]) -> bytes:
+    """Returns all bytes of a JSON text.
 
     Raises:
-        FetchError: it isn't one, as when its end is missing.
+        FetchError: the bytes are no JSON, for example because the end is missing.
     """
     content = b"".join(chunks)
     try:
         json.loads(content.decode())
     except ValueError as error:
-        raise FetchError(f"it is no JSON ({error})") from error
+        raise FetchError(f"it isn't JSON ({error})") from error
     return content
 
 
-def young_content(index: Path) -> bytes | None:
-    """The copy of an index, where there is one that needn't be fetched again."""
+def read_if_young(index: Path) -> bytes | None:
+    """Returns the cached copy of an index; None if there is none, or it is older than ``INDEX_AGE_S``."""
     descriptor = open_own(index)
     if descriptor is None:
         return None
@@ -335,29 +336,8 @@ def young_content(index: Path) -> bytes | None:
         return file.read() if is_young else None
 
 
-def window_size(config: DataConfig, sizes: Sequence[int], windows: int = 1) -> int:
-    """Most bytes that the remote shards of so many windows take, of shards of ``sizes`` bytes."""
-    return sum(sorted(sizes)[-windows * config.shuffle_shards :])
-
-
-def check_window(config: DataConfig, sizes: Sequence[int]) -> None:
-    """Requires room for the remote shards that are read at a time, which would else be fetched again and again.
-
-    Args:
-        config: of the data.
-        sizes: bytes of the remote shards to train on.
-
-    Raises:
-        ConfigError: the largest ``shuffle_shards`` of them don't fit into the cache.
-    """
-    needed = window_size(config, sizes)
-    if needed > config.cache_gb * 1e9:
-        problem = f"doesn't hold the data.shuffle_shards = {config.shuffle_shards} shards that are read at a time"
-        raise ConfigError("data.cache_gb", config.cache_gb, problem, f"use at least {needed / 1e9:.3g}, or lower the other")
-
-
 def write_all(descriptor: int, content: bytes, position: int) -> None:
-    """Writes ``content`` at ``position``; the kernel may take it in parts."""
+    """Writes all of ``content`` at ``position``; the kernel may take it in several parts."""
     view = memoryview(content)
     while view:
         count = os.pwrite(descriptor, view, position)
@@ -365,19 +345,19 @@ def write_all(descriptor: int, content: bytes, position: int) -> None:
 
 
 def write_checked(descriptor: int, chunks: Iterator[bytes], size: int, digest: str) -> None:
-    """Writes a shard from position 0 on.
+    """Writes a shard from position 0 on, and checks it.
 
     Raises:
-        FetchError: it hasn't the size or the SHA-256 that it should have.
+        FetchError: size or SHA-256 are wrong.
     """
     position, hashed = 0, sha256()
     for chunk in chunks:
         if position + len(chunk) > size:
-            raise FetchError(f"it has more than the {size} bytes that its index tells", is_final=True)
+            raise FetchError(f"it has more than the {size} bytes that its index states", is_final=True)
         write_all(descriptor, chunk, position)
         hashed.update(chunk)
         position += len(chunk)
     if position < size:
-        raise FetchError(f"it ended after {position} of the {size} bytes that its index tells")
+        raise FetchError(f"it ended after {position} of the {size} bytes that its index states")
     if hashed.hexdigest() != digest:
-        raise FetchError("its SHA-256 isn't the one that its index tells")
+        raise FetchError("its SHA-256 isn't the one that its index states")

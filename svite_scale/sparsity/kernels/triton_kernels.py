@@ -78,10 +78,10 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 def _count_blocks(mask: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Active positions of each block, int32 ``[blocks]``, and of it and all before it, int64 ``[blocks]``."""
-    counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int32, device=mask.device)
+    """Active positions of each block, and of it and all before it; int64 ``[blocks]``, which are summed without a cast."""
+    counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int64, device=mask.device)
     _count_kernel[(len(counts),)](mask.contiguous(), counts, numel, block=BLOCK)
-    return counts, counts.cumsum(dim=0, dtype=torch.int64)
+    return counts, counts.cumsum(dim=0)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _value_positions(active, counts, ends):  # type: ignore[no-untyped-def]
 @triton.jit
 def _count_kernel(mask, counts, numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
     positions, exists = _block_positions(numel, block)
-    tl.store(counts + tl.program_id(0), tl.sum(_load_active(mask, positions, exists), 0))
+    tl.store(counts + tl.program_id(0), tl.sum(_load_active(mask, positions, exists), 0).to(tl.int64))
 
 
 @triton.jit

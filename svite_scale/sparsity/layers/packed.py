@@ -132,7 +132,7 @@ class PackedLayer(SparseLayer):
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """What the product computes in: autocast's dtype where it is on, else the input's."""
         device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # meta knows none
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta knows no autocast
             return torch.get_autocast_dtype(device_type)
         return x.dtype
 

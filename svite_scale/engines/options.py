@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from svite_scale.options import options, whole_choice
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ParallelConfig:
     """The engine that shards the training state."""
 
     backend: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
-    zero_stage: Literal[1, 2, 3] = 3
+    zero_stage: Annotated[Literal[1, 2, 3], BeforeValidator(whole_choice)] = 3
     """For ``backend: deepspeed``."""

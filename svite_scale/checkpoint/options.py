@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from svite_scale.config.bounds import Bounds
+from pydantic import Field
+
+from svite_scale.options import options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class CheckpointConfig:
     """Saving. Whatever is set here, the end of the run is saved too."""
 
-    every_epochs: Annotated[int | None, Bounds(low=1)] = None
-    every_steps: Annotated[int | None, Bounds(low=1)] = None
+    every_epochs: Annotated[int | None, Field(ge=1)] = None
+    every_steps: Annotated[int | None, Field(ge=1)] = None
     """Optimizer steps; beside ``every_epochs``, not instead of it."""
-    keep_last: Annotated[int | None, Bounds(low=1)] = 3
+    keep_last: Annotated[int | None, Field(ge=1)] = 3
     """How many of the newest are kept; null keeps all."""
-    keep_every_epochs: Annotated[int | None, Bounds(low=1)] = None
+    keep_every_epochs: Annotated[int | None, Field(ge=1)] = None
     """Those of every so many epochs are kept for good, whatever ``keep_last`` is."""
     background: bool = True
     """Training goes on while a copy in CPU memory is written. False waits until it is on the disk."""

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Literal
 
-from svite_scale.config.bounds import Bounds
+from pydantic import Field
+
+from svite_scale.options import options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class AugmentConfig:
     """Training-time augmentation. ``deit`` is the DeiT recipe through timm; ``affine`` is light and suits digits."""
 
     recipe: Literal["none", "affine", "deit"] = "none"
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's policy string, for ``recipe: deit``."""
-    random_erasing: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.0
-    mixup: Annotated[float, Bounds(low=0.0)] = 0.0
+    random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    mixup: Annotated[float, Field(ge=0.0)] = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""
-    cutmix: Annotated[float, Bounds(low=0.0)] = 0.0
-    label_smoothing: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
-    repeats: Annotated[int, Bounds(low=1)] = 1
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
+    repeats: Annotated[int, Field(ge=1)] = 1
     """Repeated augmentation: copies of a sample in an epoch, whose length stays the same."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DataConfig:
     """Tar shards with their index sidecars, as ``launch/make_shards.py`` writes them."""
 
@@ -34,28 +36,28 @@ class DataConfig:
     val: str = ""
     """The same for the evaluation shards."""
     verify_checksums: bool = False
-    """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its share."""
+    """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its part."""
     cache_dir: str | None = None
     """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
-    cache_gb: Annotated[float, Bounds(above=0.0)] = 24.0
+    cache_gb: Annotated[float, Field(gt=0.0)] = 24.0
     """Most that they may take there, in 10^9 bytes; the least recently used go. With room for two windows of
     ``shuffle_shards``, the next one is fetched while one is read."""
-    fetch_attempts: Annotated[int, Bounds(low=1)] = 5
+    fetch_attempts: Annotated[int, Field(ge=1)] = 5
     """Tries to fetch a shard or an index."""
-    workers: Annotated[int, Bounds(low=0)] = 2
+    workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
-    shuffle_shards: Annotated[int, Bounds(low=1)] = 64
+    shuffle_shards: Annotated[int, Field(ge=1)] = 64
     """Samples are shuffled within windows of this many (shuffled) shards."""
     last_batch: Literal["drop", "carry"] = "drop"
     """An epoch's last samples that don't fill a global batch: left out, or first in the next epoch's first batch."""
-    max_damaged: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.001
-    """Largest share of samples that can't be decoded, of those seen, but of 10,000 at least; 0 makes the first one fatal."""
-    max_pixels: Annotated[int, Bounds(low=1)] = 100_000_000
+    max_damaged: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
+    """Largest fraction of samples that can't be decoded, of those seen, but of 10,000 at least; 0 makes the first one fatal."""
+    max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
     """Pixels of the largest image that is decoded, where a row counts as 64 at least; a larger one counts as damaged. A loader
     process takes up to 10 bytes for each."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    eval_crop: Annotated[float, Bounds(above=0.0, high=1.0)] = 0.875
-    """Centre crop at evaluation, as a share of the resized image (224 of 256)."""
+    std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    """Centre crop at evaluation, as a fraction of the resized image (224 of 256)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

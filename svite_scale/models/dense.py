@@ -1,8 +1,10 @@
-"""timm models from a config."""
+"""A dense model of timm's, and whether a run can train it."""
 
 from __future__ import annotations
 
 import difflib
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -14,9 +16,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from svite_scale.config.schema import ModelConfig
 from svite_scale.errors import ConfigError
-from svite_scale.models.matrix_products import matrix_products
+from svite_scale.models.matrix_products import MatrixProducts, matrix_products
+from svite_scale.models.options import ModelConfig
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.sparsify import PACKED_TYPE
@@ -36,15 +38,31 @@ FIELDS = {
 LEFT_OUT = {"img_size": None, "drop_path_rate": 0.0}
 """Options that a model needn't take, with the value at which that changes nothing; None is any value."""
 
+REMEDY = "use another model, or leave out some of the sizes"
 
-def build_vit(config: ModelConfig) -> nn.Module:
-    """The dense model, randomly initialised from torch's global generator, on torch's default device.
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that a run can train, on the meta device.
+
+    Attributes:
+        options: what timm is asked for: those of the config's fields that the model takes.
+        model: the model; a copy may be changed.
+        products: what its forward multiplies.
+    """
+
+    options: dict[str, Any]
+    model: nn.Module
+    products: MatrixProducts
+
+
+def build_dense(config: ModelConfig) -> nn.Module:
+    """Returns the dense model, randomly initialised from torch's global generator, on torch's default device.
 
     Raises:
         ConfigError: timm has no such model, a run can't train it, or the sizes don't fit together.
     """
-    check_model(config)
-    model = _create(config)
+    model = create("model.name", config.name, check_model(config).options, REMEDY)
     if config.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(True)
     return model
@@ -72,8 +90,8 @@ def _has_layers(item: nn.Module) -> bool:
 
 
 @cache
-def check_model(config: ModelConfig) -> None:
-    """Checks that a run can train the model and that its sizes fit, on the meta device.
+def check_model(config: ModelConfig) -> CheckedModel:
+    """Checks that a run can train the model and that its sizes fit, on the meta device, once for each config.
 
     Raises:
         ConfigError: names the field and the remedy.
@@ -81,29 +99,53 @@ def check_model(config: ModelConfig) -> None:
     if not timm.is_model(config.name):
         raise ConfigError("model.name", config.name, "is no model that timm knows", _nearest(config.name))
     with torch.device("meta"):
-        base = create("model.name", config.name, {}, "use another model")
-        _check_sizes(config, base)
-        model = _create(config)
+        options, model = _create_with_options(config)
+    _check_sizes(config, model)
     _check_layers(config.name, model)
-    _check_products(config, model)
+    forwarded = deepcopy(model)  # for counting freezes it
+    products = _check_products(config, forwarded)
     if config.activation_checkpointing:
-        _check_checkpointing(config.name, model)
+        _check_checkpointing(config.name, forwarded)
+    return CheckedModel(options, model, products)
 
 
-def _check_sizes(config: ModelConfig, base: Any) -> None:
+def _create_with_options(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:
+    """Returns the config's fields that the model takes, by timm's names, and the model of them; a field that is None isn't
+    among them.
+
+    Raises:
+        ConfigError: a field is given that the model doesn't take, or the sizes don't fit together.
+    """
+    options = {option: getattr(config, field) for option, field in FIELDS.items() if getattr(config, field) is not None}
+    while True:
+        try:
+            return options, create("model.name", config.name, options, REMEDY)
+        except ConfigError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, TypeError) else ""
+            # The error of an option that the model doesn't take quotes it.
+            untaken = next((option for option in options if f"'{option}'" in str(cause)), None)
+            if untaken is None:
+                _check_sizes(config, create("model.name", config.name, {}, "use another model"))
+                raise
+        value = options.pop(untaken)
+        if untaken not in LEFT_OUT or LEFT_OUT[untaken] not in (None, value):
+            raise ConfigError(f"model.{FIELDS[untaken]}", value, f"isn't taken by {config.name}", "leave it out")
+
+
+def _check_sizes(config: ModelConfig, model: Any) -> None:
     """Refuses sizes that don't fit together, where timm would give no reason, or train on parts of images.
 
     Args:
         config: to check.
-        base: the model with its own sizes.
+        model: with these sizes, or where timm can't build that, with its own.
     """
-    if isinstance(getattr(base, "patch_embed", None), PatchEmbed):
-        patch_size = config.patch_size or base.patch_embed.patch_size[0]
+    if isinstance(getattr(model, "patch_embed", None), PatchEmbed):
+        patch_size = config.patch_size or model.patch_embed.patch_size[0]
         if config.image_size % patch_size:
             problem = f"is not divisible by the patch size ({patch_size})"
             raise ConfigError("model.image_size", config.image_size, problem, "use a multiple")
-    if isinstance(base, VisionTransformer) and hasattr(base.blocks[0], "attn"):
-        embed_dim, num_heads = config.embed_dim or base.embed_dim, config.num_heads or base.blocks[0].attn.num_heads
+    if isinstance(model, VisionTransformer) and hasattr(model.blocks[0], "attn"):
+        embed_dim, num_heads = config.embed_dim or model.embed_dim, config.num_heads or model.blocks[0].attn.num_heads
         if embed_dim % num_heads:
             problem = f"does not divide model.embed_dim ({embed_dim})"
             raise ConfigError("model.num_heads", num_heads, problem, "use a divisor of it")
@@ -126,8 +168,12 @@ def _check_layers(name: str, model: nn.Module) -> None:
             raise ConfigError("model.name", name, problem, remedy)
 
 
-def _check_products(config: ModelConfig, model: nn.Module) -> None:
-    """Refuses images that the model doesn't take, and a model whose answer isn't one number per class."""
+def _check_products(config: ModelConfig, model: nn.Module) -> MatrixProducts:
+    """Returns what the model multiplies.
+
+    Raises:
+        ConfigError: it doesn't take images of this size, its answer isn't one number per class, or a layer is never applied.
+    """
     try:
         products = matrix_products(model, config.image_size, config.in_channels)
     except Exception as error:  # whatever a model raises
@@ -142,6 +188,7 @@ def _check_products(config: ModelConfig, model: nn.Module) -> None:
         if not applications:
             problem = f"has a layer that its forward never applies, and so could never train ({layer})"
             raise ConfigError("model.name", config.name, problem, "use another model")
+    return products
 
 
 def _check_checkpointing(name: str, model: Any) -> None:
@@ -163,38 +210,6 @@ def create(field: str, name: str, options: dict[str, Any], remedy: str) -> nn.Mo
         sizes = ", ".join(f"{option}={value}" for option, value in options.items())
         problem = f"can't be built with {sizes or 'its own sizes'} ({str(error) or type(error).__name__})"
         raise ConfigError(field, name, problem, remedy) from error
-
-
-def _create(config: ModelConfig) -> nn.Module:
-    """The model, asked for what it takes of the config."""
-    return create("model.name", config.name, _options(config), "use another model, or leave out some of the sizes")
-
-
-@cache
-def _options(config: ModelConfig) -> dict[str, Any]:
-    """What timm is asked for; a size that is None is left to the model.
-
-    Raises:
-        ConfigError: a field is given that the model doesn't take.
-    """
-    options = {option: getattr(config, field) for option, field in FIELDS.items() if getattr(config, field) is not None}
-    while untaken := _untaken(config.name, options):
-        value = options.pop(untaken)
-        if untaken not in LEFT_OUT or LEFT_OUT[untaken] not in (None, value):
-            raise ConfigError(f"model.{FIELDS[untaken]}", value, f"isn't taken by {config.name}", "leave it out")
-    return options
-
-
-def _untaken(name: str, options: dict[str, Any]) -> str | None:
-    """An option that the model doesn't take, which the error quotes; None where it takes all, or fails for another reason."""
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, pretrained=False, **options)
-    except TypeError as error:
-        return next((option for option in options if f"'{option}'" in str(error)), None)
-    except (AssertionError, RuntimeError, ValueError):
-        pass
-    return None
 
 
 def _nearest(name: str) -> str:

@@ -1,0 +1,279 @@
+"""Costs and savings of sparsity on one GPU: kernels, selection, training steps, topology updates, torch.compile.
+
+    python benchmarks/gpu.py [--sections kernels selection steps update compile graph] [--rounds 15]
+
+A training step is forward, backward and fused AdamW in bf16 autocast at 224 px. Packed and dense models run alternately in one
+process, so that whatever else the machine does meets both alike. Times are medians, ratios are medians of the ratios of
+neighbours. *Peak* is what torch's allocator gave out at most during steps, all of the model's training state included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+
+from benchmarks.machine import describe_machine
+from benchmarks.timing import alternate, ratio
+from benchmarks.topology import kernel_rows
+from svite_scale import attach
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.models.dense import blocks
+from svite_scale.models.options import ModelConfig
+from svite_scale.models.sparse import build_sparse
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.selection import kth_smallest
+from svite_scale.sparsity.update import prune_and_grow
+from svite_scale.train.optimizer import build_optimizer
+from svite_scale.train.options import OptimizerConfig
+
+MIB = 2**20
+STEPS = [
+    ("deit_small_patch16_224", 64),
+    ("deit_small_patch16_224", 256),
+    ("deit_base_patch16_224", 64),
+    ("deit_base_patch16_224", 128),
+    ("deit_base_patch16_224", 256),
+]
+"""Models and batch sizes."""
+DENSITIES = (0.3, 0.1)
+DEIT_SMALL = {"packed": ("deit_small_patch16_224", 0.3), "dense": ("deit_small_patch16_224", 1.0)}
+LAYERS = {"proj": 768 * 768, "qkv": 2304 * 768, "fc1, fc2": 3072 * 768}
+"""Weights of the layers of DeiT-Base."""
+OF_PACKING = ("_count_kernel", "_expand_kernel", "_compress_kernel", "scan")
+"""Parts of the names of the GPU kernels that packed weights take beyond a dense model's; the casts of values to bf16 aren't
+told apart from others."""
+
+
+class Run:
+    """A model with its optimizer on the GPU, one step at a time."""
+
+    def __init__(self, name: str, density: float, batch_size: int) -> None:
+        """Builds it, takes some steps, and measures their peak memory in MiB."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+        model, _ = build_sparse(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
+        self.model = model.cuda().train()
+        self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.images = torch.randn(batch_size, 3, 224, 224, device="cuda")
+        self.labels = torch.arange(batch_size, device="cuda")
+        self.step()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        self.peak = (torch.cuda.max_memory_allocated() - held) / MIB
+
+    def loss(self) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # no parameter is used twice
+            return F.cross_entropy(self.model(self.images).float(), self.labels)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+class GraphedRun(Run):
+    """The same, its forward and backward being one CUDA graph."""
+
+    def __init__(self, name: str, density: float, batch_size: int) -> None:
+        super().__init__(name, density, batch_size)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.loss().backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.graph_loss = self.loss()
+            self.graph_loss.backward()
+
+    def step_graphed(self) -> None:
+        self.graph.replay()
+        self.optimizer.step()
+
+
+def step_section(rounds: int) -> None:
+    """Time and peak memory of a step, packed beside dense; how busy the GPU is in a packed one, and with what."""
+    print(
+        f"\n{'step':30} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} "
+        f"{'GPU ms':>7} {'packing':>7}"
+    )
+    for name, batch_size in STEPS:
+        dense = Run(name, 1.0, batch_size)
+        for density in DENSITIES:
+            packed = Run(name, density, batch_size)
+            seconds = alternate({"packed": packed.step, "dense": dense.step}, rounds, "cuda")
+            times = [statistics.median(seconds[kind]) * 1e3 for kind in ("packed", "dense")]
+            busy, packing = gpu_times(packed.step)
+            print(
+                f"{f'{name[:10]}, batch {batch_size}, density {density}':30} {times[0]:9.2f} {times[1]:9.2f} "
+                f"{ratio(seconds['packed'], seconds['dense']):6.3f} {packed.peak:7.0f} {dense.peak:7.0f} "
+                f"{packed.peak / dense.peak:6.3f} {busy:7.2f} {packing:7.2f}",
+                flush=True,
+            )
+            del packed
+
+
+def gpu_times(step: Callable[[], None]) -> tuple[float, float]:
+    """Milliseconds in which a step keeps the GPU busy, and of them those of packed weights' own kernels."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [(event.key, event.self_device_time_total / 1e3) for event in profiler.key_averages()]
+    own = sum(time for key, time in kernels if any(part in key for part in OF_PACKING))
+    return sum(time for _, time in kernels), own
+
+
+def kernel_section(rounds: int) -> None:
+    """Expand and compress beside a copy of the dense weight, in bytes that each must at least read and write."""
+    print(f"\n{'kernel':16} {'positions':>11} {'dtype':9} {'path':7} {'ms':>8} {'GB/s':>7} {'of a copy':>10}")
+    for numel in (2304 * 768, 2**28):
+        for dtype in (torch.float32, torch.bfloat16):
+            kernel_rows("cuda", numel, dtype, argparse.Namespace(density=0.3, rounds=rounds))
+
+
+def selection_section(rounds: int) -> None:
+    """The k-th smallest of a layer's scores by this package's selection, beside torch's own ways; a whole decision."""
+    header = ("ours", "kthvalue", "topk", "sort", "prune_and_grow")
+    print(f"\n{'selection, ms':15} {'scores':>9} {' '.join(f'{name:>9}' for name in header)}")
+    for device, (name, numel) in product(("cuda", "cpu"), LAYERS.items()):
+        score = torch.rand(numel, device=device)
+        active = torch.rand(numel, device=device) < 0.3
+        mask, k = bits.pack(active), int(active.sum()) // 2
+        tasks: dict[str, Callable[[], object]] = {
+            "ours": lambda: kth_smallest(score, mask, k),  # noqa: B023
+            "kthvalue": lambda: float(score[active].kthvalue(k).values),  # noqa: B023
+            "topk": lambda: float(score[active].topk(k, largest=False, sorted=False).values.max()),  # noqa: B023
+            "sort": lambda: float(score[active].sort().values[k - 1]),  # noqa: B023
+            "prune_and_grow": lambda: prune_and_grow(active, score, score, k),  # noqa: B023
+        }
+        found = {way: task() for way, task in tasks.items() if way != "prune_and_grow"}
+        assert len(set(found.values())) == 1, found
+        seconds = alternate(tasks, rounds, device)
+        times = " ".join(f"{statistics.median(each) * 1e3:9.3f}" for each in seconds.values())
+        print(f"{f'{name}, {device}':15} {numel:9,} {times}", flush=True)
+
+
+def update_section(rounds: int) -> None:
+    """A whole prune-and-grow update of DeiT-Base, beside the steps with and without recording of dense gradients."""
+    print(
+        f"\n{'update of DeiT-Base':20} {'ms':>9} {'longest':>9} {'step ms':>9} {'recorded':>9} {'MiB above':>9} {'recorded':>9}"
+    )
+    for density in DENSITIES:
+        run = Run("deit_base_patch16_224", density, 64)
+        topology = attach(run.model, run.optimizer, total_steps=10_000, update_every=2)
+        seconds: dict[str, list[float]] = {"step": [], "recorded step": [], "update": []}
+        above, recorded = [0.0], [0.0]
+        for turn in range(2 * (2 + rounds)):
+            recording = topology.next_update == topology.steps + 1
+            torch.cuda.reset_peak_memory_stats()
+            seconds["recorded step" if recording else "step"].append(timed(run.step))
+            recorded.append((torch.cuda.max_memory_allocated() / MIB - run.peak) * recording)
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            taken = timed(topology.step)
+            if recording:
+                seconds["update"].append(taken)
+                above.append((torch.cuda.max_memory_allocated() - held) / MIB)
+            if turn == 3:  # the first ones compile
+                for each in seconds.values():
+                    each.clear()
+        step, with_recording, update = (statistics.median(each) * 1e3 for each in seconds.values())
+        print(
+            f"{f'density {density}':20} {update:9.1f} {max(seconds['update']) * 1e3:9.1f} {step:9.1f} {with_recording:9.1f} "
+            f"{max(above):9.1f} {max(recorded):9.1f}",
+            flush=True,
+        )
+        topology.detach()
+
+
+def timed(task: Callable[[], object]) -> float:
+    """Seconds from an idle GPU to an idle GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    task()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compile_section(rounds: int) -> None:
+    """A step of DeiT-Small whose blocks are compiled one by one, packed beside dense, each beside its eager twin."""
+    runs, compiled = ({kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()} for _ in range(2))
+    for run in compiled.values():
+        for block in blocks(run.model):
+            block.compile(fullgraph=True)
+    start = time.perf_counter()
+    tasks = {kind: run.step for kind, run in runs.items()}
+    print_twins("compiled blocks", tasks, {kind: run.step for kind, run in compiled.items()}, rounds)
+    print(f"compiling and timing took {time.perf_counter() - start:.0f} s")
+    for kind in runs:
+        print(f"loss, {kind}: compiled {float(compiled[kind].loss()):.4f}, eager {float(runs[kind].loss()):.4f}")
+
+
+def graph_section(rounds: int) -> None:
+    """A step of DeiT-Small whose forward and backward are replayed as one CUDA graph; the graph after an update."""
+    runs = {kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()}
+    graphed = {kind: GraphedRun(*small, 128) for kind, small in DEIT_SMALL.items()}
+    tasks = {kind: run.step for kind, run in runs.items()}
+    print_twins("CUDA graph", tasks, {kind: run.step_graphed for kind, run in graphed.items()}, rounds)
+    run = graphed["packed"]
+    topology = attach(run.model, run.optimizer, total_steps=100, update_every=1)
+    run.step()
+    update = topology.step()
+    topology.detach()
+    assert update is not None, "each step has an update"
+    run.graph.replay()
+    print(f"loss after an update: graph {float(run.graph_loss):.6f}, eager {float(run.loss()):.6f}")
+
+
+def print_twins(
+    name: str, tasks: Mapping[str, Callable[[], None]], twins: Mapping[str, Callable[[], None]], rounds: int
+) -> None:
+    """Times packed and dense steps, and those of their twins, in turns."""
+    seconds = alternate({**tasks, **{f"{kind} twin": task for kind, task in twins.items()}}, rounds, "cuda")
+    times = {kind: statistics.median(each) * 1e3 for kind, each in seconds.items()}
+    print(f"\n{name:22} {'ms':>8} {'eager ms':>9} {'ratio':>6}")
+    for kind in tasks:
+        gain = ratio(seconds[f"{kind} twin"], seconds[kind])
+        print(f"{kind:22} {times[f'{kind} twin']:8.2f} {times[kind]:9.2f} {gain:6.3f}")
+    relative = [ratio(seconds[f"packed{which}"], seconds[f"dense{which}"]) for which in ("", " twin")]
+    print(f"{'packed / dense':22} {relative[1]:8.3f} {relative[0]:9.3f}")
+
+
+SECTIONS = {
+    "kernels": kernel_section,
+    "selection": selection_section,
+    "steps": step_section,
+    "update": update_section,
+    "compile": compile_section,
+    "graph": graph_section,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each kind")
+    arguments = parser.parse_args()
+    print(describe_machine())
+    for section in arguments.sections:
+        SECTIONS[section](arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The model, what is sparse in it, and its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from svite_scale.errors import OptionError
+from svite_scale.options import options, refuse_unused, whole_choice
+from svite_scale.sparsity.options import Allocation, Density, MethodOptions
+
+Size = Annotated[int | None, Field(ge=1)]
+PositiveList = tuple[Annotated[float, Field(gt=0.0)], ...]
+
+
+@options
+class ModelConfig:
+    """The dense timm model. A field that is null keeps what ``name`` says, and one that the model doesn't take is refused."""
+
+    name: str = "deit_tiny_patch16_224"
+    num_classes: Annotated[int, Field(ge=1)] = 1000
+    image_size: Annotated[int, Field(ge=1)] = 224
+    """Pixels, height and width alike."""
+    in_channels: Annotated[Literal[1, 3], BeforeValidator(whole_choice)] = 3
+    patch_size: Size = None
+    embed_dim: Size = None
+    depth: Size = None
+    num_heads: Size = None
+    drop_path: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
+    """Stochastic depth rate of the last block; earlier blocks ramp up to it."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs for backward and compute the rest again."""
+
+
+@options
+class StructuredConfig:
+    """Whole attention heads and MLP neurons (the paper's section 3.2, S2ViTE)."""
+
+    heads: Density = 1.0
+    """Fraction of the heads of each block that is active, rounded down; 1.0 keeps all."""
+    neurons: Density = 1.0
+    """The same of the hidden neurons of each block's MLP."""
+    grow: Literal["candidate", "paper"] = "candidate"
+    """Score of an absent head or neuron: ``candidate`` tries one with weights of its own; ``paper`` is the reference's."""
+
+    def __post_init__(self) -> None:
+        if self.heads == self.neurons == 1.0:
+            refuse_unused(self, "grow", "isn't used where all heads and neurons are active")
+
+
+@options
+class TokensConfig:
+    """The learnable token selector (the paper's section 3.3, SViTE+)."""
+
+    keep: Annotated[float | None, Field(gt=0.0)] = None
+    """Tokens that pass, class, distillation and register tokens among them: up to 1 a fraction of those that reach the
+    selector, rounded half up; above 1 a count. Null has no selector."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """A selector stands before each of these blocks; 0 is after the embedding."""
+    mode: Literal["gather", "mask"] = "gather"
+    """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
+    temperature: Annotated[float, Field(gt=0.0)] = 10.0
+    """Of the Gumbel softmax at the start of training."""
+    final_temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    """The same at its end; the temperature falls on a line by optimizer step."""
+
+    def __post_init__(self) -> None:
+        blocks = list(self.blocks)
+        if not blocks or blocks != sorted(set(blocks)):
+            problem = "doesn't name blocks in ascending order, each once"
+            raise OptionError("blocks", blocks, problem, "use for example [0]")
+        if self.final_temperature > self.temperature:
+            problem = f"is above temperature ({self.temperature}), but the temperature falls"
+            raise OptionError("final_temperature", self.final_temperature, problem, "lower it")
+        if self.keep is None:
+            for name in ("blocks", "mode", "temperature", "final_temperature"):
+                refuse_unused(self, name, "isn't used where keep is null")
+        elif self.keep > 1 and not self.keep.is_integer():
+            remedy = "round it, or use a fraction of at most 1"
+            raise OptionError("keep", self.keep, "is no whole number of tokens", remedy)
+        elif self.keep > 1 and self.mode == "gather" and len(blocks) > 1:
+            problem = f"is a count, which only the first of {len(blocks)} selectors would bring the tokens down to"
+            raise OptionError("keep", self.keep, problem, "use a fraction, or one block in blocks")
+
+
+@options
+class SparseModelOptions(Allocation, MethodOptions):
+    """What of a model is sparse: heads and neurons, the weights of all other layers, and tokens."""
+
+    structured: StructuredConfig = field(default_factory=StructuredConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+
+    def __post_init__(self) -> None:
+        Allocation.__post_init__(self)
+        MethodOptions.__post_init__(self)
+
+
+@options
+class DistillationConfig:
+    """Learning from another model's answers too (DeiT, arXiv:2012.12877, section 4)."""
+
+    teacher: str | None = None
+    """timm's name of the teacher; null is off."""
+    checkpoint: str | None = None
+    """Its weights: a local ``.safetensors``, or a ``.pth`` of a state dict."""
+    kind: Literal["soft", "hard"] = "hard"
+    """``soft`` compares with all that the teacher says, ``hard`` with its first guess."""
+    alpha: Density = 0.5
+    """The teacher's fraction of the loss; the labels have the rest."""
+    temperature: Annotated[float, Field(gt=0.0)] = 3.0
+    """Divides both models' logits, for ``kind: soft``."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, for pixels in 0..1, as the teacher was trained; null is ``data.mean``."""
+    std: PositiveList | None = None
+    """The same; null is ``data.std``."""
+
+    def __post_init__(self) -> None:
+        for name, other in (("teacher", "checkpoint"), ("checkpoint", "teacher"), ("mean", "std"), ("std", "mean")):
+            given = getattr(self, other)
+            if getattr(self, name) is None and given is not None:
+                raise OptionError(name, None, f"is missing beside {other} ({given!r})", "give both or none")
+        if self.kind == "hard":
+            refuse_unused(self, "temperature", "isn't used by kind=hard")

@@ -1,0 +1,15 @@
+"""Where the metrics go."""
+
+from __future__ import annotations
+
+from svite_scale.options import options
+
+
+@options
+class TrackingConfig:
+    """MLflow, beside the run directory's own ``metrics.jsonl``."""
+
+    mlflow: bool = True
+    uri: str | None = None
+    """Null is a SQLite file in the run directory's parent."""
+    experiment: str = "svite_scale"
