@@ -33,9 +33,8 @@ from svite_scale.config.schema import SparsityConfig
 from svite_scale.models.dense import blocks
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.selection import kth_smallest
-from svite_scale.sparsity.update import prune_and_grow
+from svite_scale.sparsity import bits, kernels
+from svite_scale.sparsity.update import kth_smallest, prune_and_grow
 from svite_scale.train.optimizer import build_optimizer
 from svite_scale.train.options import OptimizerConfig
 
@@ -154,9 +153,10 @@ def selection_section(rounds: int) -> None:
     for device, (name, numel) in product(("cuda", "cpu"), LAYERS.items()):
         score = torch.rand(numel, device=device)
         active = torch.rand(numel, device=device) < 0.3
-        mask, k = bits.pack(active), int(active.sum()) // 2
+        mask, available = bits.pack(active), int(active.sum())
+        k = available // 2
         tasks: dict[str, Callable[[], object]] = {
-            "ours": lambda: kth_smallest(score, mask, k),  # noqa: B023
+            "ours": lambda: kth_smallest(kernels.compress(score, mask, available), k),  # noqa: B023
             "kthvalue": lambda: float(score[active].kthvalue(k).values),  # noqa: B023
             "topk": lambda: float(score[active].topk(k, largest=False, sorted=False).values.max()),  # noqa: B023
             "sort": lambda: float(score[active].sort().values[k - 1]),  # noqa: B023

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels.digits import KEY_TYPES
-from svite_scale.sparsity.selection import kth_smallest, parts
+from svite_scale.sparsity import bits, kernels
 
 
 class Decision(NamedTuple):
@@ -71,34 +69,44 @@ def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "g
     """
     if score.shape != eligible.shape:
         raise TopologyError(f"{role} scores must be of shape {tuple(eligible.shape)}, not {tuple(score.shape)}")
-    if score.dtype not in KEY_TYPES:
+    if score.dtype not in (torch.float32, torch.float64):
         score = score.float() if score.is_floating_point() else score.double()
-    chosen, available, largest = torch.zeros_like(eligible), int(eligible.count_nonzero()), role == "grow"
+    available, largest = int(eligible.count_nonzero()), role == "grow"
     if not 0 <= count <= available:
         raise TopologyError(f"can't {role} {count} of {available} {'inactive' if largest else 'active'} units")
     check_no_nan(score, eligible, role)
     if count == 0:
-        return chosen, None
+        return torch.zeros_like(eligible), None
 
-    threshold = kth_smallest(score, bits.pack(eligible), available - count + 1 if largest else count)
-    for part in parts(eligible):
-        beyond = score[part] > threshold if largest else score[part] < threshold
-        torch.logical_and(beyond, eligible[part], out=chosen[part])
+    candidates = kernels.compress(score, bits.pack(eligible), available)
+    threshold = kth_smallest(candidates, available - count + 1 if largest else count)
+    chosen = (score > threshold if largest else score < threshold).logical_and_(eligible)
+    ties = (score == threshold).logical_and_(eligible)
     missing = count - int(chosen.count_nonzero())
-    for part in parts(eligible):
-        if not missing:
-            break
-        ties = (eligible[part] & (score[part] == threshold)).nonzero().squeeze(1)[:missing]
-        chosen[part][ties] = True
-        missing -= ties.numel()
+    chosen[torch.nonzero_static(ties, size=missing).squeeze(1)] = True
     return chosen, threshold
+
+
+def kth_smallest(scores: Tensor, k: int) -> float:
+    """Returns the k-th smallest of some scores, counted from 1. Puts them in another order.
+
+    Args:
+        scores: float32 or float64, contiguous, without NaN.
+        k: 1 to the number of scores.
+    """
+    if scores.device.type != "cpu":
+        return float(scores.sort().values[k - 1])
+    # Torch's sort, topk and kthvalue would hold an index of 8 bytes for each score.
+    ordered = scores.numpy()
+    ordered.partition(k - 1)
+    return float(ordered[k - 1])
 
 
 def check_no_nan(score: Tensor, eligible: Tensor, role: str) -> None:
     """Refuses, with a :class:`TopologyError`, a NaN among the eligible units' scores."""
-    # The sum is NaN if a score is, and far quicker to have.
+    # The sum is NaN if a score is, and takes no memory.
     if not score.sum().isnan():
         return
-    num_nan = sum(int((score[part].isnan() & eligible[part]).count_nonzero()) for part in parts(eligible))
+    num_nan = int(score.isnan().logical_and_(eligible).count_nonzero())
     if num_nan:
         raise TopologyError(f"{num_nan} of {int(eligible.count_nonzero())} {role} scores are NaN")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from svite_scale.engines.torch_access import reshard
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.module_names import is_of_deepspeed
+from svite_scale.sparsity.module_names import unwrapped
 from svite_scale.sparsity.topology.engine import TopologyEngine
 
 
@@ -47,7 +45,7 @@ class Ema:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay ({decay!r}) must be a number in [0, 1]")
         self.decay = decay
-        self._model, self._access = _unwrapped(model), topology.access
+        self._model, self._access = unwrapped(model), topology.access
         self._names = {parameter: name for name, parameter in self._named_trainable()}
         self.parts = {parameter: self._values(parameter).clone() for parameter in self._names}
         for parameter, part in self.parts.items():
@@ -191,10 +189,3 @@ class Ema:
     def _named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         reshard(self._model)
         return ((name, parameter) for name, parameter in self._model.named_parameters() if parameter.requires_grad)
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    """The model that the user built, so that its names are the same on every engine."""
-    while isinstance(model, DistributedDataParallel) or is_of_deepspeed(model):
-        model = model.module
-    return getattr(model, "_orig_mod", model)  # of torch.compile

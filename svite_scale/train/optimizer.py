@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and the learning-rate schedule."""
+"""The optimizer, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from svite_scale.config.schema import Config
-from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.train.options import OptimizerConfig
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -20,25 +20,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 FUSED = {"adam", "adamw"}
 """Those that torch can step in one pass over memory, on the CPU as on GPUs."""
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters, split by whether weight decay applies.
-
-    Matrices decay, and so do packed ``values``, the weights of a matrix although 1-D. Biases and norms don't, nor what the
-    model itself names in ``no_weight_decay()`` (timm: position embeddings, class token).
-    """
-    packed = {id(module.values) for module in model.modules() if isinstance(module, PackedLayer)}
-    names_exempt: Any = getattr(model, "no_weight_decay", set)
-    exempt = set(names_exempt())
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = id(parameter) in packed or (parameter.dim() > 1 and name not in exempt)
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

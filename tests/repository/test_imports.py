@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "engines": {"errors", "options", "sparsity"},
     "tracking": {"errors", "options", "runtime"},
     "config": {"errors", "options", "sparsity", "models"},
-    "attach": {"errors", "options", "sparsity", "engines"},
     "cost": {"errors", "options", "config", "sparsity", "models"},
     "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
     "train": {
@@ -41,7 +40,7 @@ MAY_IMPORT = {
         "checkpoint",
     },
     "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
-    "": {"sparsity", "attach", "train"},
+    "": {"errors", "sparsity", "engines", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import. Besides, all may import the options of
 every part, which import nothing but each other: so the config is made of them, though most components stand above it."""

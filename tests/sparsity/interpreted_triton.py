@@ -29,7 +29,6 @@ def test_it_moves_the_bits_that_numpy_moves(packed: Packed) -> None:
     packed = on_device(packed)
     assert_same_bits(triton_kernels.expand(packed.values, packed.mask, packed.dense.shape), packed.expanded)
     assert_same_bits(triton_kernels.compress(packed.dense, packed.mask, packed.values.numel()), packed.values)
-    assert_same_bits(triton_kernels.compress(packed.dense, packed.mask, None), packed.values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +61,7 @@ def test_a_mask_of_another_count_stays_inside_the_buffers(difference: int) -> No
 def test_an_empty_weight() -> None:
     none = torch.empty(0, dtype=torch.uint8, device=DEVICE)
     assert triton_kernels.expand(torch.empty(0, device=DEVICE), none, torch.Size((0, 3))).shape == (0, 3)
-    assert triton_kernels.compress(torch.empty(0, 3, device=DEVICE), none, None).shape == (0,)
+    assert triton_kernels.compress(torch.empty(0, 3, device=DEVICE), none, 0).shape == (0,)
 
 
 def test_trying_out_finds_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:

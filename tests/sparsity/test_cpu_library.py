@@ -15,9 +15,10 @@ import ctypes, importlib.util
 spec = importlib.util.spec_from_file_location("cpu_library", "svite_scale/sparsity/kernels/cpu_library.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-print(module.load_library().count_active(ctypes.c_char_p(bytes([0b10110])), ctypes.c_int64(5)))
+number, mask = ctypes.c_int64, ctypes.c_char_p(bytes([0b10110]))
+print(module.load_library().expand_4_portable(None, number(0), mask, None, number(5)))
 """
-"""Loads the library, without the torch that the package would import, and prints 3."""
+"""Loads the library, without the torch that the package would import, and prints the 3 active positions that it refuses."""
 USE = """
 import torch
 from svite_scale.sparsity import bits
@@ -25,7 +26,7 @@ from svite_scale.sparsity.kernels import compress, expand, kernels_for
 active = torch.arange(1003) % 3 == 0
 dense, mask = torch.arange(1.0, 1004.0), bits.pack(active)
 for _ in range(2):
-    assert torch.equal(compress(dense, mask), dense[active])
+    assert torch.equal(compress(dense, mask, int(active.sum())), dense[active])
     assert torch.equal(expand(dense[active], mask, dense.shape), dense * active)
 print(kernels_for(dense, mask).__name__)
 """

@@ -221,7 +221,7 @@ def test_values_stand_in_ascending_flat_position() -> None:
     assert layer.values.tolist() == [2, 4, 6]
     assert layer.mask.tolist() == [0b101010]
     assert layer.dense_weight().tolist() == [[0, 2, 0], [4, 0, 6]]
-    assert compress(layer.dense_weight() * 10, layer.mask).tolist() == [20, 40, 60]
+    assert compress(layer.dense_weight() * 10, layer.mask, 3).tolist() == [20, 40, 60]
 
 
 def test_a_mask_of_another_count_is_refused() -> None:

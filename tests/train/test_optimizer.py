@@ -1,4 +1,4 @@
-"""Which parameters decay, how large the learning rate is, and what it is at each step."""
+"""How large the learning rate is, what it is at each step, and which optimizer takes it."""
 
 from __future__ import annotations
 
@@ -10,50 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config.schema import Config, SparsityConfig
-from svite_scale.models.options import ModelConfig
-from svite_scale.models.sparse import build_sparse
-from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups, peak_lr
+from svite_scale.config.schema import Config
+from svite_scale.sparsity.parameter_groups import parameter_groups
+from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, peak_lr
 from svite_scale.train.options import OptimizerConfig, TrainConfig
-
-MODEL = ModelConfig(
-    name="vit_tiny_patch16_224", num_classes=10, image_size=8, in_channels=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
-)
-
-
-def decay_by_name(model: nn.Module) -> dict[str, float]:
-    """The weight decay of each parameter that is in a group; each is in one at most."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [
-        (names[id(parameter)], group["weight_decay"])
-        for group in parameter_groups(model, 0.05)
-        for parameter in group["params"]
-    ]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def test_packed_values_and_matrices_decay_and_nothing_else() -> None:
-    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
-    decay = decay_by_name(model)
-    packed = [entry.name for entry in plan if entry.is_packed]
-    dense = [entry.name for entry in plan if not entry.is_packed]
-    assert dense == ["head"], "ERK keeps this small layer dense, so both kinds of matrix are here"
-    assert {name for name, value in decay.items() if value == 0.05} == {
-        *(f"{name}.values" for name in packed),
-        *(f"{name}.weight" for name in dense),
-    }
-    assert decay["pos_embed"] == decay["cls_token"] == decay["blocks.1.norm2.weight"] == decay["head.bias"] == 0.0
-    assert set(decay.values()) == {0.05, 0.0}
-    masks = {f"{name}.mask" for name in packed}
-    assert {name for name, _ in model.named_parameters()} == set(decay) | masks
-
-
-def test_a_model_without_exemptions_of_its_own_and_frozen_parameters() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
-    model[2].weight.requires_grad_(False)
-    assert decay_by_name(model) == {"0.weight": 0.05, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
-    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(4), 0.05)] == [0.0], "no empty group"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

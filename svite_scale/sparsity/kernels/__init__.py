@@ -34,9 +34,7 @@ class Kernels(Protocol):
 
     def expand(self, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor: ...
 
-    def compress(self, dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor: ...
-
-    def count_digits(self, floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None: ...
+    def compress(self, dense: Tensor, mask: Tensor, num_active: int) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -60,14 +58,13 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def compress(dense: Tensor, mask: Tensor, num_active: int | None = None) -> Tensor:
+def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
     """The active elements of a dense tensor.
 
     Args:
         dense: N elements of any shape.
         mask: uint8, ``[ceil(N / 8)]`` with k bits set, on the same device. Bits past N mean nothing.
-        num_active: k. Where it isn't given it is counted, for which the host waits for the device; on the meta device it
-            must be given.
+        num_active: k.
 
     Returns:
         Like ``dense``, ``[k]``, in ascending flat position.
@@ -77,21 +74,6 @@ def compress(dense: Tensor, mask: Tensor, num_active: int | None = None) -> Tens
     """
     bits.check_size(mask, dense.numel())
     return kernels_for(dense, mask).compress(dense, mask, num_active)
-
-
-@torch.no_grad()
-def count_digits(floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
-    """Counts the active elements by a digit of their keys; see :mod:`svite_scale.sparsity.kernels.digits`.
-
-    Args:
-        floats: float32 or float64, N elements.
-        mask: uint8, ``[ceil(N / 8)]``, on the same device. Bits past N mean nothing.
-        shift: the digit's lowest bit in the key.
-        prefix: count those alone whose key has these bits above the digit; None for the leading digit.
-        counts: int64 ``[65536]``, to which they are added.
-    """
-    bits.check_size(mask, floats.numel())
-    kernels_for(floats, mask).count_digits(floats, mask, shift, prefix, counts)
 
 
 def kernels_for(elements: Tensor, mask: Tensor) -> Kernels:

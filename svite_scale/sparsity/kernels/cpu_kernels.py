@@ -22,8 +22,6 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, instructions: str) -> None:
         address, number = ctypes.c_void_p, ctypes.c_int64
-        self._count_digits = _function(library, "count_digits_4", None, address, number, address, number, address)
-        self._count = _function(library, "count_active", number, address, number)
         self._expand, self._compress = (
             {
                 size: _function(library, f"{task}_{size}_{instructions}", number, address, number, address, address, number)
@@ -42,25 +40,15 @@ class CpuKernels:
         bits.check_count(found, values.numel())
         return dense
 
-    def compress(self, dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
+    def compress(self, dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
         """See :func:`svite_scale.sparsity.kernels.compress`; for CPU tensors with elements of 2 or 4 bytes."""
         dense, mask = dense.contiguous(), mask.contiguous()
-        if num_active is None:
-            num_active = int(self._count(mask.data_ptr(), dense.numel()))
         values = dense.new_empty(num_active)
         found = self._compress[dense.element_size()](
             dense.data_ptr(), dense.numel(), mask.data_ptr(), values.data_ptr(), num_active
         )
         bits.check_count(found, num_active)
         return values
-
-    def count_digits(self, floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
-        """See :func:`svite_scale.sparsity.kernels.count_digits`; for float32 CPU tensors."""
-        assert floats.dtype == torch.float32, "two digits"
-        assert counts.is_contiguous(), "written in place"
-        floats, mask = floats.contiguous(), mask.contiguous()
-        leading = -1 if prefix is None else prefix
-        self._count_digits(floats.data_ptr(), floats.numel(), mask.data_ptr(), leading, counts.data_ptr())
 
 
 def load() -> CpuKernels:
@@ -74,8 +62,8 @@ def load() -> CpuKernels:
     return CpuKernels(library, "avx2" if library.has_avx2() else "portable")
 
 
-def _function(library: ctypes.CDLL, name: str, result: type[Any] | None, *arguments: type[Any]) -> Any:
-    """A C function from ``arguments`` to ``result``, None where it is void."""
+def _function(library: ctypes.CDLL, name: str, result: type[Any], *arguments: type[Any]) -> Any:
+    """Returns a C function from ``arguments`` to ``result``."""
     function = library[name]
     function.argtypes, function.restype = arguments, result
     return function

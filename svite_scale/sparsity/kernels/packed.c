@@ -31,27 +31,6 @@ INLINE int64_t count(const uint8_t *mask, int64_t numel) {
     return active;
 }
 
-// The bits of a float as an unsigned number in the order of the floats: negative ones fall as their bits rise.
-INLINE uint32_t ordered_key(uint32_t bits) { return bits ^ (0x80000000u | (uint32_t)-(int32_t)(bits >> 31)); }
-
-// Adds to counts[digit] the active floats with that digit: the leading 16 bits of their keys where prefix is negative, else the
-// trailing 16 bits of those that lead with prefix.
-void count_digits_4(const uint32_t *floats, int64_t numel, const uint8_t *mask, int64_t prefix, int64_t *counts) {
-    for (int64_t start = 0; start < numel; start += 8) {
-        for (unsigned bits = mask[start >> 3]; bits; bits &= bits - 1) {
-            int64_t position = start + __builtin_ctz(bits);
-            if (position >= numel) return;
-            uint32_t key = ordered_key(floats[position]);
-            if (prefix < 0)
-                counts[key >> 16]++;
-            else if (key >> 16 == (uint32_t)prefix)
-                counts[key & 0xffff]++;
-        }
-    }
-}
-
-int64_t count_active(const uint8_t *mask, int64_t numel) { return count(mask, numel); }
-
 // Defines expand_NAME and compress_NAME. EXPAND_EIGHT(values, bits, dense) writes the eight positions of one byte of mask and
 // may read eight values; COMPRESS_EIGHT(dense, bits, values) reads eight positions and may write eight values.
 #define DEFINE_KERNELS(NAME, ELEMENT, TARGET, EXPAND_EIGHT, COMPRESS_EIGHT)                                            \

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels import digits
 
 
 def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
@@ -16,19 +15,13 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     return values.new_zeros(shape.numel()).masked_scatter_(active, values.flatten()).view(shape)
 
 
-def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
+def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.compress`. A count that doesn't match is refused on the CPU."""
-    if dense.is_meta and num_active is not None:
+    if dense.is_meta:
         return dense.new_empty(num_active)
     active = bits.unpack(mask, dense.numel())
-    if num_active is not None:
-        _check_count(active, num_active)
+    _check_count(active, num_active)
     return dense.flatten().masked_select(active)
-
-
-def count_digits(floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
-    """See :func:`svite_scale.sparsity.kernels.count_digits`."""
-    counts += digits.count_digits(compress(floats, mask, None), shift, prefix)
 
 
 def _check_count(active: Tensor, num_active: int) -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels import digits, torch_kernels
+from svite_scale.sparsity.kernels import torch_kernels
 
 BLOCK = 2048
 """Positions of one program; a power of 2, at least 8."""
@@ -34,7 +34,7 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     return dense
 
 
-def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
+def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.compress`; for elements of 2 or 4 bytes.
 
     On a count that doesn't match, values that don't fit are dropped, and values that nothing comes to are left undefined.
@@ -44,15 +44,10 @@ def compress(dense: Tensor, mask: Tensor, num_active: int | None) -> Tensor:
         return dense.new_empty(0)
     with torch.cuda.device_of(mask):
         counts, ends = _count_blocks(mask, numel)
-        values = dense.new_empty(int(ends[-1]) if num_active is None else num_active)
+        values = dense.new_empty(num_active)
         source, target = _as_integers(dense), _as_integers(values)
-        _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, len(values), block=BLOCK)
+        _compress_kernel[(len(counts),)](source, mask.contiguous(), counts, ends, target, numel, num_active, block=BLOCK)
     return values
-
-
-def count_digits(floats: Tensor, mask: Tensor, shift: int, prefix: int | None, counts: Tensor) -> None:
-    """See :func:`svite_scale.sparsity.kernels.count_digits`."""
-    counts += digits.count_digits(compress(floats, mask, None), shift, prefix)
 
 
 def try_out(device: torch.device) -> None:
