@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svite_scale.sparsity import kernels
 from tests.small_disk import mounted
 from tests.tiny import write_digits
 
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def _note_start(event: str, arguments: tuple[object, ...]) -> None:
     if event in ("os.fork", "os.posix_spawn", "os.system", "subprocess.Popen"):
         _started.append(f"{event}{arguments[:2]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_compiled() -> None:
+    """Asks the compiler's version, or compiles, before any test; else the first test that uses the kernels would."""
+    kernels.expand(torch.ones(1), torch.ones(1, dtype=torch.uint8), torch.Size([1]))
 
 
 @pytest.fixture(autouse=True)
