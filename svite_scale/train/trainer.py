@@ -20,8 +20,9 @@ from svite_scale.data.transforms import DeviceTransform
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting
-from svite_scale.runtime.preemption import Preempted, never
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.preemption import never
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.topology.topology_update import TopologyUpdate
 from svite_scale.tracking.progress import Progress
 from svite_scale.tracking.tracker import Tracker
