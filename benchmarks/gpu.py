@@ -33,7 +33,7 @@ from svite_scale.config.schema import SparsityConfig
 from svite_scale.models.dense import blocks
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse
-from svite_scale.sparsity import bits
+from svite_scale.sparsity import bits, kernels
 from svite_scale.sparsity.update import kth_smallest, prune_and_grow
 from svite_scale.train.optimizer import build_optimizer
 from svite_scale.train.options import OptimizerConfig

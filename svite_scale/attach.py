@@ -12,8 +12,8 @@ from svite_scale.engines.torch_access import TorchAccess, check_placement
 from svite_scale.errors import OptionError, TopologyError
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.topology.checks import check_stepped, refuse_attached
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.engine_checks import check_stepped, refuse_taken
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 
@@ -25,7 +25,7 @@ def attach(
     options: TopologyOptions | None = None,
     **when: Any,
 ) -> TopologyEngine:
-    """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
+    """Returns a topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
 
     Call ``step()`` of what it returns right after each optimizer step, once per step (not per micro-batch), on all ranks.
     Layers are known by where they are in ``model``, without what engines' wrappers add to that.
@@ -55,7 +55,7 @@ def attach(
         raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
     if options is not None and options.method == "dense":
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
-    refuse_taken(layers)
+    refuse_attached(layers)
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
         for name, layer in layers.items():

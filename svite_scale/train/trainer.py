@@ -30,7 +30,7 @@ from svite_scale.runtime.preemption import Preempted, never
 from svite_scale.runtime.ranks import World
 from svite_scale.sparsity.allocation.layer_plan import plan_density
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.tracking.progress import Progress
 from svite_scale.tracking.tracker import Tracker
 from svite_scale.train.ema import Ema
@@ -294,7 +294,7 @@ class Trainer:
             "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
-            "drop_rate": self.topology.rate,
+            "drop_rate": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
             **self.guard.metrics(),
