@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from svite_scale.report.command import main
+from svite_scale.errors import SviteScaleError
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
     parser.add_argument("--checkpoint", metavar="NAME", help="such as step-00001240; default: the newest")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="evaluation images to show; default: 8")
     parser.add_argument("--val", metavar="SHARDS", help="where to take them from; default: data.val of the run's config")
-    parser.add_argument("--out", metavar="DIR", help="folder to write to; default: report/ in the run directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to; default: report/ in the run directory")
     return parser.parse_args()
 
 
+def main() -> int:
+    given = arguments()
+    # Takes seconds to import, and --help needn't wait for it.
+    from svite_scale.report.page import write_report
+    from svite_scale.report.read import read_run
+
+    try:
+        run = read_run(given.run, given.checkpoint, given.val)
+        print(write_report(run, given.images, given.out or given.run / "report"))
+    except SviteScaleError as error:
+        print(f"report error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main(arguments()))
+    sys.exit(main())

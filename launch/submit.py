@@ -1,5 +1,5 @@
 """Submits a training run to Slurm: ``python launch/submit.py --nodes 4 --gpus-per-node 8 --config
-configs/deit_base_s70.yaml data.train=...``. Submitted again, it goes on with the run.
+configs/deit_base_s70.yaml data.train=...``. Submitted again, the run resumes.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from svite_scale.train.submit import LAUNCHERS, main
-
 ROOT = Path(__file__).resolve().parents[1]
+LAUNCHERS = ("torchrun", "deepspeed", "srun")
 
 
 def arguments() -> argparse.Namespace:
@@ -31,5 +30,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def main() -> int:
+    given = arguments()
+    from svite_scale.train import submit  # takes seconds to import, and --help needn't wait for it
+
+    return submit.main(given, ROOT)
+
+
 if __name__ == "__main__":
-    sys.exit(main(arguments(), ROOT))
+    sys.exit(main())

@@ -6,25 +6,32 @@ from __future__ import annotations
 
 import argparse
 
-from svite_scale.runtime.ending import run_process
-from svite_scale.runtime.rank_log import run_logged
-from svite_scale.train.command import main
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="YAML file; see configs/, and docs/models.md for its model.name")
     resume = parser.add_mutually_exclusive_group()
-    resume.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
-    resume.add_argument("--auto-resume", action="store_true", help="the same where there is a checkpoint, else start anew")
+    resume.add_argument("--resume", action="store_true", help="resume from the newest checkpoint of the run directory")
+    resume.add_argument("--auto-resume", action="store_true", help="the same if there is a checkpoint, else start the run")
     parser.add_argument("--dry-run", action="store_true", help="print layers, costs and bytes per rank, and start nothing")
     parser.add_argument("--ranks", type=int, help="with --dry-run: world size to plan for, instead of the launched one")
-    parser.add_argument("--log-dir", metavar="DIR", help="append each rank's output to rank-N.log, leave its exit status there")
+    parser.add_argument(
+        "--log-dir", metavar="DIR", help="folder for each rank's output, rank-N.log, and exit status, rank-N.status"
+    )
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="replaces a value of the config file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says the same
     return parser.parse_intermixed_args()
 
 
-if __name__ == "__main__":
+def main() -> None:
     given = arguments()
-    run_process(lambda: run_logged(main, given))
+    # These import torch, and --help needn't wait for it.
+    from svite_scale.runtime.ending import run_process
+    from svite_scale.runtime.rank_log import run_logged
+    from svite_scale.train import command
+
+    run_process(lambda: run_logged(command.main, given))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,10 @@ Three lines in a training loop of your own::
     topology = svite_scale.attach(model, optimizer, total_steps=100_000, update_every=1_000)  # after
     topology.step()                                                                     # after each optimizer step
 
-and ``svite_scale.to_dense(model)`` for an ordinary dense model of equal output; or a whole run from a config:
+:func:`to_dense` returns an ordinary dense model of equal output. A whole run starts from a config:
 ``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
+
+The names below are imported at their first use, so ``import svite_scale`` needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -16,25 +18,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svite_scale.attach import attach
+    from svite_scale.engines.attach import attach
+    from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
     from svite_scale.sparsity.dense import to_dense
-    from svite_scale.sparsity.options import TopologyOptions
+    from svite_scale.sparsity.options import Method, TopologyOptions
+    from svite_scale.sparsity.parameter_groups import parameter_groups
     from svite_scale.sparsity.sparsify import sparsify
     from svite_scale.train.ema import Ema
 
-__all__ = ["Ema", "TopologyOptions", "attach", "sparsify", "to_dense"]
+__version__ = "0.1.0"
 
-# Imported when they are asked for: a config is read, and a command's --help answered, without torch.
+__all__ = [
+    "Ema",
+    "MaskError",
+    "Method",
+    "OptionError",
+    "SparsifyError",
+    "SviteScaleError",
+    "TopologyError",
+    "TopologyOptions",
+    "__version__",
+    "attach",
+    "parameter_groups",
+    "sparsify",
+    "to_dense",
+]
+
 _HOMES = {
-    "Ema": "svite_scale.train.ema",
-    "TopologyOptions": "svite_scale.sparsity.options",
-    "attach": "svite_scale.attach",
-    "sparsify": "svite_scale.sparsity.sparsify",
-    "to_dense": "svite_scale.sparsity.dense",
+    "Ema": "train.ema",
+    "MaskError": "errors",
+    "Method": "sparsity.options",
+    "OptionError": "errors",
+    "SparsifyError": "errors",
+    "SviteScaleError": "errors",
+    "TopologyError": "errors",
+    "TopologyOptions": "sparsity.options",
+    "attach": "engines.attach",
+    "parameter_groups": "sparsity.parameter_groups",
+    "sparsify": "sparsity.sparsify",
+    "to_dense": "sparsity.dense",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

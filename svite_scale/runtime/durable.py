@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk, and not only in its cache, when they are said to be."""
+"""Writing files and directories so that the disk has them, and not only the system's cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a file that is on the disk when this returns."""
+    """Writes a file, and returns when the disk has it."""
     with path.open("w") as file:
         file.write(text)
         file.flush()
@@ -15,7 +15,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def replace_durably(path: Path, text: str) -> None:
-    """The same for a file that may be there: whatever happens meanwhile, it has all of its old or all of its new content."""
+    """Replaces a file's content: whatever happens meanwhile, the file has all of the old content or all of the new."""
     new = path.with_name(f"{path.name}.new")
     write_durably(new, text)
     os.replace(new, path)
@@ -23,7 +23,7 @@ def replace_durably(path: Path, text: str) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory, and those above it that are missing."""
+    """Makes a directory, with missing parents, and returns when the disk has them."""
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for directory in missing:
@@ -31,7 +31,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Returns when a directory's names are on the disk."""
+    """Returns when the disk has the names in a directory."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

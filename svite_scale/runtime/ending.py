@@ -1,4 +1,4 @@
-"""How a process of a run ends: why it failed is said here, and its last call is here."""
+"""How a process of a run ends: it reports why it failed, and exits."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ EXIT_FAILED, EXIT_CONFIG = 1, 2
 
 
 class Failure:
-    """Tells why this rank fails: at once, for what follows may wait for other ranks; and once, wherever an error passes.
+    """Reports the error that ends this rank: once, and at once, because closing things down may wait for other ranks.
 
     Attributes:
-        world: this rank's, once it is known.
+        world: of this rank, once it is known.
     """
 
     def __init__(self, explain: Callable[[BaseException], BaseException]) -> None:
-        """``explain`` returns the error to print in the place of one that a library raised."""
+        """``explain`` returns the error to print instead of one that a library raised."""
         self.world = World()
         self._explain = explain
         self._reported: BaseException | None = None
 
     def report(self, error: BaseException, activity: Activity | None = None) -> int:
-        """Prints an error to stderr: a user's mistake in one line, any other with its traceback.
+        """Prints an error to stderr: one of the user's in one line, any other with its traceback.
 
         Returns:
             The exit status.
@@ -44,8 +44,8 @@ class Failure:
         return EXIT_CONFIG if isinstance(shown, ConfigError) else EXIT_FAILED
 
     def _print(self, error: BaseException, activity: Activity | None) -> None:
-        new_line = "" if self.world.is_main else "\n"  # for the main rank's bar may stand on this one
-        # A mistake in the config is the same on all ranks of a machine, and a run that diverges on all.
+        new_line = "" if self.world.is_main else "\n"  # the main rank's progress bar may stand on the current line
+        # All ranks of a machine find the same mistake in the config, and all ranks of the job see a run diverge.
         if isinstance(error, ConfigError):
             lines = f"config error: {error}" if self.world.local_rank == 0 else ""
         elif isinstance(error, DivergedError):
@@ -63,7 +63,7 @@ class Failure:
 
 @contextmanager
 def reporting(report: Callable[[BaseException], object]) -> Iterator[None]:
-    """Reports what leaves the context but for :class:`Preempted`, which is no error."""
+    """Reports an error that leaves the context. :class:`Preempted` is none."""
     try:
         yield
     except Preempted:
@@ -78,7 +78,7 @@ def leave_to_the_caller(error: BaseException) -> None:
 
 
 def run_process(command: Callable[[], int]) -> NoReturn:
-    """Runs a command, and ends this process with the status that it returns; 1 where it raises."""
+    """Runs a command, and ends this process with the status that it returns, or with 1 if it raises."""
     status = EXIT_FAILED
     try:
         status = command()
@@ -89,8 +89,8 @@ def run_process(command: Callable[[], int]) -> NoReturn:
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends this process and waits for nothing: at Python's own end, threads, loader processes and libraries may wait for ever
-    for a rank that is gone."""
+    """Ends this process at once. Python's own way out waits for threads, loader processes and libraries, and these may wait for
+    ever for a rank that is gone."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -1,4 +1,8 @@
-"""What each rank of a job leaves in a folder, whatever launcher started it: its output, and its exit status."""
+"""The output and the exit status of each rank, in files ``rank-N.log`` and ``rank-N.status`` of one folder.
+
+Launchers have logs of their own, but each start of ``torchrun`` or ``deepspeed`` writes to new files in new places. Here the
+names don't depend on the launcher, and a requeued job appends.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Runs a command, with all output of this process appended to ``LOG_DIR/rank-N.log``, and leaves its exit status in
-    ``LOG_DIR/rank-N.status``. A rank that was killed leaves no status.
+    """Runs a command, appends all output of this process to ``LOG_DIR/rank-N.log``, and writes the exit status to
+    ``LOG_DIR/rank-N.status``. A rank that is killed leaves no status.
 
     Args:
-        command: from arguments to an exit status.
-        arguments: ``log_dir``, and what the command takes; without a ``log_dir`` nothing is redirected or left.
+        command: takes the arguments, and returns an exit status.
+        arguments: of the command, with ``log_dir`` among them; None writes no files.
 
     Returns:
         The command's exit status; 2 where the folder can't be written.
@@ -35,29 +39,29 @@ def run_logged(command: Callable[[argparse.Namespace], int], arguments: argparse
         path = Path(arguments.log_dir) / f"rank-{rank}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        # Of the start before.
+        # The last start of the run may have left one.
         path.with_suffix(".status").unlink(missing_ok=True)
     except (ConfigError, OSError) as error:
         print(f"config error: --log-dir {arguments.log_dir}: {error}; name a folder that can be written", file=sys.stderr)
         return 2
-    # By descriptor, because libraries in C write too.
+    # By descriptor, because libraries in C write there too.
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream.flush()
         os.dup2(log, stream.fileno())
-        buffer = io.BufferedWriter(Log(stream.fileno(), "w", closefd=False))
+        buffer = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
     os.close(log)
-    status = 1  # of an exception that nobody caught
+    status = 1  # of an uncaught exception
     try:
         status = command(arguments)
     finally:
-        leave(path.with_suffix(".status"), status)
+        write_status(path.with_suffix(".status"), status)
     return status
 
 
-class Log(io.FileIO):
-    """A file that loses what a full disk doesn't take: that a log can't be written shouldn't end a run."""
+class LossyFile(io.FileIO):
+    """A file that drops what a full disk doesn't take: a run shouldn't end because its log can't be written."""
 
     def write(self, content: Buffer) -> int:
         try:
@@ -66,8 +70,8 @@ class Log(io.FileIO):
             return memoryview(content).nbytes
 
 
-def leave(path: Path, status: int) -> None:
-    """Writes an exit status, or says why not."""
+def write_status(path: Path, status: int) -> None:
+    """Writes an exit status, or prints why it can't."""
     try:
         path.write_text(f"{status}\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The interface between the topology engine and whatever shards a model: one parameter at a time, in full.
+"""The topology engine's interface to the rest: to parameters and optimizer state, whatever shards them, and modules to anneal.
 
 Implementations for each engine are in :mod:`svite_scale.engines`.
 """
@@ -79,3 +79,15 @@ class TrackedTensors(Protocol):
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces what :meth:`read` returned. A collective."""
+
+
+class Annealed:
+    """Base of modules that change with the progress of training. The topology engine anneals them before each step."""
+
+    def anneal(self, progress: float) -> None:
+        """Prepares the module for the next step.
+
+        Args:
+            progress: fraction of training that is done, 0 to 1.
+        """
+        raise NotImplementedError

@@ -26,6 +26,12 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
         yield names[path]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model that the user built, whatever engines wrap it as a whole."""
+    *_, inner = (module for name, module in named_modules(model) if not name)
+    return inner
+
+
 def is_engine(module: nn.Module) -> bool:
     """Returns whether a module is the wrapper of an engine that knows the model's parameters by now."""
     is_fsdp1 = "_fsdp_wrapped_module" in dict(module.named_children())

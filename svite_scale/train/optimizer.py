@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and the learning-rate schedule."""
+"""The optimizer, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from svite_scale.config.schema import Config
-from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.train.options import OptimizerConfig
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -19,30 +19,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
 }
 FUSED = {"adam", "adamw"}
-"""Those that torch can step in one pass over memory, on the CPU as on GPUs."""
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters, split by whether weight decay applies.
-
-    Matrices decay, and so do packed ``values``, the weights of a matrix although 1-D. Biases and norms don't, nor what the
-    model itself names in ``no_weight_decay()`` (timm: position embeddings, class token).
-    """
-    packed = {id(module.values) for module in model.modules() if isinstance(module, PackedLayer)}
-    names_exempt: Any = getattr(model, "no_weight_decay", set)
-    exempt = set(names_exempt())
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = id(parameter) in packed or (parameter.dim() > 1 and name not in exempt)
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+"""Optimizers that torch steps in one pass over memory, on the CPU and on GPUs."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters. Its learning rate is set by the schedule before each step."""
+    """Builds the optimizer of a model's trainable parameters. The schedule sets its learning rate before each step."""
     groups = parameter_groups(model, config.weight_decay)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name in FUSED:
@@ -51,16 +32,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def peak_lr(config: OptimizerConfig, global_batch_size: int) -> float:
-    """The learning rate after warm-up: ``lr``, scaled linearly with the batch where the config says what batch it is meant
-    for.
-    """
+    """Returns the learning rate after warm-up: ``lr``, scaled linearly with the batch size if ``lr_batch_size`` is set."""
     return config.lr if config.lr_batch_size is None else config.lr * global_batch_size / config.lr_batch_size
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: float, total_steps: int
 ) -> CosineLRScheduler:
-    """timm's warm-up and cosine, by optimizer step: call ``step_update(step)`` before each."""
+    """Builds timm's schedule of warm-up and cosine. Call ``step_update(step)`` before each optimizer step."""
     recipe = config.optimizer
     lr = peak_lr(recipe, config.train.global_batch_size)
     for group in optimizer.param_groups:

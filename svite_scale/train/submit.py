@@ -16,7 +16,6 @@ from svite_scale.config.validate import check_world_size, validate
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
 
 EXIT_CONFIG, EXIT_FAILED = 2, 1
-LAUNCHERS = ("torchrun", "deepspeed", "srun")
 TEMPLATE = "launch/slurm/train.sbatch"
 SCRIPT, LOGS = "train.sbatch", "logs"
 """Names in the run directory."""

@@ -158,7 +158,7 @@ def test_a_method_that_moves_nothing(tmp_path: Path, digits: Path, method: str) 
     (state,) = run_on_ranks(1, run, tiny_config(digits, tmp_path / "run", f"sparsity.method={method}", "train.max_steps=5"))
     lines = metrics_of(tmp_path / "run")
     assert not any("dropped" in line for line in lines)
-    assert all(line["drop_rate"] == 0.0 for line in lines)
+    assert all(line["drop_fraction"] == 0.0 for line in lines)
     masks = [name for name in state.tensors if name.endswith(".mask")]
     assert bool(masks) == (method == "static")
     assert lines[-1]["density"] == (1.0 if method == "dense" else pytest.approx(0.6, abs=1e-3))

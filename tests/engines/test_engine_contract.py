@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from svite_scale.attach import attach
+from svite_scale import attach
 from svite_scale.engines.access import access_for
 from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.errors import OptionError, TopologyError

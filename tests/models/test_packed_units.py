@@ -10,7 +10,7 @@ from timm.layers import LayerScale
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.attach import attach
+from svite_scale import attach
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig
 from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, sparse_layers

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.densities import curves, layer_densities
-from svite_scale.report.evaluation_images import evaluation_images
-from svite_scale.report.figures import DARK_BLUE, DIMMED, dimmed
-from svite_scale.report.saved_run import load_model, read_run
-from svite_scale.report.unit_history import unit_histories
+from svite_scale.report.figures import DARK_BLUE, DIMMED, OLD_NAMES, Curve, curves, dimmed, layer_densities, unit_histories
+from svite_scale.report.read import evaluation_images, load_model, read_run
 from tests.report.by_hand import NUM_UNITS, json_lines, tensors, unit_masks, unpacked
 from tests.tiny import NUM_VAL
 
@@ -25,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_model_is_the_checkpoints(saved: Saved, engine: str) -> None:
+def test_load_model_has_the_tensors_of_the_checkpoint(saved: Saved, engine: str) -> None:
     run = read_run(saved(engine))
     assert (run.step, run.checkpoint.name) == (20, "step-00000020")
     by_hand, model = tensors(run.checkpoint), load_model(run)
@@ -36,7 +33,7 @@ def test_the_model_is_the_checkpoints(saved: Saved, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_histories_end_with_the_masks_of_the_checkpoint(saved: Saved, engine: str) -> None:
+def test_unit_histories_end_with_the_masks_of_the_checkpoint(saved: Saved, engine: str) -> None:
     run = read_run(saved(engine))
     histories = unit_histories(load_model(run), run.topology, Path())
     lines, masks = json_lines(saved(engine) / "topology.jsonl"), unit_masks(run.checkpoint)
@@ -52,7 +49,7 @@ def test_histories_end_with_the_masks_of_the_checkpoint(saved: Saved, engine: st
     assert any((history.active[:, 0] != history.active[:, -1]).any() for history in histories)
 
 
-def test_nothing_after_an_older_checkpoint_is_shown(saved: Saved) -> None:
+def test_an_older_checkpoint_shows_nothing_of_later_steps(saved: Saved) -> None:
     run = read_run(saved("single"), "step-00000010")
     assert run.step == 10
     assert [line["step"] for line in run.topology] == [0, 4, 8]
@@ -63,14 +60,14 @@ def test_nothing_after_an_older_checkpoint_is_shown(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_densities_of_units_are_those_of_the_masks(saved: Saved, engine: str) -> None:
+def test_layer_densities_of_units_are_those_of_the_masks(saved: Saved, engine: str) -> None:
     run = read_run(saved(engine))
     found = {entry.layer: entry.density for entry in layer_densities(load_model(run))}
     assert found == {name: mask.mean() for name, mask in unit_masks(run.checkpoint).items()}
     assert sorted(set(found.values())) == [4 / 8, 76 / 128]
 
 
-def test_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
+def test_layer_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
     run = read_run(saved("weights"))
     by_hand, entries = tensors(run.checkpoint), layer_densities(load_model(run))
     assert [entry.layer for entry in entries] == [name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")]
@@ -85,16 +82,23 @@ def test_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["ever_active"])]
 )
-def test_curves_are_the_lines_that_have_them(saved: Saved, name: str, expected: list[str]) -> None:
-    lines = json_lines(saved(name) / "metrics.jsonl")
+def test_curves_have_every_line_with_the_metric(saved: Saved, name: str, expected: list[str]) -> None:
+    read = json_lines(saved(name) / "metrics.jsonl")
+    lines = [{OLD_NAMES.get(key, key): value for key, value in line.items()} for line in read]
     found = {curve.name: curve for curve in curves(read_run(saved(name)).metrics)}
-    assert list(found) == [*expected, "drop_rate"]
+    assert list(found) == [*expected, "drop_fraction"]
     for metric, curve in found.items():
         assert curve.steps == [line["step"] for line in lines if metric in line]
         assert curve.values == [line[metric] for line in lines if metric in line]
-    assert len(found["drop_rate"].steps) == len(lines)
+    assert len(found["drop_fraction"].steps) == len(lines)
     assert 3 <= len(found[expected[0]].steps) <= 4
     assert curves([{"step": 1, "loss": 2.0}]) == []
+
+
+def test_curves_draw_the_drop_rate_of_older_runs_as_drop_fraction() -> None:
+    assert curves([{"step": 1, "drop_rate": 0.5}, {"step": 2, "drop_rate": 0.25}]) == [
+        Curve("drop_fraction", [1, 2], [0.5, 0.25])
+    ]
 
 
 def evaluation_samples(shards: Path) -> list[tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8]], int]]:
@@ -111,7 +115,7 @@ def evaluation_samples(shards: Path) -> list[tuple[np.ndarray[tuple[int, int], n
 
 
 @pytest.mark.parametrize(("count", "expected"), [(4, [0, 9, 18, 27]), (1, [0]), (100, list(range(NUM_VAL)))])
-def test_evaluation_images_are_the_shards_own(saved: Saved, count: int, expected: list[int]) -> None:
+def test_evaluation_images_are_those_of_the_shards(saved: Saved, count: int, expected: list[int]) -> None:
     run_dir = saved("single")
     images, samples = evaluation_images(read_run(run_dir).config, count), evaluation_samples(run_dir.parent / "digits")
     assert images.samples.tolist() == expected
@@ -121,7 +125,7 @@ def test_evaluation_images_are_the_shards_own(saved: Saved, count: int, expected
         np.testing.assert_allclose(inputs, (samples[number][0][None] / 255 - 0.3) / 0.35, rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_patches_fade_and_kept_ones_stay() -> None:
+def test_dimmed_fades_dropped_patches_and_leaves_kept_ones() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6), dtype=np.uint8)
     kept = np.array([[True, False, False, True, True, False], [False] * 6])
     found = dimmed(pixels, kept, (2, 3))

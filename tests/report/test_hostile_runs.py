@@ -1,4 +1,4 @@
-"""The run directory may be somebody else's: a report runs nothing of it, and shows nothing of it as HTML."""
+"""The run directory may be somebody else's: a report runs nothing in it, and shows nothing of it as HTML."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "config = '{run}/config.yaml': is no",
     ),
     "text as a number": (
-        add_metrics('{"step": 16, "drop_rate": "<script>"}'),
-        "metrics.jsonl: drop_rate of step 16 is damaged",
+        add_metrics('{"step": 16, "drop_fraction": "<script>"}'),
+        "metrics.jsonl: drop_fraction of step 16 is damaged",
     ),
     "a step that is none": (add_metrics('{"step": 1e999}'), "{run}/metrics.jsonl: line "),
     "a deep line": (add_metrics("[" * 10**5), "{run}/metrics.jsonl: line "),
@@ -67,7 +67,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_a_run_holds_is_data(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_a_report_refuses_a_hostile_run_without_running_it(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
     poison, message = HOSTILE[kind]
     poison(run_dir)
@@ -78,7 +80,9 @@ def test_what_a_run_holds_is_data(saved: Saved, tmp_path: Path, capsys: pytest.C
     assert len(answer.err.splitlines()) == 1, answer.err
 
 
-def test_commands_of_its_config_are_not_run(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_refuses_shards_of_a_command_in_the_config(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = shutil.copytree(saved("tokens"), tmp_path / "run")
     shards = f"{saved('tokens').parent}/digits/val-*.tar"
     edit_config(shards, f"'pipe:mkdir {PROOF} #a.tar'")(run_dir)
@@ -87,15 +91,15 @@ def test_commands_of_its_config_are_not_run(saved: Saved, tmp_path: Path, capsys
     assert not PROOF.exists()
     assert (answer.status, answer.err) == (
         2,
-        f"report error: {run_dir}/config.yaml: data.val = 'pipe:mkdir {PROOF} #a.tar' is a command, and none is run that a run "
-        "directory holds; give --val with shards, or with that command if you trust it\n",
+        f"report error: {run_dir}/config.yaml: data.val = 'pipe:mkdir {PROOF} #a.tar' is a command, and commands in a run "
+        "directory are not run; give --val with shards, or with that command if you trust it\n",
     )
     answer = command(capsys, *arguments, "--val", shards)
     assert (answer.status, answer.err) == (0, "")
     assert len(Page(tmp_path / "out" / "report.html").images) == 6
 
 
-def test_names_are_shown_as_text(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_shows_names_as_text(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = shutil.copytree(saved("weights"), tmp_path / "<script>alert(1)<script>")
     answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
     assert (answer.status, answer.err) == (0, "")

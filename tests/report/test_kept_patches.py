@@ -10,7 +10,7 @@ from torch import Tensor
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
-from svite_scale.report.kept_patches import compose, kept_patches, named_selectors, tokens_passed
+from svite_scale.report.figures import compose, kept_patches, named_selectors, tokens_passed
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
 """25 patches."""
@@ -43,7 +43,7 @@ def watched(model: VisionTransformer) -> list[list[list[int]]]:
 
 # With a class token, with two prefix tokens, and with registers that come before the patches.
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"])
-def test_later_selectors_see_what_earlier_ones_kept(name: str) -> None:
+def test_kept_patches_of_later_selectors_are_among_those_of_earlier_ones(name: str) -> None:
     model = vit(name, keep=0.65, blocks=(0, 1, 2))
     chosen = watched(model)
     kept = kept_patches(model, torch.randn(6, 1, 40, 40))
@@ -61,7 +61,7 @@ def test_later_selectors_see_what_earlier_ones_kept(name: str) -> None:
     assert len({tuple(row.tolist()) for row in kept[2]}) > 1, "images differ"
 
 
-def test_masks_show_what_each_selector_chose_of_all_patches() -> None:
+def test_kept_patches_are_chosen_of_all_patches_when_selectors_mask() -> None:
     model = vit("vit_tiny_patch16_224", keep=18, blocks=(0, 2), mode="mask")
     chosen = watched(model)
     kept = kept_patches(model, torch.randn(5, 1, 40, 40))
@@ -69,13 +69,13 @@ def test_masks_show_what_each_selector_chose_of_all_patches() -> None:
     assert [[row.nonzero().flatten().tolist() for row in rows] for rows in kept] == chosen[:2]
 
 
-def test_without_selectors_there_is_nothing_to_keep() -> None:
+def test_kept_patches_is_empty_without_selectors() -> None:
     model = vit("vit_tiny_patch16_224")
     assert named_selectors(model) == []
     assert kept_patches(model, torch.randn(2, 1, 40, 40)).shape[0] == 0
 
 
-def test_prefix_tokens_pass_and_the_model_is_left_as_it_was() -> None:
+def test_kept_patches_passes_prefix_tokens_and_leaves_the_model_unchanged() -> None:
     model = vit("vit_small_patch14_reg4_dinov2", keep=15, blocks=(1,))
     ((_, selector),) = named_selectors(model)
     images = torch.randn(2, 1, 40, 40)
@@ -89,7 +89,7 @@ def test_prefix_tokens_pass_and_the_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_positions_compose() -> None:
+def test_compose_maps_tokens_to_patches_through_three_selectors() -> None:
     first = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]]).bool()
     second = torch.tensor([[0, 1, 1], [1, 0, 1]]).bool()
     third = torch.tensor([[0, 1], [1, 0]]).bool()

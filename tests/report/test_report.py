@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.saved_run import read_run
+from svite_scale.report.read import read_run
 from tests.command_line import ROOT, Answer
 
 Saved = Callable[[str], Path]
@@ -86,7 +86,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_run_becomes_pictures_and_one_page(
+def test_report_writes_pictures_and_one_page(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     answer = command(capsys, "--run", saved(name), "--out", tmp_path / "out")
@@ -103,7 +103,7 @@ def test_a_run_becomes_pictures_and_one_page(
     assert ("topology.jsonl has no lines" in page.text) == (name == "weights")
 
 
-def test_by_default_the_pictures_lie_in_the_run_directory(
+def test_report_writes_to_the_run_directory_by_default(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = shutil.copytree(saved("single"), tmp_path / "run")
@@ -111,7 +111,7 @@ def test_by_default_the_pictures_lie_in_the_run_directory(
     assert "step-00000010, after 10 optimizer steps" in Page(run_dir / "report" / "report.html").text
 
 
-def test_each_selector_gets_a_picture(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_a_picture_for_each_selector(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = command(capsys, "--run", saved("tokens"), "--images", 10, "--out", tmp_path)
     assert (answer.status, answer.err) == (0, "")
     page = Page(tmp_path / "report.html")
@@ -125,7 +125,7 @@ def test_each_selector_gets_a_picture(saved: Saved, tmp_path: Path, capsys: pyte
     assert "What block 1 and those after it get: 1 of 4 patches" in page.text
 
 
-def test_shards_that_are_gone_are_named(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_names_shards_that_are_gone(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = shutil.copytree(saved("tokens"), tmp_path / "run")
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace(f"{saved('tokens').parent}/digits/val", "/nowhere/val"))
@@ -183,7 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_cant_be_read_is_one_line_and_status_2(
+def test_report_fails_in_one_line_when_a_file_cannot_be_read(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     run_dir = shutil.copytree(saved("single"), tmp_path / "run")
@@ -210,7 +210,7 @@ def test_an_incomplete_or_corrupt_checkpoint_is_skipped_unless_it_is_named(
     assert answer.err.endswith("; restore it, or give another --checkpoint\n")
 
 
-def test_arguments_that_mean_nothing(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_refuses_wrong_arguments_in_one_line(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     answer = command(capsys, "--run", saved("single"), "--checkpoint", "step-00000011")
     assert answer.status == 2
     assert "holds no checkpoint 'step-00000011'; give --checkpoint one of step-00000010, step-00000020\n" in answer.err

@@ -1,4 +1,4 @@
-"""Which parameters decay, how large the learning rate is, and what it is at each step."""
+"""How large the learning rate is, what it is at each step, and which optimizer takes it."""
 
 from __future__ import annotations
 
@@ -10,54 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from svite_scale.config.schema import Config, SparsityConfig
-from svite_scale.models.options import ModelConfig
-from svite_scale.models.sparse import build_sparse
-from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups, peak_lr
+from svite_scale.config.schema import Config
+from svite_scale.sparsity.parameter_groups import parameter_groups
+from svite_scale.train.optimizer import OPTIMIZERS, build_optimizer, build_schedule, peak_lr
 from svite_scale.train.options import OptimizerConfig, TrainConfig
-
-MODEL = ModelConfig(
-    name="vit_tiny_patch16_224", num_classes=10, image_size=8, in_channels=1, patch_size=4, embed_dim=16, depth=2, num_heads=2
-)
-
-
-def decay_by_name(model: nn.Module) -> dict[str, float]:
-    """The weight decay of each parameter that is in a group; each is in one at most."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [
-        (names[id(parameter)], group["weight_decay"])
-        for group in parameter_groups(model, 0.05)
-        for parameter in group["params"]
-    ]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def test_packed_values_and_matrices_decay_and_nothing_else() -> None:
-    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
-    decay = decay_by_name(model)
-    packed = [entry.name for entry in plan if entry.is_packed]
-    dense = [entry.name for entry in plan if not entry.is_packed]
-    assert dense == ["head"], "ERK keeps this small layer dense, so both kinds of matrix are here"
-    assert {name for name, value in decay.items() if value == 0.05} == {
-        *(f"{name}.values" for name in packed),
-        *(f"{name}.weight" for name in dense),
-    }
-    assert decay["pos_embed"] == decay["cls_token"] == decay["blocks.1.norm2.weight"] == decay["head.bias"] == 0.0
-    assert set(decay.values()) == {0.05, 0.0}
-    masks = {f"{name}.mask" for name in packed}
-    assert {name for name, _ in model.named_parameters()} == set(decay) | masks
-
-
-def test_a_model_without_exemptions_of_its_own_and_frozen_parameters() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
-    model[2].weight.requires_grad_(False)
-    assert decay_by_name(model) == {"0.weight": 0.05, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
-    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(4), 0.05)] == [0.0], "no empty group"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_named_optimizer_gets_the_configs_numbers(name: str) -> None:
+def test_build_optimizer_passes_the_numbers_of_the_config(name: str) -> None:
     config = OptimizerConfig(name=name, lr=3e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)  # type: ignore[arg-type]
     optimizer = build_optimizer(nn.Linear(3, 4), config)
     assert type(optimizer).__name__.lower() == name
@@ -66,7 +26,7 @@ def test_the_named_optimizer_gets_the_configs_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_is_fused_where_torch_can_and_the_same(name: str) -> None:
+def test_fused_step_equals_the_plain_step(name: str) -> None:
     """The fused step agrees with torch's plain one, over more elements than fit whole vectors."""
     torch.manual_seed(0)
     config = OptimizerConfig(name=name, lr=3e-3, weight_decay=0.1)  # type: ignore[arg-type]
@@ -87,7 +47,7 @@ def test_a_step_is_fused_where_torch_can_and_the_same(name: str) -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_peak_scales_linearly_with_the_batch_it_is_meant_for() -> None:
+def test_peak_lr_scales_linearly_with_the_batch_size() -> None:
     scaled = OptimizerConfig(lr=5e-4, lr_batch_size=512)
     assert peak_lr(scaled, 512) == 5e-4
     assert peak_lr(scaled, 1024) == pytest.approx(1e-3)
@@ -115,7 +75,7 @@ def rates(config: Config, steps: range, steps_per_epoch: int) -> list[list[float
 
 
 @pytest.mark.parametrize(("warmup_epochs", "warmup_steps"), [(0.0, 0), (1.5, 15), (5.0, 50)])
-def test_the_schedule_is_warm_up_then_cosine_and_begins_anywhere(
+def test_schedule_is_warm_up_then_cosine_and_begins_at_any_step(
     tmp_path: Path, warmup_epochs: float, warmup_steps: int
 ) -> None:
     recipe = OptimizerConfig(lr=2e-3, lr_batch_size=64, warmup_epochs=warmup_epochs, warmup_lr=1e-5, min_lr=1e-4)
@@ -128,7 +88,7 @@ def test_the_schedule_is_warm_up_then_cosine_and_begins_anywhere(
         assert rates(config, range(first, 80), 10) == straight[first:]
 
 
-def test_a_peak_below_the_recipes_floors_lowers_them(tmp_path: Path) -> None:
+def test_schedule_lowers_its_floors_when_the_peak_is_below_them(tmp_path: Path) -> None:
     """A tiny batch scales the peak below ``min_lr``: the rate must not rise above it."""
     recipe = OptimizerConfig(lr=5e-4, lr_batch_size=512, warmup_epochs=1, warmup_lr=1e-4, min_lr=1e-4)
     config = Config(run_dir=str(tmp_path), optimizer=recipe, train=TrainConfig(epochs=2, global_batch_size=8))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import ParameterAccess, TrackedTensors
+from svite_scale.sparsity.access import Annealed, ParameterAccess, TrackedTensors
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
@@ -45,6 +45,7 @@ class TopologyEngine:
 
     Attributes:
         layers: the sparse layers, by their names in the model, without what engines' wrappers add to names.
+        annealed: modules that each step anneals: token selectors.
         steps: optimizer steps so far.
         last_update: the step after which weights last moved; 0 before the first time.
         postponed: updates that were postponed or left out, because a gradient wasn't finite or the step not applied.
@@ -75,6 +76,7 @@ class TopologyEngine:
             OptionError: the method can't be imported, or a window reaches from one update to the next.
         """
         self.layers = sparse_layers(model)
+        self.annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
@@ -255,7 +257,9 @@ class TopologyEngine:
         return bool(self.layers) and self.method is not None
 
     def _prepare_step(self) -> None:
-        """Records gradients during the next step if it lies in a growth window."""
+        """Records gradients during the next step if it lies in a growth window, and anneals token selectors."""
+        for module in self.annealed:
+            module.anneal(min(self.steps / self.schedule.total_steps, 1.0))
         due = self.next_update
         if due is not None and due - self.steps <= self.options.grow_window:
             self.growth.start_recording(due)

@@ -1,4 +1,4 @@
-"""A run directory as it was left: one of its checkpoints, and what was written down on the way there."""
+"""Reading a saved run: its files up to one of its checkpoints, that checkpoint's model, and its evaluation images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from svite_scale.checkpoint.compatibility import check_same_tensors
@@ -20,13 +21,16 @@ from svite_scale.checkpoint.load import TensorReader, read_run_state
 from svite_scale.checkpoint.manifest import problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
+from svite_scale.data.dataset import ShardDataset
+from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.remote.fetch import PIPE
-from svite_scale.errors import CheckpointError, RunError
+from svite_scale.data.transforms import DeviceTransform, eval_transform
+from svite_scale.errors import CheckpointError, DataError, RunError
 from svite_scale.models.sparse import build_sparse
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 Line = dict[str, Any]
-"""One JSON object of ``metrics.jsonl`` or ``topology.jsonl``."""
+"""One line of ``metrics.jsonl`` or ``topology.jsonl``, a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ class SavedRun:
     Attributes:
         run_dir: of the run.
         config: resolved.
-        checkpoint: its directory.
+        checkpoint: directory of the checkpoint.
         step: the optimizer step after which the checkpoint was saved.
-        metrics: lines of ``metrics.jsonl`` up to that step; empty where there is no such file.
+        metrics: lines of ``metrics.jsonl`` up to that step; empty without the file.
         topology: the same of ``topology.jsonl``.
-        val: evaluation shards that whoever reads the run has named; None leaves it to the config.
+        val: evaluation shards named by the reader; None uses those of the config.
     """
 
     run_dir: Path
@@ -52,31 +56,31 @@ class SavedRun:
     val: str | None = None
 
     def evaluation_config(self) -> Config:
-        """The config, with the evaluation shards to use.
+        """Returns the config with the evaluation shards to use.
 
         Raises:
-            RunError: its own are a command's output. The run may be somebody else's, and nothing of it is run.
+            RunError: the config's own are the output of a command. The run may be somebody else's, so nothing in it is run.
         """
         if self.val is not None:
             return replace(self.config, data=replace(self.config.data, val=self.val))
         if self.config.data.val.startswith(PIPE):
             raise RunError(
-                f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and none is run that a run "
-                "directory holds; give --val with shards, or with that command if you trust it"
+                f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and commands in a run "
+                "directory are not run; give --val with shards, or with that command if you trust it"
             )
         return self.config
 
 
 def read_run(run_dir: Path, checkpoint: str | None = None, val: str | None = None) -> SavedRun:
-    """Reads all of a run but its tensors.
+    """Reads everything of a run except its tensors.
 
     Args:
         run_dir: of the run.
-        checkpoint: name of one; None is the newest.
+        checkpoint: its name; None takes the newest valid one.
         val: evaluation shards, in place of the config's ``data.val``.
 
     Raises:
-        RunError: there is no run, or a line of its files is damaged.
+        RunError: the directory holds no run, or a line of its files is damaged.
         ConfigError: its config can't be read.
         CheckpointError: there is no such checkpoint.
     """
@@ -85,16 +89,16 @@ def read_run(run_dir: Path, checkpoint: str | None = None, val: str | None = Non
         raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
     config = read_config(config_path)
     path = find_checkpoint(run_dir / CHECKPOINTS, checkpoint)
-    step: int = read_run_state(path)["topology"]["steps"]
+    step: int = read_run_state(path)["step"]
     metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
     return SavedRun(run_dir, config, path, step, metrics, topology, val)
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:
-    """The directory of a checkpoint, by default of the newest valid one.
+    """Returns the directory of a checkpoint, given its name, or of the newest valid one.
 
     Raises:
-        CheckpointError: there is none, or none of that name, which lists those that there are; or it is torn.
+        CheckpointError: there is none, or none of that name; the message lists those there are. Or it isn't valid.
     """
     checkpoints = CheckpointDirectory(directory)
     if name is None:
@@ -115,10 +119,10 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
 
 
 def read_lines(path: Path, last_step: int) -> list[Line]:
-    """The JSON objects of a file, one a line, up to a step; none where there is no file.
+    """Returns the JSON objects of a file up to a step, one per line; empty without the file.
 
     Raises:
-        RunError: a line is no object with a step; the message has its number. Or the file can't be read.
+        RunError: a line is no object with a step; the message has the line's number. Or the file can't be read.
     """
     if not path.exists():
         return []
@@ -140,12 +144,12 @@ def read_lines(path: Path, last_step: int) -> list[Line]:
 
 
 def damaged_line(path: Path, line: str, error: Exception) -> RunError:
-    """What to say of a line of a file that can't be read."""
+    """Returns the error to raise for a damaged line of a file."""
     return RunError(f"{path}: {line} is damaged ({error!r}); restore the line, or delete it")
 
 
 def load_model(run: SavedRun) -> nn.Module:
-    """The checkpoint's model on the CPU, in fp32, set to evaluate. No collective: it needs no process group.
+    """Returns the checkpoint's model on the CPU, in fp32 and evaluation mode. Local: needs no process group.
 
     Raises:
         ConfigError: the model can't be built.
@@ -158,7 +162,7 @@ def load_model(run: SavedRun) -> nn.Module:
     try:
         check_same_tensors(run.checkpoint, state, prefix="model/")
         with warnings.catch_warnings():
-            # It warns that there is no process group, which is what no_dist says.
+            # Torch warns that there is no process group, as no_dist says.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(state, storage_reader=TensorReader(run.checkpoint), no_dist=True)
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, CheckpointException) as error:
@@ -168,3 +172,38 @@ def load_model(run: SavedRun) -> nn.Module:
         for name, parameter in parameters.items():
             parameter.copy_(state[f"model/{name}"].view_as(parameter))
     return model.eval()
+
+
+class EvaluationImages(NamedTuple):
+    """A batch of evaluation images.
+
+    Attributes:
+        samples: int64 ``[B]``, number of each image among all evaluation samples.
+        labels: int64 ``[B]``.
+        pixels: uint8 ``[B, C, H, W]``.
+        inputs: of the model, fp32 ``[B, C, H, W]``.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    pixels: Tensor
+    inputs: Tensor
+
+
+def evaluation_images(config: Config, count: int) -> EvaluationImages:
+    """Returns up to ``count`` evaluation images, spread evenly over the shards, because shards are often sorted by class.
+
+    Raises:
+        DataError: the shards can't be read, or hold no sample.
+    """
+    data, model = config.data, config.model
+    indexes = load_indexes(data.val, "data.val", data)
+    transform = eval_transform(data, model.image_size)
+    dataset = ShardDataset(indexes, transform, model.in_channels, seed=0, max_pixels=data.max_pixels)
+    if not len(dataset):
+        raise DataError(f"data.val = {data.val!r} holds no samples; write shards that do")
+    samples = np.arange(min(count, len(dataset))) * len(dataset) // min(count, len(dataset))
+    pixels, labels = zip(*(dataset[0, sample, 0] for sample in samples.tolist()), strict=True)
+    images, targets = torch.stack(pixels), torch.tensor(labels)
+    inputs, _ = DeviceTransform(data, model.num_classes, torch.device("cpu"), training=False)(images, targets)
+    return EvaluationImages(torch.from_numpy(samples), targets, images, inputs)
