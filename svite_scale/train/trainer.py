@@ -193,7 +193,9 @@ class Trainer:
         }
         if self.selectors:
             # All selectors have the same temperature; the last one lets the fewest tokens pass.
-            metrics |= {"temperature": self.selectors[-1].temperature, "tokens": self.selectors[-1].num_tokens}
+            last = self.selectors[-1]
+            # topology.step() has already set the next step's temperature.
+            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
         return metrics
 
     def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:
