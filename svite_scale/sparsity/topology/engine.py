@@ -62,7 +62,7 @@ class TopologyEngine:
         *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """A collective: all ranks build their engine after the model is wrapped.
+        """Builds the engine after the model is wrapped. A collective.
 
         Args:
             model: holds sparse layers; wrapped by an engine or not.
@@ -119,12 +119,12 @@ class TopologyEngine:
 
     @property
     def next_update(self) -> int | None:
-        """The optimizer step after which weights move next; None if they don't any more."""
+        """Optimizer step after which weights move next; None if they don't any more."""
         if not self._moves:
             return None
         if self.steps < self._retry_step:
             return self._retry_step if self._retry_step <= self.schedule.stop_step else None
-        # After a postponed update, scheduled ones may come too soon for a whole window, or amid the warm-up.
+        # After a postponed update, scheduled ones may come too soon for a whole window, or within the warm-up.
         room = max(self.options.grow_window, self.options.grown_warmup_steps)
         return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
 
