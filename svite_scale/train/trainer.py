@@ -12,7 +12,6 @@ import torch
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.checkpoint.state import RunState
-from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
@@ -20,12 +19,12 @@ from svite_scale.data.transforms import DeviceTransform
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting
-from svite_scale.runtime.preemption import Preempted, never
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.preemption import never
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.tracking.progress import Progress
-from svite_scale.tracking.tracker import Tracker
-from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data
+from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data, open_tracker
 from svite_scale.train.cadence import Cadence
 from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate
@@ -116,7 +115,7 @@ class Trainer:
         """
         started = time.perf_counter()
         with (
-            self.open_tracker() as self.tracker,
+            open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
             Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
@@ -141,26 +140,6 @@ class Trainer:
                 self.tracker.status = "KILLED"
                 raise Preempted(self.step)
             self.finish(started)
-
-    def open_tracker(self) -> Tracker:
-        """Opens the files of the run directory, and MLflow, on the main rank."""
-        return Tracker(
-            self.config.tracking,
-            self.run_dir,
-            self.resumed_step,
-            config_text=to_yaml(self.config),
-            parameters=flatten_config(to_dict(self.config)),
-            enabled=self.world.is_main,
-        )
-
-    def begin(self) -> None:
-        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
-        self.batches = self.remaining_batches()
-        if self.resumed_step is None:
-            self.tracker.log_topology(self.step, self.topology.unit_masks())
-        if self.tracker.ui_command:
-            self.progress.write(f"watch the run with: {self.tracker.ui_command}")
-        self.average.restart()
 
     def train_step(self) -> TopologyUpdate | None:
         """Takes one optimizer step, and then the topology update if one is due. A collective.
@@ -194,10 +173,40 @@ class Trainer:
             self.activity.enter("compute")
             yield batch
 
-    def remaining_batches(self) -> Iterator[Batch]:
-        """Returns the stream of batches for the steps that are left."""
-        offset = self.guard.data_offset
-        return self.train_data.batches(self.step + offset, self.last_step + offset)
+    def reduce_metrics(self, update: TopologyUpdate | None) -> dict[str, float]:
+        """Returns the metrics since the last line, over all ranks. A collective.
+
+        Raises:
+            DataError: too many samples couldn't be decoded.
+        """
+        metrics = update.metrics() if update else {}
+        metrics |= self.average.reduce(self.config.train.global_batch_size)
+        self.train_data.damage.add(self.average.damaged, self.average.samples)
+        metrics |= {
+            "epoch": self.step / self.train_data.steps.per_epoch,
+            "lr": self.backend.optimizer.param_groups[0]["lr"],
+            "density": self.density,
+            "drop_fraction": self.topology.drop_fraction,
+            "postponed_updates": self.topology.postponed,
+            "damaged_samples": self.train_data.damage.damaged,
+            **self.guard.metrics(),
+        }
+        if self.selectors:
+            # All selectors have the same temperature; the last one lets the fewest tokens pass.
+            last = self.selectors[-1]
+            # topology.step() has already set the next step's temperature.
+            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
+        return metrics
+
+    def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:
+        """Writes one line of metrics, and one of the topology if it changed. A collective."""
+        self.activity.enter("checkpoint")
+        metrics |= self.checkpoint.metrics()
+        self.average.restart()
+        if update:
+            self.tracker.log_topology(update.step, update.unit_masks)
+        self.tracker.log(self.step, metrics)
+        self.progress.show(metrics)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates the weights, and their moving average if the config asks for it. A collective."""
@@ -235,40 +244,19 @@ class Trainer:
         self.save(last=last)
         self.average.restart()
 
-    def reduce_metrics(self, update: TopologyUpdate | None) -> dict[str, float]:
-        """Returns the metrics since the last line, over all ranks. A collective.
+    def remaining_batches(self) -> Iterator[Batch]:
+        """Returns the stream of batches for the steps that are left."""
+        offset = self.guard.data_offset
+        return self.train_data.batches(self.step + offset, self.last_step + offset)
 
-        Raises:
-            DataError: too many samples couldn't be decoded.
-        """
-        metrics = update.metrics() if update else {}
-        metrics |= self.average.reduce(self.config.train.global_batch_size)
-        self.train_data.damage.add(self.average.damaged, self.average.samples)
-        metrics |= {
-            "epoch": self.step / self.train_data.steps.per_epoch,
-            "lr": self.backend.optimizer.param_groups[0]["lr"],
-            "density": self.density,
-            "drop_fraction": self.topology.drop_fraction,
-            "postponed_updates": self.topology.postponed,
-            "damaged_samples": self.train_data.damage.damaged,
-            **self.guard.metrics(),
-        }
-        if self.selectors:
-            # All selectors have the same temperature; the last one lets the fewest tokens pass.
-            last = self.selectors[-1]
-            # topology.step() has already set the next step's temperature.
-            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
-        return metrics
-
-    def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:
-        """Writes one line of metrics, and one of the topology if it changed. A collective."""
-        self.activity.enter("checkpoint")
-        metrics |= self.checkpoint.metrics()
+    def begin(self) -> None:
+        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
+        self.batches = self.remaining_batches()
+        if self.resumed_step is None:
+            self.tracker.log_topology(self.step, self.topology.unit_masks())
+        if self.tracker.ui_command:
+            self.progress.write(f"watch the run with: {self.tracker.ui_command}")
         self.average.restart()
-        if update:
-            self.tracker.log_topology(update.step, update.unit_masks)
-        self.tracker.log(self.step, metrics)
-        self.progress.show(metrics)
 
     def finish(self, started: float) -> None:
         """Writes the summary of a run that started at a time of ``time.perf_counter()``. A collective."""

@@ -15,7 +15,7 @@ from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
