@@ -18,8 +18,8 @@ from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity import sharding
 from svite_scale.sparsity.layers.packed import PackedLinear
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.packing import random_mask
 from svite_scale.sparsity.sharding import chunk_numel, padded, rank_chunk, rank_numel
-from svite_scale.sparsity.sparsify import random_mask
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests import reference

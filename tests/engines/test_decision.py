@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svite_scale.engines.backend import Backend
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sparsify import PACKED_TYPE, random_mask, replace_module
+from svite_scale.sparsity.packing import PACKED_TYPE, random_mask, replace_module
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests import reference

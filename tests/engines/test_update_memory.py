@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import adamw, build_backend

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.layers.packed import PackedLayer
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
 SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sparsify import random_mask, sparsify
+from svite_scale.sparsity.packing import random_mask, sparsify
 from tests.sparsity.packing import packed_layers
 
 # The package's name sparsify is the function's.
