@@ -262,7 +262,7 @@ def test_the_topology_is_that_of_the_reference(outcomes: list[Outcome]) -> None:
         assert outcome.masks == after
 
 
-def test_values_follow_exactly(outcomes: list[Outcome]) -> None:
+def test_values_follow_their_positions_exactly(outcomes: list[Outcome]) -> None:
     """But for the sign of a zero, which the all-reduce in ZeRO-1 and 2's reading loses."""
     masks = expected_masks(crafted_scores())
     for update, scores in enumerate(crafted_scores()):

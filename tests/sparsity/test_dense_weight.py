@@ -137,7 +137,7 @@ def test_what_is_written_reaches_the_active_weights(write: str) -> None:
     assert torch.equal(twin.packed.bias, twin.dense.bias)  # type: ignore[arg-type]
 
 
-def test_a_convolution_is_drawn_anew_as_torchs_own() -> None:
+def test_reset_parameters_of_a_convolution_draws_as_torch_does() -> None:
     twin, _ = case_of("conv, groups")
     for layer in (twin.dense, twin.packed):
         torch.manual_seed(5)

@@ -20,7 +20,7 @@ def remap_of(old: Tensor, new: Tensor) -> TopologyTransition:
     return TopologyTransition(bits.pack(old), bits.pack(new), torch.Size([old.numel()]), int(old.sum()))
 
 
-def test_what_stays_keeps_its_value_and_what_comes_gets_the_fill() -> None:
+def test_remap_copies_kept_units_and_fills_grown_ones() -> None:
     values, remap = torch.tensor([1.0, 2.0, 3.0]), remap_of(OLD, NEW)
     assert remap.kept.tolist() == [False, True, False]
     assert remap.remap(values).tolist() == [0, 2, 0]
@@ -33,7 +33,7 @@ def test_what_stays_keeps_its_value_and_what_comes_gets_the_fill() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_dtype_stays(dtype: torch.dtype) -> None:
+def test_remap_keeps_the_dtype(dtype: torch.dtype) -> None:
     assert remap_of(OLD, NEW).remap(torch.ones(3, dtype=dtype), torch.tensor(0.5)).dtype == dtype
 
 
