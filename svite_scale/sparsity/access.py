@@ -1,4 +1,4 @@
-"""What the topology update needs of an engine: to read and write one parameter and its optimizer state in full."""
+"""What the topology engine needs of others: parameters and optimizer state, whatever shards them, and modules to anneal."""
 
 from __future__ import annotations
 
@@ -76,3 +76,15 @@ class FollowsTopology(Protocol):
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces what :meth:`read` returned. A collective."""
+
+
+class Annealed:
+    """Base of modules that change with the progress of training. The topology engine anneals them before each step."""
+
+    def anneal(self, progress: float) -> None:
+        """Prepares the module for the next step.
+
+        Args:
+            progress: fraction of training that is done, 0 to 1.
+        """
+        raise NotImplementedError

@@ -147,8 +147,6 @@ class Trainer:
             What the topology update changed; None if there was none.
         """
         self.schedule.step_update(self.step)
-        for selector in self.selectors:
-            selector.anneal(self.step / self.total_steps)
         for batch in self.micro_batches():
             images, targets = self.train_transform(batch.images, batch.labels)
             loss, logits = self.loss(self.backend.forward(images), targets, images)
@@ -194,7 +192,9 @@ class Trainer:
         }
         if self.selectors:
             # All selectors have the same temperature; the last one lets the fewest tokens pass.
-            metrics |= {"temperature": self.selectors[-1].temperature, "tokens": self.selectors[-1].num_tokens}
+            last = self.selectors[-1]
+            # topology.step() has already set the next step's temperature.
+            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
         return metrics
 
     def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:

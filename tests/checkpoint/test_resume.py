@@ -45,9 +45,9 @@ def config_of(digits: Path, run_dir: Path, engine: str, last_step: int, *overrid
     return tiny_config(digits, run_dir, *ENGINES[engine], *BATCH, f"train.max_steps={last_step}", *overrides)
 
 
-FP32 = [("single", 1, "fp32"), *((engine, 2, "fp32") for engine in ("ddp", "fsdp2", "zero2", "zero3"))]
+FP32 = [("single", 1, "fp32"), ("ddp", 2, "fp32")]
 BF16 = [(engine, 2, "bf16") for engine in ("fsdp2", "zero1", "zero3")]
-"""One optimizer of DeepSpeed serves stages 1 and 2: each comes in one precision."""
+"""FSDP2, ZeRO-2 and ZeRO-3 in fp32 are resumed within a growth window, below. One optimizer serves ZeRO-1 and 2."""
 
 
 @pytest.mark.parametrize(("engine", "world_size", "precision"), FP32 + BF16)
@@ -209,14 +209,12 @@ LONG = ("train.epochs=6", "sparsity.update_every=10", "optimizer.lr=3e-3", "trai
 PAIRS = [
     ("single", 1, "zero3", 3),
     ("ddp", 2, "zero1", 3),
-    ("fsdp2", 2, "single", 1),
     ("fsdp2", 3, "zero2", 2),
     ("zero1", 2, "fsdp2", 3),
     ("zero2", 3, "ddp", 2),
-    ("zero3", 2, "fsdp2", 2),
-    ("zero3", 3, "zero3", 2),
+    ("zero3", 3, "single", 1),
 ]
-"""Each engine saves and loads; on more ranks, on fewer, and on as many. A list of engine, ranks, other engine, its ranks."""
+"""Each engine saves once and loads once, on more ranks or on fewer. A list of engine, ranks, other engine, its ranks."""
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def expected(case: Case, world_size: int) -> tuple[list[bool], list[float], list
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=cases())
 def test_the_decision_is_that_of_the_reference(world_size: int, case: Case) -> None:
     mask, values, scores = expected(case, world_size)

@@ -243,9 +243,8 @@ def expected_masks(updates: list[Scores]) -> list[dict[str, list[bool]]]:
     return masks
 
 
-ENGINES: list[tuple[str, int]] = [(kind, 1) for kind in ("single", *SHARED)] + [
-    (kind, size) for size in (2, 3, 4) for kind in SHARED
-]
+ENGINES: list[tuple[str, int]] = [("single", 1), *((kind, size) for size in (1, 2, 3) for kind in SHARED)]
+ENGINES += [("fsdp2", 4), ("zero3", 4)]
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids=lambda engine: f"{engine[0]}_on_{engine[1]}")

@@ -42,7 +42,7 @@ MISTAKES = {
     ),
     "two sources": (
         ['sparsity.densities={"*": 0.5}'],
-        "sparsity.density = 0.6: isn't used where sparsity.densities is given; set it to 1.0, or leave sparsity.densities out",
+        "sparsity.density = 0.6: isn't used where densities is given; set it to 1.0, or leave densities out",
     ),
     "type": (["train.epochs=many"], "train.epochs = 'many': is not a whole number; use a whole number of at least 1"),
     "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(32\); use a divisor of it"),

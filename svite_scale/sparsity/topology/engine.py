@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
+from svite_scale.sparsity.access import Annealed, FollowsTopology, ParameterAccess
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
@@ -47,6 +47,7 @@ class TopologyEngine:
 
     Attributes:
         layers: the sparse layers, by where they are in the model, without what engines' wrappers add to that.
+        annealed: modules that each step anneals: token selectors.
         steps: optimizer steps seen so far.
         last_update: the step after which weights last moved; 0 before the first time.
         postponed: updates that were put off, or left out, because a gradient wasn't finite or the step not applied.
@@ -78,6 +79,7 @@ class TopologyEngine:
             OptionError: the method can't be imported, or a window reaches from one update to the next.
         """
         self.layers = sparse_layers(model)
+        self.annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
@@ -252,7 +254,9 @@ class TopologyEngine:
         return bool(self.layers) and self.method is not None
 
     def _prepare_step(self) -> None:
-        """Hears gradients during the next step if it lies in a growth window, and only then."""
+        """Hears gradients during the next step if it lies in a growth window, and only then; and anneals token selectors."""
+        for module in self.annealed:
+            module.anneal(min(self.steps / self.schedule.total_steps, 1.0))
         due = self.next_update
         if due is not None and due - self.steps <= self.options.grow_window:
             self.growth.listen(due)
