@@ -15,7 +15,7 @@ from torch import Tensor
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.sharding import own_chunk
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.train.trainer import Trainer

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from svite_scale.errors import ConfigError
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.heartbeats import Beat, Heartbeats, name_ranks
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 VERDICT, NO_VERDICT = "watchdog/verdict", "-"
 """Key in the store, and its first value. The verdict is what ends the job."""

@@ -19,7 +19,7 @@ from svite_scale.models.dense import blocks
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.teacher import answer_twice
 from svite_scale.options import in_section
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.allocation.layer_plan import plan_density
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.tracking.tracker import Tracker

@@ -63,7 +63,7 @@ class Ema:
             if name in saved and buffer.is_floating_point()
         }
         self._in_place = False
-        topology.followers.append(self)
+        topology.track(self)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -19,9 +19,10 @@ from svite_scale.data.transforms import DeviceTransform
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting
-from svite_scale.runtime.preemption import Preempted, never
-from svite_scale.runtime.ranks import World
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.runtime.preemption import never
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.tracking.progress import Progress
 from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data, open_tracker
 from svite_scale.train.cadence import Cadence
@@ -185,7 +186,7 @@ class Trainer:
             "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
-            "drop_fraction": self.topology.rate,
+            "drop_fraction": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
             **self.guard.metrics(),

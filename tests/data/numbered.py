@@ -14,7 +14,7 @@ from PIL import Image
 from svite_scale.data.loader import Batch, EvalData, TrainData
 from svite_scale.data.make.shards import Sample, Source, write_shards
 from svite_scale.data.options import DataConfig
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 SIZE = 8
 NUM_LABELS = 7

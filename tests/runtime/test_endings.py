@@ -16,8 +16,8 @@ from svite_scale.data.batches import explain_loader_error
 from svite_scale.errors import ConfigError, DataError, DivergedError
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import Failure, reporting
-from svite_scale.runtime.preemption import Preempted
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from tests.command_line import ROOT
 from tests.faulty import SMALL_SHM, inject
 from tests.jobs import DEADLINE_S, Ended, Job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.train.command import has_saved
+from svite_scale.train.run import has_saved
 from tests.command_line import Answer, run_command, run_here
 from tests.ranks import free_port
 from tests.runs import losses_of, metrics_of

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
 from tests.engines.engines import build_backend, decay_groups, small_vit, units_vit
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
+from tests.sparsity.packing import packed_layers
 from tests.tiny import tiny_config
 
 STEPS, UPDATE_EVERY, BATCH, DECAY = 7, 3, 4, 0.8
@@ -201,7 +201,7 @@ def unit_averages(topology: TopologyEngine, ema: Ema) -> dict[str, Units]:
     for name, layer in topology.layers.items():
         mask = bits.unpack(topology.access.read(layer.mask), layer.shape.numel())
         units = found[name] = Units({}, {})
-        for moving in layer.moving().values():
+        for moving in layer.unit_parameters().values():
             for rows_of, source in ((units.averages, ema), (units.weights, topology.access)):
                 rows = source.read(moving.parameter).reshape(moving.repeats, layer.num_active, -1)
                 for place, unit in enumerate(mask.nonzero().flatten().tolist()):

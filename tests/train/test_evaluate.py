@@ -20,7 +20,7 @@ from svite_scale.data.loader import EvalData
 from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.data.options import DataConfig
 from svite_scale.runtime.activity import Activity
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.trainer import Trainer

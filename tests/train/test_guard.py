@@ -18,8 +18,8 @@ from torch import Tensor
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch, TrainData
 from svite_scale.errors import DivergedError
-from svite_scale.runtime.preemption import Preempted
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from svite_scale.train.guard import Guard, spread_nonfinite
 from svite_scale.train.metrics import MetricsAverage
 from svite_scale.train.options import GuardConfig
