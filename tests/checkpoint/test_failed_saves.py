@@ -93,7 +93,7 @@ def test_a_run_continues_and_loses_no_metric_when_the_disk_is_full(small_disk: P
     assert (main[0], other) == ("", ("", []))
     unwritten = [line for line in main[1] if "metrics.jsonl" in line]
     assert len(unwritten) == 1
-    assert unwritten[0].startswith(f"{run_dir}/metrics.jsonl can't be written ([Errno 28] No space left on device)")
+    assert unwritten[0].startswith(f"{run_dir}/metrics.jsonl doesn't take lines ([Errno 28] No space left on device)")
     unsaved = [line for line in main[1] if "can't save" in line]
     assert len(unsaved) == 3
     assert all(line.endswith("the run continues (checkpoint.on_error is continue)") for line in unsaved)
