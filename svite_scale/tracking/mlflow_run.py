@@ -175,8 +175,8 @@ class MlflowRun:
         return self.run_id is not None and inode_of(self._database) != self._inode
 
     def _address(self) -> str:
-        """Returns the address for MLflow, which keeps a file open by its address even if the file is gone. The same path written
-        in another way makes it open the new file.
+        """Returns the address for MLflow, which keeps a file open by its address even if the file is gone. The same path,
+        written in another way, makes it open the new file.
         """
         if self._database is None or not self._times_lost:
             return self.uri

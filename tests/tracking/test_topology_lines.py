@@ -26,7 +26,7 @@ def assert_end_of(state: State, line: dict[str, Any]) -> None:
     assert found == {name: mask.tobytes() for name, mask in masks.items()}
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("engine", "world_size"), [("fsdp2", 2), ("zero3", 2)])
 def test_topology_lines_have_every_update_of_a_resumed_run(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     overrides = (*ENGINES[engine], *UNITS)
