@@ -1,4 +1,4 @@
-"""Runs whose MLflow is shared, damaged, deleted or away: training goes on."""
+"""Runs whose MLflow is shared, damaged, deleted or away: training continues."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_runs_can_start_at_the_same_time_in_an_empty_folder(tmp_path: Path) -> N
 
 
 def test_mlflow_gets_a_new_run_when_the_old_one_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run, an experiment, the file, and the name of the run, one after another, while training goes on."""
+    """A run, an experiment, the file, and the name of the run, one after another, while training continues."""
     from mlflow import MlflowClient
 
     database, run_dir = tmp_path / "mlflow.db", tmp_path / "run"
