@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from svite_scale.config.schema import SparsityConfig
@@ -19,6 +19,7 @@ from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
+from tests.engines.engines import adamw
 from tests.ranks import run_on_ranks
 from tests.runs import chunks_of
 
@@ -101,10 +102,6 @@ def held(engine: str) -> dict[str, int]:
         "statistics": sum(map(local_bytes, chunks_of(topology).values())),
         "ema": sum(map(local_bytes, Ema(model, topology, 0.9).parts.values())),
     }
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
 
 
 def local_bytes(tensor: Tensor) -> int:
