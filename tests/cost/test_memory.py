@@ -61,12 +61,12 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_plan_of_an_engine(name: str) -> None:
+def test_predicted_bytes_are_those_of_arithmetic_on_each_engine(name: str) -> None:
     parallel, precision, world_size, expected = PLANS[name]
     assert bytes_per_rank(parallel, precision, world_size, SIZE) == expected
 
 
-def test_an_average_of_the_weights_is_kept_as_the_optimizer_keeps_them() -> None:
+def test_ema_takes_as_many_bytes_as_the_optimizers_weights() -> None:
     for name, (parallel, precision, world_size, expected) in PLANS.items():
         planned = bytes_per_rank(parallel, precision, world_size, SIZE, ema=True)
         replicated = parallel.backend in ("single", "ddp")
@@ -110,7 +110,7 @@ def local_bytes(tensor: Tensor) -> int:
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)])
-def test_engines_hold_what_the_plan_says(engine: str, world_size: int) -> None:
+def test_engines_hold_the_predicted_bytes(engine: str, world_size: int) -> None:
     """FSDP2 cuts each parameter by itself, and the ends differ: only the ranks' sum is the plan's."""
     model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
     mask_bytes = sum(-(-layer.numel // 8) for layer in plan if layer.is_packed)
