@@ -1,5 +1,5 @@
 # make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml
-# make test         sets up .venv, runs all tests, two files at a time; PYTEST_ARGS="-k config" picks some
+# make test         sets up .venv, runs all tests, three files at a time; PYTEST_ARGS="-k config" picks some
 # make test-fast    the same without the tests that start processes or take long
 # make lint         sets up .venv, checks style and types
 #
@@ -11,8 +11,9 @@ BIN := $(CURDIR)/$(VENV)/bin
 # In the recipes' PATH, so that DeepSpeed finds ninja there and starts its ranks with this Python.
 IN_VENV := PATH="$(BIN):$$PATH"
 SHARDS := data/mnist5k
-# Where a process of pytest dies, the run ends: a new one would die in the same test.
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# On 2 cores too: tests wait for one another's ranks and for launchers a third of the time. Where a process of pytest dies, the
+# run ends: a new one would die in the same test.
+THREE_AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Both are expanded where a recipe uses them, after .venv is ready: at most 2 GPUs, or 2 processes where there is none;
 # the first free one of runs/quickstart, runs/quickstart-2, ...
@@ -26,10 +27,10 @@ quickstart: compiler $(SHARDS)/.made
 	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
 
 test: compiler $(VENV)/.installed-test
-	$(IN_VENV) python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	$(IN_VENV) python -m pytest $(THREE_AT_A_TIME) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test
-	$(IN_VENV) python -m pytest $(TWO_AT_A_TIME) -m "not slow" $(PYTEST_ARGS)
+	$(IN_VENV) python -m pytest $(THREE_AT_A_TIME) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) ruff check .

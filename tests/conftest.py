@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+from svite_scale.sparsity.kernels import expand
 from tests.small_disk import mounted
 from tests.tiny import write_digits
 
+# On tensors as small as these a second thread costs time.
 torch.set_num_threads(1)
+# A busy machine is slow at times; that is no failure.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SLOW_IMPORTS = {"Cluster", "Job", "Server", "forked", "in_processes", "kill_at_random", "run_command", "run_on_ranks"}
 SLOW_IMPORTS |= {"multiprocessing", "subprocess"}
 """What starts processes: a file of tests that imports one of these is slow."""
 
-SLOW_FIXTURES = {"small_disk"}
+SLOW_FIXTURES = {"saved", "small_disk"}
 
 _started: list[str] = []
 """The processes that were started since the present test began."""
@@ -35,8 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 @sys.addaudithook
 def _note_start(event: str, arguments: tuple[object, ...]) -> None:
-    if event in ("os.fork", "os.posix_spawn", "os.system", "subprocess.Popen"):
+    if event in ("os.fork", "os.posix_spawn", "os.system", "subprocess.Popen", "tests.run_on_ranks"):
         _started.append(f"{event}{arguments[:2]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernels() -> None:
+    """Compiles the CPU kernels, if they aren't yet, so that no test does."""
+    expand(torch.ones(1), torch.ones(1, dtype=torch.uint8), torch.Size((1,)))
 
 
 @pytest.fixture(autouse=True)

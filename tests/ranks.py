@@ -96,6 +96,7 @@ _started: dict[int, Ranks] = {}
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Runs a module-level function on every rank of a world; ``torch.distributed`` is up in it."""
+    sys.audit("tests.run_on_ranks")
     ranks = _started.get(world_size)
     if ranks is None or not all(process.is_alive() for process in ranks.processes):
         if not _started:

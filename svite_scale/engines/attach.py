@@ -13,8 +13,8 @@ from svite_scale.errors import OptionError, TopologyError
 from svite_scale.sparsity.access import Annealed
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.topology.checks import check_stepped, refuse_attached
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.engine_checks import check_stepped, refuse_taken
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 
@@ -60,7 +60,7 @@ def attach(
     schedule = schedule or UpdateSchedule(**when)
     if layers and options is not None and options.method == "dense":
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
-    refuse_taken(layers)
+    refuse_attached(layers)
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
         for name, layer in layers.items():

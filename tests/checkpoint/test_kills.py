@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.kills import kill_at_random
 
-INSTANTS = 30
+INSTANTS = 15
 
 
 def test_a_kill_at_any_instant_of_a_save_leaves_the_previous_checkpoint_or_the_new_one(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
-from svite_scale.runtime.ranks import World
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.runtime.world import World
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.runs import (
@@ -45,9 +45,9 @@ def config_of(digits: Path, run_dir: Path, engine: str, last_step: int, *overrid
     return tiny_config(digits, run_dir, *ENGINES[engine], *BATCH, f"train.max_steps={last_step}", *overrides)
 
 
-FP32 = [("single", 1, "fp32"), *((engine, 2, "fp32") for engine in ("ddp", "fsdp2", "zero2", "zero3"))]
+FP32 = [("single", 1, "fp32"), ("ddp", 2, "fp32")]
 BF16 = [(engine, 2, "bf16") for engine in ("fsdp2", "zero1", "zero3")]
-"""One optimizer of DeepSpeed serves stages 1 and 2: each comes in one precision."""
+"""FSDP2, ZeRO-2 and ZeRO-3 in fp32 are resumed within a growth window, below. One optimizer serves ZeRO-1 and 2."""
 
 
 @pytest.mark.parametrize(("engine", "world_size", "precision"), FP32 + BF16)
@@ -89,8 +89,8 @@ def postponed(config: Config, resume: bool) -> State:
     step = topology.step
 
     def poisoned_step(**arguments: bool) -> TopologyUpdate | None:
-        if topology.steps == 3 and layer.gradient_sink is not None:
-            layer.gradient_sink(torch.full(layer.shape, torch.nan))
+        if topology.steps == 3 and layer.gradient_hook is not None:
+            layer.gradient_hook(torch.full(layer.shape, torch.nan))
         return step(**arguments)
 
     topology.step = poisoned_step  # type: ignore[method-assign]
@@ -209,14 +209,12 @@ LONG = ("train.epochs=6", "sparsity.update_every=10", "optimizer.lr=3e-3", "trai
 PAIRS = [
     ("single", 1, "zero3", 3),
     ("ddp", 2, "zero1", 3),
-    ("fsdp2", 2, "single", 1),
     ("fsdp2", 3, "zero2", 2),
     ("zero1", 2, "fsdp2", 3),
     ("zero2", 3, "ddp", 2),
-    ("zero3", 2, "fsdp2", 2),
-    ("zero3", 3, "zero3", 2),
+    ("zero3", 3, "single", 1),
 ]
-"""Each engine saves and loads; on more ranks, on fewer, and on as many. A list of engine, ranks, other engine, its ranks."""
+"""Each engine saves once and loads once, on more ranks or on fewer. A list of engine, ranks, other engine, its ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +263,10 @@ def masks_after_an_update(config: Config) -> dict[str, bytes]:
     while topology.steps + 1 != topology.next_update:
         topology.step()
     for name, layer in topology.layers.items():
-        assert layer.gradient_sink is not None
+        assert layer.gradient_hook is not None
         # Small integers, so that sums are exact on any number of ranks, and tie.
         generator = torch.Generator().manual_seed(len(name) + layer.growth_numel)
-        layer.gradient_sink(torch.randint(-9, 10, (layer.growth_numel,), generator=generator).float())
+        layer.gradient_hook(torch.randint(-9, 10, (layer.growth_numel,), generator=generator).float())
     assert topology.step() is not None
     read = trainer.backend.access.read
     with torch.no_grad():

@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> Config:
     return build(Config, values)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(config=configs())
 def test_a_written_config_reads_back_equal(tmp_path: Path, config: Config) -> None:
     path = tmp_path / "resolved.yaml"
@@ -68,7 +68,7 @@ def test_a_written_config_reads_back_equal(tmp_path: Path, config: Config) -> No
     assert yaml.safe_load(path.read_bytes()) == to_dict(config), "YAML 1.1 readers read the same"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.sampled_from(AMBIGUOUS) | st.text())
 def test_any_text_survives_writing(text: str) -> None:
     assert load(dump([text])) == yaml.safe_load(dump([text])) == [text]

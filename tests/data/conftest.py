@@ -6,13 +6,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from tests.data.flaky_server import Server, serving
 from tests.data.numbered import write_numbered
 from tests.data.remote import NUM_BLOBS, write_blobs
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "make_shards.py"
 

@@ -143,8 +143,8 @@ def test_two_ranks_that_see_the_same_samples(kind: str) -> None:
     assert_parity(Run(kind, 2), 1e-5)
 
 
-SPLIT = [*((kind, 1) for kind in SHARED), ("ddp", 2), ("fsdp2", 4), ("zero1", 3), ("zero2", 2), ("zero3", 4)]
-"""Each engine on one rank and on several; split further below, over two and three ranks, in micro-batches."""
+SPLIT = [("fsdp2", 1), ("zero3", 1), ("ddp", 2), ("fsdp2", 4), ("zero1", 3), ("zero2", 2), ("zero3", 4)]
+"""Each engine on several ranks, those that shard on one; split further below, over two and three, in micro-batches."""
 
 
 @pytest.mark.parametrize(("kind", "world_size"), SPLIT)
@@ -157,7 +157,7 @@ def test_split_and_accumulated_over_micro_batches(kind: str) -> None:
     assert_parity(Run(kind, 2, split=True, accumulation=3), 1e-3)
 
 
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
 def test_another_optimizer_without_clipping(kind: str) -> None:
     assert_parity(Run(kind, 2, clip=None, optimizer="NAdam"), 1e-5)
 
@@ -178,7 +178,7 @@ def assert_bf16_is_close(run: Run) -> None:
 MIXED = TopologyOptions(method="mixed", seed=1, grow_window=3, grow_by="magnitude", grown_warmup_steps=4, grown_moments="zero")
 
 
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_a_mixed_method_over_a_window_with_warm_up(kind: str) -> None:
     assert_parity(Run(kind, 2, options=MIXED), 1e-5)
 

@@ -4,14 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, run
 from tests.tiny import tiny_config, write_digits
 from tests.train.test_units import UNITS
-
-torch.set_num_threads(1)
 
 RUNS = {
     "single": (1, (*ENGINES["single"], *UNITS, "checkpoint.every_epochs=2")),

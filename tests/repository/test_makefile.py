@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 INSTALL = "python -m pip install -c constraints.txt -e .[{}]"
 SHARDS = "python launch/make_shards.py --source mnist5k --out data/mnist5k"
-TEST = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
+TEST = "python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
 TRAIN = "deepspeed --num_gpus {} launch/train.py --config configs/quickstart.yaml run_dir={}"
 
 # Serves as python3, as .venv's python and as its deepspeed, ruff and mypy.

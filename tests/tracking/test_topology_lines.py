@@ -26,7 +26,7 @@ def assert_end_of(state: State, line: dict[str, Any]) -> None:
     assert found == {name: mask.tobytes() for name, mask in masks.items()}
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("engine", "world_size"), [("fsdp2", 2), ("zero3", 2)])
 def test_each_update_is_a_line_through_a_resume(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     overrides = (*ENGINES[engine], *UNITS)

@@ -23,7 +23,7 @@ UNITS = (
 )
 """64 samples are 5 steps an epoch, 20 in all: updates after steps 4, 8, 12 and 16, each hearing two steps."""
 
-SHARED = [(engine, 2) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")] + [("fsdp2", 3), ("zero3", 3)]
+SHARED = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("zero3", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def ended(folder: Path, engine: str, world_size: int, *overrides: str) -> tuple[
 ACCUMULATING, PAPER = "train.accumulation_steps=2", "sparsity.structured.grow=paper"
 CASES = [
     *((*engine, "") for engine in SHARED),
-    *((*engine, ACCUMULATING) for engine in (("ddp", 2), ("zero1", 2), ("fsdp2", 3), ("zero3", 2))),
-    *((*engine, PAPER) for engine in (("fsdp2", 2), ("zero2", 2), ("zero3", 3))),
+    *((*engine, ACCUMULATING) for engine in (("zero2", 2), ("fsdp2", 3))),
+    *((*engine, PAPER) for engine in (("fsdp2", 2), ("zero3", 2))),
 ]
-"""What doesn't come on each engine comes on each kind of sharding."""
+"""Each engine, FSDP2 and ZeRO-3 on three ranks too; and what averages or draws in another way on two engines each."""
 
 
 @pytest.mark.parametrize(("engine", "world_size", "override"), CASES)
-def test_masks_and_losses_are_those_of_one_process(folder: Path, engine: str, world_size: int, override: str) -> None:
+def test_masks_and_losses_equal_those_of_one_process(folder: Path, engine: str, world_size: int, override: str) -> None:
     overrides = (override,) if override else ()
     (single, *_), losses = ended(folder, "single", 1, *overrides)
     states, found = ended(folder, engine, world_size, *overrides)
@@ -76,7 +76,7 @@ def test_activation_checkpointing_changes_nothing(folder: Path, engine: str) -> 
         np.testing.assert_allclose(checkpointed[0].tensors[name], tensor, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_bf16_trains_and_moves_units(folder: Path, engine: str) -> None:
     losses = ended(folder, "single", 1)[1]
     found = ended(folder, engine, 2, "train.precision=bf16")[1]
@@ -86,7 +86,7 @@ def test_bf16_trains_and_moves_units(folder: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 3)])
-def test_a_run_stopped_within_a_window_goes_on_as_if_it_had_not(folder: Path, engine: str, world_size: int) -> None:
+def test_run_resumes_exactly_when_it_stopped_within_a_growth_window(folder: Path, engine: str, world_size: int) -> None:
     states, _ = ended(folder, engine, world_size)
     stopped = folder / f"stopped-{engine}"
     overrides = (*ENGINES[engine], *UNITS)
