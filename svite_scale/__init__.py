@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
     from svite_scale.sparsity.dense import to_dense
     from svite_scale.sparsity.options import Method, TopologyOptions
+    from svite_scale.sparsity.packing import sparsify
     from svite_scale.sparsity.parameter_groups import parameter_groups
-    from svite_scale.sparsity.sparsify import sparsify
     from svite_scale.train.ema import Ema
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ _HOMES = {
     "TopologyOptions": "sparsity.options",
     "attach": "engines.attach",
     "parameter_groups": "sparsity.parameter_groups",
-    "sparsify": "sparsity.sparsify",
+    "sparsify": "sparsity.packing",
     "to_dense": "sparsity.dense",
 }
 

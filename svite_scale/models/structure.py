@@ -17,7 +17,7 @@ from svite_scale.models.token_selector import TokenSelector, refuse_other_models
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
-from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
+from svite_scale.sparsity.packing import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
 """By what is made sparse, the submodule of a block that holds it."""

@@ -121,7 +121,7 @@ def test_two_ranks_are_as_one(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_two_ranks_are_as_one_in_mask_mode(kind: str) -> None:
+def test_two_ranks_train_like_one_in_mask_mode(kind: str) -> None:
     assert_parity(Run(kind, 2, mode="mask"), 1e-5)
 
 
