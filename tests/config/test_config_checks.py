@@ -223,3 +223,13 @@ def test_a_model_is_checked_and_built_without_a_second_dense_model(tmp_path: Pat
 
 def test_the_micro_batch_is_the_global_one_over_ranks_and_accumulation_steps(tmp_path: Path) -> None:
     assert config_of(tmp_path, "train.global_batch_size=24 train.accumulation_steps=3").micro_batch_size(2) == 4
+
+
+def test_reading_a_config_does_not_import_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a run that came from somebody else can be read: docs/security.md."""
+    (tmp_path / "harmful.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of(tmp_path, "sparsity.method=harmful:method model.depth=1 model.embed_dim=24 model.num_heads=3")
+    build_sparse(config.model, config.sparsity, seed=0)
+    with pytest.raises(SystemExit):
+        validate(config, world_size=2)
