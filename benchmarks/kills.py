@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever 
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.options import CheckpointConfig
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
@@ -227,7 +227,7 @@ def small_run(
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, RunState(backend, topology), keeps)
+    return backend, topology, Checkpoint(directory, config, RunParts(backend, topology), keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
