@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever 
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.options import CheckpointConfig
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
@@ -114,7 +114,7 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
 
 
 class Pair:
-    """Two ranks of one process group, which tell what they do."""
+    """Two ranks of one process group, which report what they do."""
 
     def __init__(self, context: multiprocessing.context.ForkServerContext, folder: Path, number: int) -> None:
         self.saving = self.saved = 0
@@ -130,7 +130,7 @@ class Pair:
         theirs.close()
 
     def record_gradient(self, kind: str) -> int:
-        """The step of the next message of a kind."""
+        """Waits for the next message of a kind; returns its step."""
         while True:
             try:
                 assert self._messages.poll(ANSWER_S), f"no {kind!r} in {ANSWER_S} s"
@@ -150,7 +150,7 @@ class Pair:
         return 1000 * (time.perf_counter() - started)
 
     def kill(self, victim: int, *, both: bool) -> None:
-        """Kills one rank, and the other with it, or leaves it to find out."""
+        """Kills one rank; kills the other too, or lets it die of that."""
         dying, survivor = self._processes[victim], self._processes[1 - victim]
         dying.kill()
         if both:
@@ -159,7 +159,7 @@ class Pair:
         dying.join()
 
     def end(self) -> None:
-        """Ends both, and reads what they had said."""
+        """Ends both ranks, and reads their last messages."""
         for process in self._processes:
             # Asked first: the number of one that has ended may be another's by now.
             if process.is_alive():
@@ -178,7 +178,7 @@ class Pair:
 
 
 def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages: Connection) -> None:
-    """A rank: loads the newest checkpoint, checks it, and saves one step after another. Rank 0 tells."""
+    """Runs a rank: loads the newest checkpoint, checks it, and saves one step after another. Rank 0 reports."""
     # Its dying of the other's death is no news; anything else is.
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     faulthandler.dump_traceback_later(ANSWER_S / 2)
@@ -227,7 +227,7 @@ def small_run(
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, RunState(backend, topology), keeps)
+    return backend, topology, Checkpoint(directory, config, RunParts(backend, topology), keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
