@@ -91,13 +91,13 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
     while outcome.during_save < instants:
         ranks = Pair(context, folder, outcome.during_save + outcome.between_saves)
         try:
-            loaded = ranks.hear("loaded")
+            loaded = ranks.record_gradient("loaded")
             outcome.check(loaded, saved, attempted)
             # Some saves go well first, so that there are old checkpoints to remove too.
             for _ in range(draw.randint(0, 2)):
                 outcome.save_ms.append(ranks.save_duration())
             typical = sorted(outcome.save_ms)[len(outcome.save_ms) // 2] if outcome.save_ms else 50.0
-            ranks.hear("saving")
+            ranks.record_gradient("saving")
             time.sleep(draw.random() * 1.1 * typical / 1000)
             ranks.kill(draw.randrange(RANKS), both=draw.random() < 0.5)
         finally:
@@ -107,7 +107,7 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
         outcome.between_saves += attempted == saved
     ranks = Pair(context, folder, -1)
     try:
-        outcome.check(ranks.hear("loaded"), saved, attempted)
+        outcome.check(ranks.record_gradient("loaded"), saved, attempted)
     finally:
         ranks.end()
     return outcome
@@ -129,7 +129,7 @@ class Pair:
             self._processes.append(process)
         theirs.close()
 
-    def hear(self, kind: str) -> int:
+    def record_gradient(self, kind: str) -> int:
         """The step of the next message of a kind."""
         while True:
             try:
@@ -144,9 +144,9 @@ class Pair:
 
     def save_duration(self) -> float:
         """Milliseconds of the next save."""
-        self.hear("saving")
+        self.record_gradient("saving")
         started = time.perf_counter()
-        self.hear("saved")
+        self.record_gradient("saved")
         return 1000 * (time.perf_counter() - started)
 
     def kill(self, victim: int, *, both: bool) -> None:

@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Sequence
 
-from svite_scale.data.make import command
 from svite_scale.data.make.processes import num_cores
 
 BUILT_IN = ("mnist5k", "photographs")
@@ -70,8 +69,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a mistake in the command or the data."""
-    return command.main(parse(argv))
+    """Runs the command, and returns the exit status: 2 for a mistake in the command or the data."""
+    arguments = parse(argv)
+    from svite_scale.data.make import command  # takes seconds, which --help needn't
+
+    return command.main(arguments)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def options(cls: type[Options]) -> type[Options]:
     An int serves as a float, a list as a tuple, and numpy's numbers as Python's; nothing else is converted. ``__post_init__``
     checks what no single field can tell, and raises :class:`~svite_scale.errors.OptionError`, as the class itself does.
     """
-    made = pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
     check = made.__init__
 
     @wraps(check)
@@ -51,7 +51,7 @@ def options(cls: type[Options]) -> type[Options]:
         except ValidationError as error:
             raise _first_mistake(made, values, error) from None
 
-    made.__init__ = __init__  # type: ignore[method-assign]
+    made.__init__ = __init__
     return made
 
 
@@ -89,7 +89,7 @@ def in_section(name: str) -> Iterator[None]:
 
 
 @cache
-def field_hints(kind: type) -> dict[str, Any]:
+def field_hints(kind: Any) -> dict[str, Any]:
     """Returns the resolved type hint of each field of a dataclass, with its bounds, by name."""
     hints = get_type_hints(kind, include_extras=True)
     return {each.name: hints[each.name] for each in fields(kind)}

@@ -1,6 +1,6 @@
-"""``launch/train.py`` in which something goes wrong on the last rank, for any launcher; ``FAULT`` in the environment says what.
+"""``launch/train.py`` with a fault on the last rank. ``FAULT`` in the environment names the fault.
 
-Most faults strike once, on entering a phase after the third step.
+Most faults strike once, when the rank enters a phase after the third step.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 AFTER_STEP = 3
-PHASES = {"evaluation": "evaluation", "topology": "topology update", "saving": "checkpoint"}
-"""Where a fault strikes; if nothing is said, ``forward``."""
+PHASES = {"evaluation": "evaluation", "saving": "checkpoint"}
+"""The phase in which a fault strikes; by default ``compute``."""
 
 SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=512k none /dev/shm && exec "$@"', "sh")
-"""Runs a command with a /dev/shm of its own, for the fault ``shm``; as root."""
+"""Runs a command with a small /dev/shm of its own, for the fault ``shm``. Needs root."""
 
 
 class Struck:
-    """Whether the fault has struck."""
+    """True once the fault has struck."""
 
     now = False
 
 
 def strike(fault: str, shards: Path) -> None:
-    """What happens on the main thread."""
+    """Does what the fault does on the main thread."""
     if fault == "unreadable":
         for path in shards.glob("train-*.tar"):
             path.write_bytes(b"")
@@ -41,16 +41,12 @@ def strike(fault: str, shards: Path) -> None:
         os.kill(next(child.pid or 0 for child in multiprocessing.active_children()), signal.SIGKILL)
     elif fault == "shm":
         fill_shm()
-    elif fault in ("SIGSTOP", "SIGINT"):
-        os.kill(os.getpid(), getattr(signal, fault))
-    elif fault == "exit":
-        sys.exit(0)
-    elif fault in ("evaluation", "topology", "saving", "closing"):
+    elif fault in ("evaluation", "saving", "closing"):
         mistake()
 
 
 def fill_shm() -> None:
-    """To the last byte, if it is the small one."""
+    """Fills /dev/shm to the last byte. Refuses to fill a large one."""
     disk = os.statvfs("/dev/shm")
     assert disk.f_blocks * disk.f_frsize <= 2**20, "this is everybody's"
     with Path("/dev/shm/full").open("wb", buffering=0) as file:
@@ -84,7 +80,7 @@ class OutOfMemory(torch.autograd.Function):
 
 
 def once_struck(then: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
-    """One function until the fault strikes, another from then on."""
+    """Returns a function that calls ``before`` until the fault strikes, and ``then`` afterwards."""
     return lambda *args, **kwargs: (then if Struck.now else before)(*args, **kwargs)
 
 
@@ -98,30 +94,23 @@ def inject(fault: str, shards: Path) -> None:
     from svite_scale.checkpoint import checkpoint
     from svite_scale.data.dataset import Row, ShardDataset
     from svite_scale.runtime import ranks
-    from svite_scale.runtime.activity import Activity
-    from svite_scale.train import trainer
+    from svite_scale.runtime.activity import Activity, Phase
+    from svite_scale.train import guard, trainer
 
-    enter, load, build_backend = Activity.enter, ShardDataset.load_sample, trainer.build_backend
+    enter, load = Activity.enter, ShardDataset.load_sample
 
-    def entered(self: Activity, phase: str) -> None:
+    def entered(self: Activity, phase: Phase) -> None:
         enter(self, phase)
-        if self.step >= AFTER_STEP and phase == PHASES.get(fault, "forward") and not Struck.now:
+        if self.step >= AFTER_STEP and phase == PHASES.get(fault, "compute") and not Struck.now:
             Struck.now = True
             strike(fault, shards)
 
     def load_first_epoch(self: ShardDataset, row: Row) -> Any:
         return mistake() if row[0] else load(self, row)
 
-    def build_faulty(*args: Any) -> Any:
-        backend = build_backend(*args)
-        backend.step = once_struck(mistake, backend.step)  # type: ignore[method-assign]
-        return backend
-
     replaced: dict[str, tuple[Any, str, Any]] = {
-        "memory": (trainer, "spread_nonfinite", once_struck(OutOfMemory.apply, trainer.spread_nonfinite)),
-        "transform": (ShardDataset, "load", load_first_epoch),
-        "optimizer": (trainer, "build_backend", build_faulty),
-        "constructor": (trainer, "Guard", mistake),
+        "memory": (guard, "spread_nonfinite", once_struck(OutOfMemory.apply, guard.spread_nonfinite)),
+        "transform": (ShardDataset, "load_sample", load_first_epoch),
         "writer": (checkpoint, "write_checkpoint", mistake),
         "closing": (trainer.Checkpoint, "close", hang),
         "group": (ranks, "stop", hang),

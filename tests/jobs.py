@@ -23,12 +23,12 @@ DEADLINE_S = 200
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a rank when it asks for the data of a step."""
+    """A fault that strikes a rank when it asks for the data of a step."""
 
     rank: int
     step: int
     kind: str
-    """A signal's name, which the rank sends itself; ``sleep`` for ever; ``raise`` what is no ``Exception``."""
+    """The name of a signal that the rank sends itself; ``sleep`` for ever; ``raise`` a ``SystemExit``."""
     times: int = 1
 
     def strike(self) -> None:
@@ -42,14 +42,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank's exit status, as a shell gives it but negative for signals, and what it printed to stderr."""
+    """A rank's exit status, negative for a signal, and its output on stderr."""
 
     status: int | None
     err: str
 
 
 class Job:
-    """Ranks of one training command; none but the first writes a metric."""
+    """The ranks of one training command."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Job:
         inject: Callable[[], None] | None = None,
         resume: bool = False,
     ) -> None:
-        """``inject`` is called in the last rank's process, before it does anything else."""
+        """Starts the ranks. ``inject`` is called first in the last rank's process."""
         self.logs = [config.with_suffix(f".rank{rank}.err") for rank in range(world_size)]
         port = free_port()
         options = {"resume": resume, "auto_resume": False, "dry_run": False, "ranks": None}
@@ -75,7 +75,7 @@ class Job:
             process.start()
 
     def is_stopped(self, rank: int) -> bool:
-        """Whether a rank has stopped itself by a signal."""
+        """Returns True if a rank has stopped itself by a signal."""
         return Path(f"/proc/{self.processes[rank].pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def wait(self, *ranks: int) -> list[Ended]:
@@ -106,7 +106,7 @@ class Job:
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Waits for something that must come true."""
+    """Waits until ``holds()`` is true, and fails after the deadline."""
     deadline = time.monotonic() + DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline, "it didn't"
@@ -122,7 +122,7 @@ def _rank(
     fault: Fault | None,
     inject: Callable[[], None] | None,
 ) -> None:
-    """One rank's process, in a group of its own, by which its loader's are found."""
+    """Runs one rank, in a process group of its own, by which its loader processes are found."""
     os.setpgrp()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     faulthandler.register(DUMP_SIGNAL, 2, all_threads=True)

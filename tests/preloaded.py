@@ -12,8 +12,7 @@ import timm.models
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-import svite_scale.train.command
-import svite_scale.train.trainer
+import svite_scale.train.run
 import tests.tiny
 
 __all__ = ["accelerate", "deepspeed", "svite_scale", "tests", "timm", "torch"]

@@ -1,4 +1,4 @@
-"""Runs of a config on real ranks, and what is left of them."""
+"""Runs of a config on real ranks, and their states and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.sharding import own_chunk
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.train.trainer import Trainer
@@ -33,7 +33,7 @@ ENGINES = {
 
 @dataclass
 class State:
-    """What a rank's trainer holds, in full tensors but for ``statistics``, which are this rank's chunks.
+    """The state of a rank's trainer, in full tensors except for ``statistics``, which are this rank's chunks.
 
     Attributes:
         step: optimizer steps done.
@@ -76,7 +76,7 @@ def chunks_of(topology: TopologyEngine) -> dict[str, Tensor]:
 
 
 def run(config: Config, *, resume: bool = False) -> State:
-    """Trains to the last step; the state at the end."""
+    """Trains to the last step; returns the state at the end. A collective."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=resume)
     trainer.run()
     return state_of(trainer)
@@ -87,7 +87,7 @@ def resumed_run(config: Config) -> State:
 
 
 def loaded(config: Config, save_to: Path | None = None) -> State:
-    """The state right after loading the newest checkpoint, which may be saved again into another ``checkpoints/``."""
+    """Loads the newest checkpoint; returns the state. Saves it again if ``save_to`` names another ``checkpoints/``."""
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
     if save_to is not None:
         copy = Checkpoint(save_to, config, trainer.checkpoint.run)
@@ -97,12 +97,12 @@ def loaded(config: Config, save_to: Path | None = None) -> State:
 
 
 def whole_statistics(states: list[State]) -> dict[str, np.ndarray[Any, Any]]:
-    """The ranks' chunks put together."""
+    """Returns the statistics in full, put together from the ranks' chunks."""
     return {name: np.concatenate([state.statistics[name] for state in states]) for name in states[0].statistics}
 
 
 def assert_same_state(left: list[State], right: list[State]) -> None:
-    """Bit by bit, on all ranks of both."""
+    """Compares two states bit by bit, on all ranks of both."""
     for state in (*left[1:], *right):
         assert (state.step, state.scalars) == (left[0].step, left[0].scalars)
         assert state.tensors.keys() == left[0].tensors.keys()
@@ -127,7 +127,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged."""
+    """Keeps the lines that are logged."""
 
     def __init__(self) -> None:
         super().__init__()

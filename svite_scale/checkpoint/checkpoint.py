@@ -147,7 +147,7 @@ class Checkpoint:
         return newest_valid(self.directory, self._group)
 
     def load_newest(self) -> int:
-        """Loads :meth:`newest_valid`. The optimizer's state must exist already.
+        """Loads :meth:`newest_valid`. The optimizer's state must exist (see ``Backend.init_optimizer_state``).
 
         Returns:
             The optimizer step after which it was saved.

@@ -213,7 +213,8 @@ def build(section: type[Section], values: Mapping[str, object], name: str = "") 
     Raises:
         ConfigError: a value is wrong.
     """
-    prefix, arguments = f"{name}." if name else "", {}
+    prefix = f"{name}." if name else ""
+    arguments: dict[str, object] = {}
     for key, hint in field_hints(section).items():
         if is_dataclass(hint):
             arguments[key] = build(hint, values, prefix + key)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from svite_scale.data.options import DataConfig
 from svite_scale.data.order import EpochSteps, epoch_order, evaluation_rows, rank_rows
 from svite_scale.data.transforms import eval_transform, train_transform
 from svite_scale.errors import DataError
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 ONE_PROCESS = World()
 

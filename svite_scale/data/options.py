@@ -1,4 +1,4 @@
-"""The samples, and what is done to them."""
+"""Options of the data: the shards, their order, their cache, and the transforms."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ class DataConfig:
     verify_checksums: bool = False
     """At the start, read all shards and compare them with the checksums in their indexes; each rank takes its part."""
     cache_dir: str | None = None
-    """Where remote shards are kept, on a disk of each machine; null is a folder of the user's in the system's temporary one."""
+    """Folder of fetched shards, on a disk of each machine; null is the user's folder in the system's temporary folder."""
     cache_gb: Annotated[float, Field(gt=0.0)] = 24.0
-    """Most that they may take there, in 10^9 bytes; the least recently used go. With room for two windows of
-    ``shuffle_shards``, the next one is fetched while one is read."""
+    """Most bytes in that folder, in 10^9; the least recently used shards are removed. If there is room for two shuffle groups
+    (``shuffle_shards``), the next group is fetched while one is read."""
     fetch_attempts: Annotated[int, Field(ge=1)] = 5
-    """Tries to fetch a shard or an index."""
+    """Attempts to fetch a shard or an index."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank."""
     shuffle_shards: Annotated[int, Field(ge=1)] = 64
-    """Samples are shuffled within windows of this many (shuffled) shards."""
+    """Samples are shuffled within shuffle groups of this many (permuted) shards."""
     last_batch: Literal["drop", "carry"] = "drop"
     """An epoch's last samples that don't fill a global batch: left out, or first in the next epoch's first batch."""
     max_damaged: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
-    """Largest fraction of samples that can't be decoded, of those seen, but of 10,000 at least; 0 makes the first one fatal."""
+    """Largest allowed fraction of undecodable samples, measured over at least 10,000; at 0 the first one ends the run."""
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
-    """Pixels of the largest image that is decoded, where a row counts as 64 at least; a larger one counts as damaged. A loader
-    process takes up to 10 bytes for each."""
+    """Pixels of the largest image that is decoded; a row counts as at least 64. Larger images count as damaged. A loader
+    process takes up to 10 bytes per pixel."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.229, 0.224, 0.225)

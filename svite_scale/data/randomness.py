@@ -1,4 +1,4 @@
-"""Randomness that belongs to one sample."""
+"""Random generators seeded for one sample, or for one step."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def seed_sample(*entropy: int) -> None:
     np.random.seed(numpy_seed)
     # Not torch.manual_seed: that would also seed the GPU's generators, which aren't restored.
     torch.default_generator.manual_seed(torch_seed)
+
+
+def seed_step(*entropy: int) -> None:
+    """Seeds Python's, numpy's and torch's generators, on all devices.
+
+    Called before each micro-batch with (seed, step, micro-batch, rank). So a resumed run draws the same numbers as an
+    uninterrupted one, and no generator state has to be saved.
+    """
+    python_seed, numpy_seed, torch_seed = derive_seeds(*entropy)
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    torch.manual_seed(torch_seed)
 
 
 def derive_seeds(*entropy: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The way to the parameters of a model that any engine has wrapped."""
+"""Choice of the parameter access for a wrapped model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[A
 
 
 def access_for(model: Any, optimizer: Optimizers | None) -> ParameterAccess:
-    """The way to a wrapped model's parameters.
+    """Returns the access to a wrapped model's parameters.
 
     Raises:
         TopologyError: a torch optimizer is needed and missing, or the DeepSpeed engine doesn't run ZeRO.

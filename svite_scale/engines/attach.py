@@ -10,10 +10,11 @@ from torch import nn
 from svite_scale.engines.access import Optimizers, access_for
 from svite_scale.engines.torch_access import TorchAccess, check_placement
 from svite_scale.errors import OptionError, TopologyError
+from svite_scale.sparsity.access import Annealed
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.topology.checks import check_stepped, refuse_attached
 from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.engine_checks import check_stepped, refuse_taken
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
 
@@ -25,37 +26,41 @@ def attach(
     options: TopologyOptions | None = None,
     **when: Any,
 ) -> TopologyEngine:
-    """A topology engine for a sparsified model that some engine has wrapped. A collective: all ranks call it.
+    """Returns a topology engine for a sparse model that some engine has wrapped. A collective: all ranks call it.
 
-    Call ``step()`` of what it returns right after each optimizer step, once per step (not per micro-batch), on all ranks.
-    Layers are known by where they are in ``model``, without what engines' wrappers add to that.
+    Call its ``step()`` right after each optimizer step, once per step (not per micro-batch), on all ranks: it moves weights,
+    heads and neurons, and anneals token selectors. Layers are called what they are called in ``model``, without what engines'
+    wrappers add to names.
 
     Args:
-        model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine; or a submodule of one, whose
-            sparse layers alone then move.
-        optimizer: the torch optimizer that steps it, a wrapper of it (Accelerate's, Lookahead, SAM), or a list or dict of
-            several; not needed for a DeepSpeed engine.
+        model: the wrapped model: a plain module, DDP, an FSDP2 module, or a DeepSpeed engine. Or a submodule of one: then only
+            the submodule's sparse layers move.
+        optimizer: the torch optimizer that steps the model, a wrapper of it (Accelerate's, Lookahead, SAM), or a list or dict
+            of several. A DeepSpeed engine needs none.
         schedule: when weights move, and how many.
         options: the method, its growth window, how grown weights start; see
             :class:`~svite_scale.sparsity.options.TopologyOptions`.
         **when: instead of ``schedule``, the fields of an :class:`~svite_scale.sparsity.topology.schedule.UpdateSchedule`:
-            ``total_steps`` and ``update_every``, and of the others those that aren't at their defaults.
+            ``total_steps`` and ``update_every``, and of the others those that aren't at their defaults. Token selectors alone
+            need no ``update_every``.
 
     Raises:
-        TopologyError: the model has no sparse layers, or has some under method ``dense``, or some that another engine moves
-            already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other parameters, or
-            keeps state that can't follow moving weights.
+        TopologyError: nothing in the model is sparse; it has sparse layers under method ``dense``, or some that another engine
+            moves already; what wraps it, or how that places parameters, isn't supported; or the optimizer steps other
+            parameters, or keeps state that can't follow moving weights.
         OptionError: an option is unknown, out of range, or doesn't fit the others; it is a ValueError too.
     """
+    layers = sparse_layers(model)
+    if not layers and not any(isinstance(module, Annealed) for module in model.modules()):
+        raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
     if schedule is not None and when:
         raise OptionError("schedule", schedule, f"also says {', '.join(when)}", "give one of them")
-    schedule = schedule or UpdateSchedule(**when)
-    layers = sparse_layers(model)
     if not layers:
-        raise TopologyError("the model has no sparse layers; call svite_scale.sparsify(model, density=...) before wrapping it")
-    if options is not None and options.method == "dense":
+        when = {"update_every": 1, **when}
+    schedule = schedule or UpdateSchedule(**when)
+    if layers and options is not None and options.method == "dense":
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
-    refuse_taken(layers)
+    refuse_attached(layers)
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):
         for name, layer in layers.items():

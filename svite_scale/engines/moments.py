@@ -1,4 +1,4 @@
-"""Which entries of an optimizer's state belong to single weights."""
+"""Optimizer state of one entry per weight, and scalar state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REMEDY = "use an optimizer with one entry per weight, such as AdamW"
 
 
 def elementwise(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
-    """The tensors of one parameter's optimizer state that have an entry per weight; scalars such as ``step`` are left out.
+    """Returns the tensors of one parameter's optimizer state with an entry per weight, without scalars such as ``step``.
 
     Args:
         state: ``optimizer.state[parameter]``.
@@ -40,7 +40,7 @@ def elementwise(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor
 
 
 def scalars(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The scalar state (``step`` and the like), which is the same for all parameters; empty before the first step."""
+    """Returns the scalar state (``step`` and the like), which is the same for all parameters; empty before the first step."""
     for state in optimizer.state.values():
         return {name: float(value) for name, value in state.items() if not isinstance(value, Tensor) or value.dim() == 0}
     return {}

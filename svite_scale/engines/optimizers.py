@@ -1,4 +1,4 @@
-"""Which torch optimizers are in what steps a model: in wrappers, lists and dicts of them."""
+"""Search for the torch optimizers that step a model, in wrappers, lists and dicts of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from svite_scale.errors import TopologyError
 
 
 def optimizers_in(thing: Any) -> list[Optimizer]:
-    """The torch optimizers that something is or holds, a wrapper before what it wraps."""
+    """Returns the torch optimizers that an object is or holds, a wrapper before the optimizer in it."""
     return [held for _, held in _walk(thing) if isinstance(held, Optimizer)]
 
 
 def steppers_in(thing: Any) -> list[Optimizer]:
-    """Those of :func:`optimizers_in` that wrap no other: their steps change the weights.
+    """Returns those of :func:`optimizers_in` that wrap no other: their steps change the weights.
 
     Raises:
         TopologyError: there is none, or its state or its gradients are of a kind that packed weights can't serve.
@@ -33,14 +33,14 @@ def steppers_in(thing: Any) -> list[Optimizer]:
             raise TopologyError(f"{name} keeps a history of all weights as one vector, which can't follow them; use AdamW")
         if getattr(optimizer, "is_second_order", False):
             raise TopologyError(
-                f"{name} differentiates gradients again within its step, which growth would take for gradients of the loss; "
+                f"{name} differentiates gradients again within its step, which would be recorded as gradients of the loss; "
                 "use AdamW"
             )
     return found
 
 
 def stray_tensors(thing: Any, parameter: nn.Parameter, local: Tensor, *, larger: bool) -> Iterator[str]:
-    """Where optimizers keep tensors shaped like a parameter that aren't its ``state``: slow weights in a list, say.
+    """Yields paths of tensors shaped like a parameter that optimizers keep outside its ``state``: slow weights in a list, say.
 
     Args:
         thing: as in :func:`optimizers_in`.

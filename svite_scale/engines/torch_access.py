@@ -20,11 +20,13 @@ from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, rank_and_s
 class TorchAccess:
     """A :class:`~svite_scale.sparsity.access.ParameterAccess` for one process, DDP and FSDP2.
 
-    Under FSDP2 the next forward gathers and casts the sharded fp32 values anew, so writing these is all there is to do.
+    Under FSDP2 the next forward gathers and casts the sharded fp32 values again, so only these are written.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        """Args:
+        """Finds the optimizers.
+
+        Args:
             model: as it was wrapped.
             optimizer: steps its parameters: a torch optimizer, or what holds some.
 
@@ -55,7 +57,9 @@ class TorchAccess:
         _copy(parameter.detach(), value)
 
     def check_state(self, parameter: nn.Parameter, *, stepped: bool) -> None:
-        self._holders = optimizers_in(self._optimizer)  # anew, for a wrapper may make what it wraps at its first step
+        self._holders = optimizers_in(
+            self._optimizer
+        )  # again, because a wrapper may make its inner optimizer at the first step
         state = self._state(parameter)
         larger = stepped and not state
         for stray in stray_tensors(self._optimizer, parameter, _local(parameter), larger=larger):
@@ -69,7 +73,7 @@ class TorchAccess:
         if stepped and _differs_between_ranks(parameter.detach()):
             raise TopologyError(
                 "it differs between ranks, so the topology would too; DDP averages no gradients of what was frozen when it "
-                "wrapped the model: wrap that in DDP anew after thawing"
+                "wrapped the model: wrap that in DDP again after thawing"
             )
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
@@ -82,7 +86,7 @@ class TorchAccess:
         _copy(self._state(parameter)[name], value)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The elementwise state of a parameter in all optimizers: a wrapper may keep some, and what it wraps some more."""
+        """Returns a parameter's elementwise state in all optimizers: a wrapper and the optimizer in it may both have some."""
         found: dict[str, Tensor] = {}
         for optimizer in self._holders:
             for name, tensor in elementwise(_state_of(optimizer, parameter), parameter.shape).items():
@@ -110,8 +114,8 @@ class TorchAccess:
 
 
 def reshard(model: nn.Module) -> None:
-    """FSDP2 leaves the root's weights gathered after a forward without backward: copies, that no optimizer steps, and that no
-    write would reach. Local.
+    """Frees the root's weights that FSDP2 leaves gathered after a forward without backward. They are copies, which no optimizer
+    steps and no write reaches. Local.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -119,7 +123,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_placement(name: str, tensor: Tensor) -> None:
-    """Refuses what this access couldn't write: a DTensor over several mesh axes, or along another dimension.
+    """Refuses a tensor that this access can't write: a DTensor over several mesh axes, or along another dimension.
 
     Raises:
         TopologyError: names it.
@@ -129,7 +133,7 @@ def check_placement(name: str, tensor: Tensor) -> None:
 
 
 def _differs_between_ranks(tensor: Tensor) -> bool:
-    """Whether a tensor that is whole on each rank isn't the same on all, bit by bit. A collective."""
+    """Returns whether a tensor that is whole on each rank differs between ranks in any bit. A collective."""
     if isinstance(tensor, DTensor) or not dist.is_initialized():
         return False
     digits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

@@ -27,7 +27,7 @@ from svite_scale.sparsity.sharding import gather_equal
 
 
 def flat_moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the elementwise state that a torch optimizer holds for ZeRO's flat partitions; empty before the first step."""
+    """Returns the names of a torch optimizer's elementwise state for ZeRO's flat partitions; empty before the first step."""
     for flat, state in optimizer.state.items():
         return list(elementwise(state, flat.shape))
     return []
@@ -117,7 +117,7 @@ class PartitionedZeroAccess:
         try:
             return safe_get_local_fp32_param(parameter) is not None
         except KeyError:
-            # What wasn't trainable when DeepSpeed wrapped the model.
+            # It wasn't trainable when DeepSpeed wrapped the model.
             return False
 
     def read(self, parameter: nn.Parameter) -> Tensor:
@@ -163,7 +163,7 @@ def _unwrapped(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 
 
 def _mapping(parameter: nn.Parameter) -> Any:
-    """Where ZeRO-1 and 2 keep this rank's part of a parameter's master values; None where other ranks hold them all.
+    """Returns where ZeRO-1 and 2 keep this rank's part of a parameter's master values; None if other ranks hold them all.
 
     DeepSpeed's functions of public name read it too, but give whole tensors, by a collective.
     """
@@ -171,7 +171,7 @@ def _mapping(parameter: nn.Parameter) -> Any:
 
 
 def _gather(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The full tensor of a parameter whose slices all ranks hold."""
+    """Returns the full tensor of a parameter whose slices all ranks hold. A collective."""
     # The slices are views of a flat tensor with a gradient, which a collective outside no_grad() can't take.
     group = dist.group.WORLD
     assert group is not None, "DeepSpeed has joined the process group"
@@ -182,7 +182,7 @@ def _gather(local: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _slice(value: Tensor, local: Tensor) -> Tensor:
-    """This rank's slice of a full value, padded with zeros to the size of ``local``."""
+    """Returns this rank's slice of a full value, padded with zeros to the size of ``local``."""
     start = dist.get_rank() * local.numel()
     part = value.flatten()[start : start + local.numel()]
     return torch.nn.functional.pad(part, (0, local.numel() - part.numel()))

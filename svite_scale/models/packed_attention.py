@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from svite_scale.sparsity.layers.base import Gather, MovingTensor, Read
-from svite_scale.sparsity.layers.units import Hearing, RowLinear, TransposedLinear, UnitLayer
-from svite_scale.sparsity.transition import Remap
+from svite_scale.sparsity.layers.base import LayerContext, UnitParameter
+from svite_scale.sparsity.layers.units import GradientRecorder, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.transition import TopologyTransition
 
 QKV = 3
 """Queries, keys and values, one after another in the rows of ``qkv``."""
@@ -23,10 +23,10 @@ class PackedAttention(UnitLayer):
     """Self-attention whose products run at the size of its active heads.
 
     ``qkv`` holds the query, key and value rows of the k active heads, ``[3 * k * d, in]``, ``proj`` their columns, stored as
-    rows, ``[k * d, out]``. A head is dropped for a small Taylor score |sum(A * dL/dA)|, A being the head's output for one
-    image, averaged over images, and grown for the L1 norm of its candidate's columns' gradient, relative to the root mean
-    square of A. A trained head puts out many times what a fresh candidate does, and so does its gradient: without the
-    division just what was dropped would come back.
+    rows, ``[k * d, out]``. Heads of a small Taylor score are dropped: |sum(A * dL/dA)|, where A is the head's output for one
+    image, averaged over images. Heads are grown by the L1 norm of the gradient of their candidate's columns, divided by the
+    root mean square of A. The output of a trained head, and so this gradient, is many times that of a fresh candidate: without
+    the division the heads just dropped would come back.
 
     With ``grow: paper`` all is as in the paper's code: ``proj`` keeps the columns of absent heads, so that dL/dA of an absent
     head isn't 0; its L1 norm, averaged over images, is the growth score, and a grown head's rows begin at 0.
@@ -37,7 +37,7 @@ class PackedAttention(UnitLayer):
     unit = "heads"
 
     def __init__(self, dense: Attention, active: Tensor, name: str, *, seed: int, grow: str) -> None:
-        """Takes the place of ``dense``, with its weights.
+        """Replaces ``dense``, with its weights.
 
         Args:
             dense: without gate, dropout, or norm before its projection.
@@ -59,7 +59,7 @@ class PackedAttention(UnitLayer):
 
     @property
     def keeps_columns(self) -> bool:
-        """Whether ``proj`` has the columns of absent heads too."""
+        """True if ``proj`` has the columns of absent heads too."""
         return self.grow == "paper"
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -70,9 +70,9 @@ class PackedAttention(UnitLayer):
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
-        if self.gradient_sink is None:
+        if self.gradient_hook is None:
             return output
-        return Hearing.apply(output, x, partial(self.hear, attn_mask=attn_mask, is_causal=is_causal))
+        return GradientRecorder.apply(output, x, partial(self.record_gradient, attn_mask=attn_mask, is_causal=is_causal))
 
     def to_dense(self) -> Attention:
         bias = self.qkv.bias
@@ -86,7 +86,7 @@ class PackedAttention(UnitLayer):
         return dense.train(self.training)
 
     def _context(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """The heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
+        """Returns the heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
         batch, tokens, _ = qkv.shape
         query, key, value = qkv.view(batch, tokens, QKV, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(
@@ -94,16 +94,16 @@ class PackedAttention(UnitLayer):
         )
 
     def _by_head(self, rows: Tensor) -> Tensor:
-        """``[heads * d, ...]`` as ``[heads, d, ...]``."""
+        """Returns ``[heads * d, ...]`` as ``[heads, d, ...]``."""
         return rows.view(-1, self.head_dim, *rows.shape[1:])
 
     @property
     def growth_numel(self) -> int:
         return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 2)
 
-    def hear(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
-        """By head, what it is grown for, :meth:`_growth_terms` or the paper's score, ``[N, 1]``, and its Taylor score."""
-        assert self.gradient_sink is not None
+    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+        """Records for each head its :meth:`_growth_terms`, or the paper's growth score ``[N, 1]``, and its Taylor score."""
+        assert self.gradient_hook is not None
         active = self.active_units()
         bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
         context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias), attn_mask, is_causal).to(gradient.dtype)
@@ -120,38 +120,38 @@ class PackedAttention(UnitLayer):
             growth[active] = self._growth_terms(context, gradient)
             fresh = self._context(self._candidate_qkv(x, ~active), attn_mask, is_causal).to(gradient.dtype)
             growth[~active] = self._growth_terms(fresh, gradient)
-        self.gradient_sink(torch.cat([growth, taylor], dim=1))
+        self.gradient_hook(torch.cat([growth, taylor], dim=1))
 
     def _candidate_qkv(self, x: Tensor, heads: Tensor) -> Tensor:
         rows = self.candidates(heads).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1)
         return F.linear(x, rows.flatten(0, 2).to(x.dtype))
 
     def _growth_terms(self, context: Tensor, gradient: Tensor) -> Tensor:
-        """By head, the gradient of its columns, and the mean square of its output: ``[heads, d * out + 1]``."""
+        """Returns, by head, the gradient of its columns and the mean square of its output: ``[heads, d * out + 1]``."""
         columns = torch.einsum("bhnd,bno->hdo", context, gradient).flatten(1)
         return torch.cat([columns, context.square().mean(dim=(0, 2, 3)).unsqueeze(1)], dim=1)
 
-    def moving(self) -> dict[str, MovingTensor]:
-        moving = {"qkv.weight": MovingTensor(self.qkv.weight, QKV, self.candidate_numel // QKV)}
+    def unit_parameters(self) -> dict[str, UnitParameter]:
+        parameters = {"qkv.weight": UnitParameter(self.qkv.weight, QKV, self.candidate_numel // QKV)}
         if self.qkv.bias is not None:
-            moving["qkv.bias"] = MovingTensor(self.qkv.bias, QKV, self.head_dim)
+            parameters["qkv.bias"] = UnitParameter(self.qkv.bias, QKV, self.head_dim)
         if not self.keeps_columns:
-            moving["proj.weight"] = MovingTensor(self.proj.weight, row_numel=self.head_dim * self.out_features)
-        return moving
+            parameters["proj.weight"] = UnitParameter(self.proj.weight, row_numel=self.head_dim * self.out_features)
+        return parameters
 
-    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
-        return gather().view(self.shape.numel(), -1)[:, -1].clone()
+    def importance(self, context: LayerContext) -> Tensor:
+        return context.gather().view(self.shape.numel(), -1)[:, -1].clone()
 
-    def growth_scores(self, gather: Gather) -> Tensor:
-        terms = gather().view(self.shape.numel(), -1)[:, :-1]
+    def growth_scores(self, context: LayerContext) -> Tensor:
+        terms = context.gather().view(self.shape.numel(), -1)[:, :-1]
         if self.keeps_columns:
             return terms[:, 0].clone()
         norms, squares = terms[:, :-1].sum(dim=1), terms[:, -1]
         # Relative to the layer's mean, so that the number of micro-batches over which squares are summed has no part in it.
         return norms / (squares / squares.mean()).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
 
-    def births(self, remap: Remap) -> Mapping[str, Tensor]:
+    def initial_rows(self, transition: TopologyTransition) -> Mapping[str, Tensor]:
         if self.keeps_columns:
             return {}
-        rows = self.candidates(remap.grown_units()).view(-1, QKV, self.candidate_numel // QKV)
+        rows = self.candidates(transition.grown_units()).view(-1, QKV, self.candidate_numel // QKV)
         return {"qkv.weight": rows.transpose(0, 1)}

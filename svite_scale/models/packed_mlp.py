@@ -10,16 +10,17 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.base import Gather, MovingTensor, Read
-from svite_scale.sparsity.layers.units import Hearing, RowLinear, TransposedLinear, UnitLayer
-from svite_scale.sparsity.transition import Remap
+from svite_scale.sparsity.layers.base import LayerContext, UnitParameter
+from svite_scale.sparsity.layers.units import GradientRecorder, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.transition import TopologyTransition
 
 
 class PackedMlp(UnitLayer, Mlp):
     """An MLP whose matrix products run at the size of its active neurons.
 
-    ``fc1`` holds the rows of the k active neurons, ``[k, in]``, ``fc2`` their columns, stored as rows, ``[k, out]``. A neuron
-    is dropped for a small L1 norm of its row and column, and grown for the L1 norm of its candidate's column's gradient.
+    ``fc1`` holds the rows of the k active neurons, ``[k, in]``, ``fc2`` their columns, stored as rows, ``[k, out]``. Neurons
+    of a small L1 norm of row and column are dropped. Neurons are grown by the L1 norm of the gradient of their candidate's
+    column.
 
     Source: the paper's section 3.2, after its code, which scores an absent neuron by its own gradient.
     """
@@ -29,7 +30,7 @@ class PackedMlp(UnitLayer, Mlp):
     fc2: TransposedLinear
 
     def __init__(self, dense: Mlp, active: Tensor, name: str, *, seed: int, grow: str) -> None:
-        """Takes the place of ``dense``, with its weights.
+        """Replaces ``dense``, with its weights.
 
         Args:
             dense: of linear layers, with neither dropout nor a norm between them.
@@ -49,7 +50,7 @@ class PackedMlp(UnitLayer, Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         output: Tensor = super().forward(x)
-        return output if self.gradient_sink is None else Hearing.apply(output, x, self.hear)
+        return output if self.gradient_hook is None else GradientRecorder.apply(output, x, self.record_gradient)
 
     def to_dense(self) -> Mlp:
         bias = self.fc1.bias
@@ -65,9 +66,9 @@ class PackedMlp(UnitLayer, Mlp):
     def growth_numel(self) -> int:
         return self.shape.numel() * self.out_features
 
-    def hear(self, x: Tensor, gradient: Tensor) -> None:
-        """The gradient of each neuron's column, ``[N, out]``, of absent ones their candidates'."""
-        assert self.gradient_sink is not None
+    def record_gradient(self, x: Tensor, gradient: Tensor) -> None:
+        """Records the gradient of each neuron's column, ``[N, out]``; for absent neurons that of their candidates' columns."""
+        assert self.gradient_hook is not None
         active = self.active_units()
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         columns = gradient.new_zeros(active.numel(), self.out_features)
@@ -77,21 +78,21 @@ class PackedMlp(UnitLayer, Mlp):
         if self.grow == "candidate":
             hidden = self.act(F.linear(x, self.candidates(~active).to(x.dtype)))
             columns[~active] = hidden.t().to(gradient.dtype) @ gradient
-        self.gradient_sink(columns)
+        self.gradient_hook(columns)
 
-    def moving(self) -> dict[str, MovingTensor]:
-        moving = {
-            "fc1.weight": MovingTensor(self.fc1.weight, row_numel=self.candidate_numel),
-            "fc2.weight": MovingTensor(self.fc2.weight, row_numel=self.out_features),
+    def unit_parameters(self) -> dict[str, UnitParameter]:
+        parameters = {
+            "fc1.weight": UnitParameter(self.fc1.weight, row_numel=self.candidate_numel),
+            "fc2.weight": UnitParameter(self.fc2.weight, row_numel=self.out_features),
         }
-        return moving if self.fc1.bias is None else moving | {"fc1.bias": MovingTensor(self.fc1.bias)}
+        return parameters if self.fc1.bias is None else parameters | {"fc1.bias": UnitParameter(self.fc1.bias)}
 
-    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
-        norms = read(self.fc1.weight).abs().sum(dim=1) + read(self.fc2.weight).abs().sum(dim=1)
-        return norms.new_zeros(self.shape).masked_scatter_(bits.unpack(mask, self.shape.numel()), norms)
+    def importance(self, context: LayerContext) -> Tensor:
+        norms = context.read(self.fc1.weight).abs().sum(dim=1) + context.read(self.fc2.weight).abs().sum(dim=1)
+        return norms.new_zeros(self.shape).masked_scatter_(bits.unpack(context.mask, self.shape.numel()), norms)
 
-    def growth_scores(self, gather: Gather) -> Tensor:
-        return gather().view(self.shape.numel(), -1).sum(dim=1)
+    def growth_scores(self, context: LayerContext) -> Tensor:
+        return context.gather().view(self.shape.numel(), -1).sum(dim=1)
 
-    def births(self, remap: Remap) -> Mapping[str, Tensor]:
-        return {"fc1.weight": self.candidates(remap.grown_units()).unsqueeze(0)} if self.grow == "candidate" else {}
+    def initial_rows(self, transition: TopologyTransition) -> Mapping[str, Tensor]:
+        return {"fc1.weight": self.candidates(transition.grown_units()).unsqueeze(0)} if self.grow == "candidate" else {}

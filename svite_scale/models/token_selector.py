@@ -11,11 +11,12 @@ from timm.layers import trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.errors import ConfigError
+from svite_scale.errors import ConfigError, OptionError
 from svite_scale.models.options import TokensConfig
+from svite_scale.sparsity.access import Annealed
 
 
-class TokenSelector(nn.Module):
+class TokenSelector(nn.Module, Annealed):
     """Lets the prefix tokens and the patch tokens of highest score pass; a score is the token's product with :attr:`weight`.
 
     In training, Gumbel noise is added to the log-softmax of the scores, and the patch tokens of highest sum pass: a draw
@@ -71,11 +72,22 @@ class TokenSelector(nn.Module):
         return self._temperature.item()
 
     def anneal(self, progress: float) -> None:
-        """Sets the temperature for the share of training that is done, 0 to 1: on a line from the first to the final one, as in
-        the paper's code. Not between a forward and its backward.
+        """Sets the temperature of the next forward. ``topology.step()`` of an attached topology engine calls it.
+
+        Args:
+            progress: fraction of training that is done, 0 to 1. It must not change between a forward and its backward.
+
+        Raises:
+            OptionError: the progress is outside 0 to 1.
         """
+        if not 0.0 <= progress <= 1.0:
+            raise OptionError("progress", progress, "is outside 0 to 1", "give the fraction of training that is done")
+        self._temperature.fill_(self.temperature_at(progress))
+
+    def temperature_at(self, progress: float) -> float:
+        """Returns the temperature at a fraction of training: a line from the first to the final one, as in the paper's code."""
         first, final = self.temperatures
-        self._temperature.fill_(first + (final - first) * progress)
+        return first + (final - first) * progress
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, N, embed_dim]`` to ``[batch, num_tokens, embed_dim]``, in the same order; in mode ``mask`` to

@@ -149,7 +149,7 @@ def _facts(run: SavedRun) -> dict[str, str]:
     return {
         "checkpoint": f"{run.checkpoint.name}, after {run.step:,} optimizer steps; nothing after them is shown",
         "model": f"{run.config.model.name}, {run.config.model.image_size} px",
-        "method": run.config.sparsity.method,
+        "method": str(run.config.sparsity.method),
     }
 
 

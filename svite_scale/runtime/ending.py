@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from svite_scale.errors import ConfigError, DivergedError, SviteScaleError
 from svite_scale.runtime.activity import Activity
-from svite_scale.runtime.preemption import Preempted
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 

@@ -1,4 +1,4 @@
-"""Signs of life of the ranks, and what they tell of one that is gone or stuck."""
+"""The ranks' signs of life, and which ranks are gone or stuck."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from svite_scale.runtime.activity import Phase
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank says of itself every few moments.
+    """The sign of life that a rank writes once an interval.
 
     Attributes:
         sequence: grows with each beat.
-        finished: whether the rank has left the run, so that none will follow.
+        finished: True in the last beat, which a rank writes when it leaves the run.
         step, phase, progress, timed: as in :class:`~svite_scale.runtime.activity.Activity`.
     """
 
@@ -22,14 +24,14 @@ class Beat:
     pid: int
     sequence: int
     step: int
-    phase: str
+    phase: Phase
     progress: int
     timed: bool
     finished: bool = False
 
     @property
     def process(self) -> tuple[str, int]:
-        """Host, and number there."""
+        """Host and process id."""
         return self.host, self.pid
 
     def encode(self) -> str:
@@ -44,15 +46,15 @@ class Beat:
 
 
 class Heartbeats:
-    """The latest beat of each rank that one rank reads. Times are seconds of its own clock; no two clocks are compared."""
+    """The latest beats that one rank has read. Times are seconds of that rank's clock; no two clocks are compared."""
 
     def __init__(self) -> None:
         self.latest: dict[int, Beat] = {}
         self._beat_at: dict[int, float] = {}
         self._progress_at: dict[int, float] = {}
 
-    def see(self, beat: Beat, now: float) -> None:
-        """Takes a beat that may be the same as before."""
+    def record(self, beat: Beat, now: float) -> None:
+        """Records a beat, which may be the same as before."""
         before = self.latest.get(beat.rank)
         if before is None or before.sequence != beat.sequence:
             self._beat_at[beat.rank] = now
@@ -61,16 +63,16 @@ class Heartbeats:
         self.latest[beat.rank] = beat
 
     def restart(self, now: float) -> None:
-        """Takes all ranks as just heard: after a time in which this rank couldn't listen itself."""
+        """Counts all beats as new. For a rank that couldn't read any for a while."""
         self._beat_at = dict.fromkeys(self._beat_at, now)
         self._progress_at = dict.fromkeys(self._progress_at, now)
 
     def silent(self, now: float, limit: float) -> list[Beat]:
-        """Last beats of the ranks that have been silent for longer than ``limit`` seconds: killed, stopped, or off the net."""
+        """Returns the last beats of the ranks without a new one for more than ``limit`` seconds: killed, stopped or cut off."""
         return [beat for beat in self._present() if now - self._beat_at[beat.rank] > limit]
 
     def stuck(self, now: float, limit: float) -> list[Beat]:
-        """Beats of the ranks that hold up the others: those with the least progress, if it is older than ``limit`` seconds."""
+        """Returns the beats of the ranks that hold up all others: those with the least progress, if ``limit`` seconds old."""
         present = self._present()
         behind = min((beat.progress for beat in present), default=0)
         ranks = [beat for beat in present if beat.progress == behind]
@@ -78,7 +80,7 @@ class Heartbeats:
 
     @property
     def timed(self) -> bool:
-        """Whether all ranks are past their first step."""
+        """True if all ranks have done their first step."""
         return all(beat.timed for beat in self._present())
 
     def _present(self) -> list[Beat]:
@@ -86,11 +88,11 @@ class Heartbeats:
 
 
 SHOWN_RANKS = 8
-"""So many are named, of several that are silent or stuck."""
+"""At most so many ranks are named."""
 
 
 def name_ranks(beats: Iterable[Beat]) -> str:
-    """The ranks with what they were doing, in one line."""
+    """Returns one line that names the ranks with their steps and phases."""
     beats = sorted(beats, key=lambda beat: beat.rank)
     more = f" and {len(beats) - SHOWN_RANKS} more" if len(beats) > SHOWN_RANKS else ""
     return ", ".join(str(beat) for beat in beats[:SHOWN_RANKS]) + more

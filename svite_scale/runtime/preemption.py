@@ -7,19 +7,8 @@ import torch.distributed as dist
 
 from svite_scale.runtime.signals import StopSignals
 
-EXIT_PREEMPTED = 85
-"""Exit status of a run that was stopped by a signal and has saved. Start it again with ``--resume``."""
-
 STOP_CHECK = "preemption/stop_check"
 """Key in the store: the number of the check at which all ranks stop."""
-
-
-class Preempted(Exception):
-    """Raised when a signal stopped the run and its state after ``step`` is saved."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by a signal, saved after step {step}; resume with --resume")
-        self.step = step
 
 
 def never() -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svite_scale.errors import ConfigError
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

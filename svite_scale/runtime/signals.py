@@ -12,9 +12,20 @@ from types import TracebackType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Batch systems send one of these before they kill. Our batch script asks Slurm for SIGUSR1."""
 
+EXIT_PREEMPTED = 85
+"""Exit status of a run that was stopped by a signal and has saved. Start it again with ``--resume``."""
+
 SAME_SIGNAL_S = 2.0
 """Seconds after the first signal in which further ones count as the same: batch systems signal launchers and ranks alike, and
 launchers pass the signal on."""
+
+
+class Preempted(Exception):
+    """Raised when a signal stopped the run and its state after ``step`` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by a signal, saved after step {step}; resume with --resume")
+        self.step = step
 
 
 class StopSignals:

@@ -1,4 +1,7 @@
-"""What the topology update needs of an engine: to read and write one parameter and its optimizer state in full."""
+"""The topology engine's interface to the rest: to parameters and optimizer state, whatever shards them, and modules to anneal.
+
+Implementations for each engine are in :mod:`svite_scale.engines`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
 
     Every method but :meth:`reshard`, :meth:`steps` and :meth:`local_values` is a collective: all ranks call it with the same
-    parameter, and get or give the same full tensor. Implementations for each engine are in :mod:`svite_scale.engines`.
+    parameter, and get or give the same full tensor.
 
     Attributes:
         steppers: the torch optimizers that step the fp32 values, or the engine's partitions of them.
@@ -21,13 +24,13 @@ class ParameterAccess(Protocol):
     steppers: list[torch.optim.Optimizer]
 
     def reshard(self) -> None:
-        """Puts what the optimizer steps in its place in the model, where a forward left gathered copies of it. Local."""
+        """Frees gathered copies of weights that a forward left in the model, which then has its sharded ones again. Local."""
 
     def steps(self, parameter: nn.Parameter) -> bool:
-        """Whether the optimizer steps a parameter, once it has a gradient. Not a collective; the same on every rank."""
+        """Returns whether the optimizer steps a parameter that has a gradient, the same on every rank. Not a collective."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """The full value on every rank: fp32 master values of a trainable parameter, the bytes of a mask."""
+        """Returns the full value on every rank: fp32 master values of a trainable parameter, the bytes of a mask."""
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces the full value, in the master copy and in what the next forward computes with."""
@@ -38,41 +41,53 @@ class ParameterAccess(Protocol):
 
         Args:
             parameter: see above.
-            stepped: whether it has had its share of an optimizer step, so that there must be state if there is any at all.
+            stepped: whether the optimizer has stepped it, so that there must be state if there is any at all.
 
         Raises:
             TopologyError: names the optimizer and the state.
         """
 
     def moment_names(self, parameter: nn.Parameter) -> list[str]:
-        """What the optimizer calls its elementwise state of the parameter (``exp_avg``, ...), the same on every rank.
+        """Returns the names of the parameter's elementwise optimizer state (``exp_avg``, ...), the same on every rank.
 
         Empty before the first optimizer step.
         """
 
     def read_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One kind of elementwise optimizer state, fp32, shaped like the parameter."""
+        """Returns one kind of elementwise optimizer state, fp32, shaped like the parameter."""
 
     def write_moment(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         """Replaces what :meth:`read_moment` returned."""
 
     def local_values(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """This rank's part of the values that the optimizer steps, and where it begins. Not a collective.
+        """Returns this rank's part of the values that the optimizer steps, and where it begins. Not a collective.
 
         Returns:
             A view, fp32 ``[any]``, and its offset in the flat parameter; what lies past the parameter's end is padding.
         """
 
 
-class FollowsTopology(Protocol):
-    """A tensor per parameter, kept beside the engine's, whose entries belong to single weights: an average of them, say.
+class TrackedTensors(Protocol):
+    """A tensor per parameter, kept beside the engine's, with an entry for each weight: an average of the weights, say.
 
-    One that is in :attr:`~svite_scale.sparsity.topology.engine.TopologyEngine.followers` is carried at each topology update
-    as the values are: what stays keeps its entry, a grown weight's entry begins as the weight does.
+    :meth:`~svite_scale.sparsity.topology.engine.TopologyEngine.track` has it follow the topology as the values do: at an update
+    a kept weight keeps its entry, and a grown weight's entry starts as the weight does.
     """
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """The full tensor of one parameter, shaped like it, on every rank. A collective."""
+        """Returns the full tensor of one parameter, shaped like it, on every rank. A collective."""
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Replaces what :meth:`read` returned. A collective."""
+
+
+class Annealed:
+    """Base of modules that change with the progress of training. The topology engine anneals them before each step."""
+
+    def anneal(self, progress: float) -> None:
+        """Prepares the module for the next step.
+
+        Args:
+            progress: fraction of training that is done, 0 to 1.
+        """
+        raise NotImplementedError

@@ -14,7 +14,7 @@ GATHER_BITS = 0x0102040810204080
 
 
 def num_bytes(numel: int) -> int:
-    """Bytes that a mask of ``numel`` positions takes."""
+    """Returns the bytes that a mask of ``numel`` positions takes."""
     return -(-numel // 8)
 
 
@@ -48,7 +48,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, numel: int) -> Tensor:
-    """The inverse of :func:`pack`.
+    """Unpacks bits into a mask; the inverse of :func:`pack`.
 
     Args:
         bits: uint8, ``[ceil(numel / 8)]``.

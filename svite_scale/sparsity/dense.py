@@ -1,23 +1,21 @@
-"""The way back: an ordinary dense model that computes what a sparse one does."""
+"""Conversion of a sparse model to an ordinary dense one."""
 
 from __future__ import annotations
 
 import copy
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.module_names import is_of_deepspeed
 
 Model = TypeVar("Model", bound=nn.Module)
-Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
 
 def to_dense(model: Model) -> Model:
-    """A copy of a sparse model in which every sparse layer is the ordinary one whose place it took, with zeros where inactive.
+    """Returns a copy of a sparse model in which every sparse layer is an ordinary dense one again, with zeros where inactive.
 
     Parameter names, types of modules, and the state dict are those of the model before it was made sparse, so ``fuse()``,
     quantization, exporters and other libraries take it. Dtypes, devices, ``requires_grad``, training flags, and what modules
@@ -37,23 +35,6 @@ def to_dense(model: Model) -> Model:
         return copy.deepcopy(model, replaced)
     except RuntimeError as error:  # for example timm's LeViT, which keeps tensors of a graph after a forward in evaluation
         raise TopologyError(f"{type(model).__name__} can't be copied, as copy.deepcopy says: {error}") from error
-
-
-@torch.no_grad()
-def filled(empty: Dense, weight: Tensor, bias: nn.Parameter | Tensor | None, like: SparseLayer, trained: nn.Parameter) -> Dense:
-    """A dense layer with these numbers.
-
-    Args:
-        empty: the layer, on the meta device.
-        weight: its weight, a tensor that nothing else holds.
-        bias: its bias, which is copied.
-        like: the sparse layer whose training flag it gets.
-        trained: the parameter whose ``requires_grad`` the weight gets.
-    """
-    empty.weight = nn.Parameter(weight.contiguous(), requires_grad=trained.requires_grad)
-    if bias is not None:
-        empty.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return empty.train(like.training)
 
 
 def _refuse_engines(model: nn.Module) -> None:

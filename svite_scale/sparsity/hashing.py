@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: the same on every rank, device, world size and backend."""
+"""Random numbers hashed from their use, so that they are the same on every rank, device, world size and backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 2**16
 
 
 def hashed_uniform(seed: int, step: int, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform random numbers hashed from (seed, step, name, flat position).
+    """Returns uniform random numbers hashed from (seed, step, name, flat position).
 
     Args:
         seed: of the run.
@@ -37,7 +37,7 @@ def hashed_uniform(seed: int, step: int, name: str, numel: int, device: torch.de
 
 
 def _splitmix64(key: int, positions: Tensor) -> Tensor:
-    """The generator's 64 bits at each position, int64; overwrites ``positions``."""
+    """Returns the generator's 64 bits at each position, int64; overwrites ``positions``."""
     state = positions.add_(1).mul_(_signed(INCREMENT)).add_(key)
     state.bitwise_xor_(_shifted(state, 30)).mul_(_signed(MULTIPLIER_1))
     state.bitwise_xor_(_shifted(state, 27)).mul_(_signed(MULTIPLIER_2))
@@ -45,10 +45,10 @@ def _splitmix64(key: int, positions: Tensor) -> Tensor:
 
 
 def _shifted(state: Tensor, places: int) -> Tensor:
-    """A logical shift to the right; torch's own copies the sign bit."""
+    """Returns a logical shift to the right; torch's own copies the sign bit."""
     return (state >> places) & ((1 << (64 - places)) - 1)
 
 
 def _signed(constant: int) -> int:
-    """The int64 of the same bits; torch's int64 products wrap around as unsigned ones do."""
+    """Returns the int64 of the same bits; torch's int64 products wrap around as unsigned ones do."""
     return constant - (1 << 64) if constant >> 63 else constant

@@ -18,12 +18,12 @@ class Mask(nn.Parameter):
 
     - It stays frozen: ``requires_grad_()`` and ``requires_grad = True``, with which whole models are thawed, do nothing.
     - What is copied into it, or set as its ``data``, may be floats (as ``torch.nn.utils.vector_to_parameters`` does, and
-      averages of weights whose topology is the same), but whole numbers they must be.
+      averages of weights whose topology is the same), but they must be whole numbers.
 
     An engine may put a parameter of its own in its place, as FSDP2 does, without these properties.
 
     Raises:
-        MaskError: what is copied into it are no bytes, or it is computed with in place.
+        MaskError: something else than bytes is copied into it, or it is changed in place by a computation.
     """
 
     def __new__(cls, bits: Tensor) -> Mask:
@@ -58,17 +58,17 @@ class Mask(nn.Parameter):
 
 
 def plain_bits(mask: Tensor) -> Tensor:
-    """The same bytes as a plain tensor."""
+    """Returns the same bytes as a plain tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         return mask.detach().as_subclass(Tensor) if isinstance(mask, Mask) else mask.detach()
 
 
 def _whole_bytes(numbers: Tensor) -> Tensor:
-    """``numbers`` as uint8, where they are bytes but for the rounding of an average of equal ones."""
+    """Returns ``numbers`` as uint8. They may differ from bytes by the rounding of an average of equal ones."""
     if not numbers.is_floating_point() or numbers.is_meta:
         return numbers
     rounded = numbers.round()
     are_bytes = ((numbers - rounded).abs() <= 0.01) & (rounded >= 0) & (rounded <= 255)
     if not bool(are_bytes.all()):
-        raise MaskError(f"numbers that are no bytes were to become a mask, as averages of two topologies are; {REMEDY}")
+        raise MaskError(f"numbers that aren't bytes would become a mask, averages of two topologies perhaps; {REMEDY}")
     return rounded.to(torch.uint8)

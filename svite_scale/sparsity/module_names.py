@@ -1,4 +1,4 @@
-"""Where the modules of a model are, whatever wraps them."""
+"""Names of the modules of a model, whatever wraps them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-"""What torch.compile, activation checkpointing and FSDP1 call the module that they wrap."""
+"""Names that torch.compile, activation checkpointing and FSDP1 give to the module that they wrap."""
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without those parts of names that engines' wrappers add.
+    """Yields ``model.named_modules()`` without those parts of names that engines' wrappers add.
 
     So ``0.fc`` is what ``module._orig_mod.0.fc`` is in a DDP of a compiled model. A user's own wrapper is part of the model.
     """
@@ -33,11 +33,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_engine(module: nn.Module) -> bool:
-    """Whether a module is what an engine wraps a model in that it has taken note of the parameters of."""
+    """Returns whether a module is the wrapper of an engine that knows the model's parameters by now."""
     is_fsdp1 = "_fsdp_wrapped_module" in dict(module.named_children())
     return isinstance(module, DistributedDataParallel) or is_fsdp1 or (is_of_deepspeed(module) and hasattr(module, "module"))
 
 
 def is_of_deepspeed(module: object) -> bool:
-    """Whether something is of a class of DeepSpeed's. By name, so that nobody needs DeepSpeed who doesn't use it."""
+    """Returns whether an object's class is DeepSpeed's. By name, so that DeepSpeed needn't be installed."""
     return type(module).__module__.partition(".")[0] == "deepspeed"

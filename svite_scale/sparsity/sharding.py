@@ -1,4 +1,4 @@
-"""Cutting flat tensors into one chunk per rank, and putting them together again."""
+"""Chunks of flat tensors, one per rank: cutting and gathering them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ GATHERED_NUMEL = 2**18
 
 
 def chunk_numel(numel: int, world_size: int) -> int:
-    """Elements of the largest chunk."""
+    """Returns the elements of the largest chunk."""
     return -(-numel // world_size)
 
 
 def rank_numel(numel: int, rank: int, world_size: int) -> int:
-    """Elements of the rank's :func:`rank_chunk`."""
+    """Returns the elements of the rank's :func:`rank_chunk`."""
     size = chunk_numel(numel, world_size)
     return min(max(numel - rank * size, 0), size)
 
 
 def rank_chunk(full: Tensor, rank: int, world_size: int) -> Tensor:
-    """The rank's part of a tensor cut along dimension 0 as :meth:`torch.Tensor.chunk` cuts it; empty past the last chunk.
+    """Returns the rank's part of a tensor cut along dimension 0 by :meth:`torch.Tensor.chunk`; empty past the last chunk.
 
     This is also how ``torch.distributed.tensor.Shard(0)`` cuts.
     """
@@ -35,12 +35,12 @@ def rank_chunk(full: Tensor, rank: int, world_size: int) -> Tensor:
 
 
 def padded(tensor: Tensor, numel: int) -> Tensor:
-    """A flat tensor with zeros up to ``numel`` elements; itself where it has as many."""
+    """Returns a flat tensor with zeros up to ``numel`` elements; the tensor itself if it has as many."""
     return tensor if tensor.numel() == numel else torch.nn.functional.pad(tensor, (0, numel - tensor.numel()))
 
 
 def gather_chunks(chunk: Tensor, numel: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The whole of which each rank holds its :func:`rank_chunk`. A collective.
+    """Returns the whole of which each rank holds its :func:`rank_chunk`. A collective.
 
     Args:
         chunk: this rank's, flat.
@@ -53,7 +53,7 @@ def gather_chunks(chunk: Tensor, numel: int, group: dist.ProcessGroup | None) ->
 
 
 def gather_equal(chunk: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' flat chunks, all of one size, one after another. A collective."""
+    """Returns the ranks' flat chunks, all of one size, one after another. A collective."""
     world_size, size = dist.get_world_size(group), chunk.numel()
     full = chunk.new_empty(world_size, size)
     # Piece by piece, because a collective may hold its result once more.
@@ -90,5 +90,5 @@ def own_chunk(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's rank and the world size in a group; None is a group of one."""
+    """Returns this process's rank and the world size in a group; None is a group of one."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))

@@ -43,12 +43,12 @@ def sparsify(
     values. Norms, biases, position embeddings and class tokens stay dense.
 
     Where the active weights are is said by exactly one of ``density``, ``densities`` and ``masks``. Counts are exact, and a
-    layer whose share is below one weight keeps one, which is logged. Patterns are those of
+    layer whose part of the density is below one weight keeps one, which is logged. Patterns are those of
     :mod:`~svite_scale.sparsity.allocation.layer_patterns`.
 
     Args:
         model: for example a timm VisionTransformer; on the meta device only shapes are planned and packed.
-        density: share of all prunable weights that stays active, in (0, 1].
+        density: fraction of all prunable weights that stays active, in (0, 1].
         distribution: of ``density`` over the layers, ``erk``, ``er`` or ``uniform``.
         power_scale: exponent of ERK's ratio, above 0.
         densities: density in (0, 1] by pattern of layer names; the first pattern that matches a layer decides it.
@@ -57,7 +57,7 @@ def sparsify(
         seed: of the masks.
 
     Returns:
-        The plan that was carried out, layer by layer, in order of registration.
+        The plan, layer by layer, in order of registration.
 
     Raises:
         TopologyError: nothing is prunable, a weight is shared, sharded or frozen, or a module is packed already, or can't be,
@@ -105,8 +105,8 @@ def pack_weights(
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The modules whose weights may be pruned: exactly Linear and Conv2d, since a subclass may use its weight in ways of its
-    own. Named as in the model without what engines' wrappers add to names.
+    """Returns the modules whose weights may be pruned: exactly Linear and Conv2d, since a subclass may use its weight in
+    another way. Named as in the model without what engines' wrappers add to names.
     """
     packed = [name for name, module in named_modules(model) if isinstance(module, PackedLayer)]
     if packed:
@@ -146,7 +146,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """A uniformly random mask, the same on every device: the positions of the largest hashed numbers.
+    """Returns a uniformly random mask, the same on every device: the positions of the largest hashed numbers.
 
     Args:
         numel: positions, N.
@@ -163,7 +163,7 @@ def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch
 
 
 def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None, seed: int) -> PackedLayer:
-    """The packed layer that takes the place of a dense one, which it leaves as it is."""
+    """Returns the packed layer for a dense one, which isn't changed."""
     weight = dense.weight
     lost = lost_in_packing(dense)
     if lost is not None:
@@ -173,7 +173,7 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None
     if not weight.requires_grad:
         raise TopologyError(f"{plan.name}: its weight is frozen, and sparse weights are trained; list it in keep_dense")
     layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]
-    _carry_attributes(dense, layer, plan.name)
+    _copy_attributes(dense, layer, plan.name)
     if not weight.is_meta:
         if file is None:
             mask = random_mask(plan.numel, plan.num_active, seed, plan.name, weight.device)
@@ -183,7 +183,7 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None
     return layer
 
 
-def _carry_attributes(dense: nn.Linear | nn.Conv2d, layer: PackedLayer, name: str) -> None:
+def _copy_attributes(dense: nn.Linear | nn.Conv2d, layer: PackedLayer, name: str) -> None:
     """Sets on the packed layer, and on its values, what somebody set on the dense one and on its weight."""
     for attribute, value in own_attributes(dense, PLAIN[type(dense)]).items():
         if hasattr(layer, attribute):
@@ -197,5 +197,5 @@ def _warn_of_raised(plan: Iterable[LayerPlan]) -> None:
     raised = [entry.name for entry in plan if entry.raised]
     if raised:
         logger.warning(
-            "layers with a share of the density below one weight keep one each (%d): %s", len(raised), ", ".join(raised)
+            "layers whose part of the density is below one weight keep one each (%d): %s", len(raised), ", ".join(raised)
         )

@@ -15,8 +15,8 @@ from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
 
 
-class Decision(NamedTuple):
-    """Half an update.
+class Selection(NamedTuple):
+    """One half of an update.
 
     Attributes:
         active: bool ``[units]``, afterwards.
@@ -30,9 +30,9 @@ class Decision(NamedTuple):
 def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count: int) -> Tensor:
     """Drops ``count`` active units, then grows ``count`` inactive ones, those just dropped included.
 
-    The active units with the smallest ``drop_score`` go; among the units inactive after that, those with the largest
-    ``grow_score`` come. Ties break toward the lower index: of equal units, the lower index is dropped first, and grown first.
-    Zeros of both signs are equal, infinities are ordinary scores.
+    The active units with the smallest ``drop_score`` are dropped. Of the units inactive after that, those with the largest
+    ``grow_score`` are grown. Ties break toward the lower index: of equal units, the lower index is dropped first, and grown
+    first. Zeros of both signs are equal, infinities are ordinary scores.
 
     Args:
         active: bool, ``[units]``, unchanged.
@@ -49,20 +49,20 @@ def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count
     return grow(drop(active, drop_score, count).active, grow_score, count).active
 
 
-def drop(active: Tensor, score: Tensor, count: int) -> Decision:
-    """The first half of :func:`prune_and_grow`: without the ``count`` active units of smallest ``score``."""
+def drop(active: Tensor, score: Tensor, count: int) -> Selection:
+    """Does the first half of :func:`prune_and_grow`: drops the ``count`` active units of smallest ``score``."""
     chosen, threshold = choose(active, score, count, "drop")
-    return Decision(chosen.logical_xor_(active), threshold)
+    return Selection(chosen.logical_xor_(active), threshold)
 
 
-def grow(active: Tensor, score: Tensor, count: int) -> Decision:
-    """The second half of :func:`prune_and_grow`: with the ``count`` inactive units of largest ``score``."""
+def grow(active: Tensor, score: Tensor, count: int) -> Selection:
+    """Does the second half of :func:`prune_and_grow`: grows the ``count`` inactive units of largest ``score``."""
     chosen, threshold = choose(~active, score, count, "grow")
-    return Decision(chosen.logical_or_(active), threshold)
+    return Selection(chosen.logical_or_(active), threshold)
 
 
 def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "grow"]) -> tuple[Tensor, float | None]:
-    """The eligible units that :func:`drop` or :func:`grow` moves: those of smallest, or of largest, score.
+    """Chooses the eligible units that :func:`drop` or :func:`grow` moves: those of smallest, or of largest, score.
 
     Returns:
         The chosen units as a new bool ``[units]``, and the last score chosen, None where ``count`` is 0.
@@ -78,8 +78,9 @@ def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "g
     if count == 0:
         return torch.zeros_like(eligible), None
 
-    candidates = kernels.compress(score, bits.pack(eligible), available)
-    threshold = kth_smallest(candidates, available - count + 1 if largest else count)
+    rank = available - count + 1 if largest else count
+    # In one expression, so that the copy of the candidates' scores is gone afterwards.
+    threshold = kth_smallest(kernels.compress(score, bits.pack(eligible), available), rank)
     chosen = (score > threshold if largest else score < threshold).logical_and_(eligible)
     ties = (score == threshold).logical_and_(eligible)
     missing = count - int(chosen.count_nonzero())

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
-from contextlib import nullcontext
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
 from svite_scale.config.load import read_config
-from svite_scale.config.schema import Config
-from svite_scale.config.validate import validate
-from svite_scale.cost.dry_run import describe
-from svite_scale.data.batches import explain_loader_error
-from svite_scale.engines.build import check_parallel
-from svite_scale.errors import ConfigError, DivergedError
-from svite_scale.runtime import ranks
-from svite_scale.runtime.activity import Activity
-from svite_scale.runtime.ending import EXIT_CONFIG, EXIT_FAILED, Failure, reporting
-from svite_scale.runtime.preemption import EXIT_PREEMPTED, Preempted, StopAgreement
-from svite_scale.runtime.ranks import World
+from svite_scale.errors import SviteScaleError
+from svite_scale.runtime.ending import EXIT_CONFIG, Failure
 from svite_scale.runtime.signals import StopSignals
-from svite_scale.runtime.watchdog import Watchdog
-from svite_scale.tracking.tracker import METRICS
+from svite_scale.runtime.world import World
 
 FIRST_RANK_SPEAKS_S = 30.0
 """After a mistake in the config the first rank of a machine has so long to start and say so."""
@@ -43,124 +26,40 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
         other error, which is printed where it happens.
     """
-    failure = Failure(explain_loader_error)
+    failure = Failure(_explain)
     try:
         failure.world = world = World.from_environment()
         # All ranks build the same model; the main one says what is to be said of it.
         logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         config = read_config(arguments.config, arguments.overrides)
+        # What follows takes seconds to import, and the answer about a typing error shouldn't wait for it.
         if arguments.dry_run:
+            from svite_scale.train.run import dry_run
+
             return dry_run(config, world.size if arguments.ranks is None else arguments.ranks, world)
         with StopSignals() as signals:
+            from svite_scale.train.run import train
+
             return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except BaseException as error:
         status = failure.report(error)
-        if status == EXIT_CONFIG and failure.world.local_rank > 0 and not dist.is_initialized():
+        if status == EXIT_CONFIG and failure.world.local_rank > 0 and not _has_joined():
             # The launcher ends this machine's ranks when one of them ends, and the first may not have spoken yet.
             time.sleep(FIRST_RANK_SPEAKS_S)
         return status
 
 
-def dry_run(config: Config, world_size: int, world: World) -> int:
-    """Checks the config and prints its plan for that many ranks."""
-    if world_size < 1:
-        raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
-    sparse = validate(config, world_size)
-    if world.is_main:
-        print(describe(config, world_size, sparse))
-    return 0
+def _explain(error: BaseException) -> BaseException:
+    """Returns a DataError in the place of torch's error about a loader process."""
+    if isinstance(error, SviteScaleError):
+        return error
+    from svite_scale.data.batches import explain_loader_error
+
+    return explain_loader_error(error)
 
 
-def train(config: Config, world: World, signals: StopSignals, failure: Failure, *, resume: bool, auto_resume: bool) -> int:
-    """Checks all that can be checked, then joins the process group and trains.
+def _has_joined() -> bool:
+    """Whether this rank is in the process group."""
+    import torch.distributed as dist
 
-    Args:
-        config: of the run.
-        world: this rank.
-        signals: that ask the run to stop.
-        failure: is told of an error.
-        resume: go on from the newest checkpoint, which must be there.
-        auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
-    """
-    validate(config, world.size)
-    device = ranks.local_device(world)
-    check_parallel(config.parallel, device, config.train.precision == "bf16")
-    check_run_dir(config, resume or auto_resume)
-    store = ranks.start(world, device, config.guard.hang_timeout_s)
-    try:
-        if auto_resume:
-            resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
-        return supervise(config, world, device, store, signals, failure, resume=resume)
-    finally:
-        # After an error other ranks may be anywhere, and to leave the group would wait for them.
-        if world.size == 1:
-            ranks.stop()
-
-
-def supervise(
-    config: Config,
-    world: World,
-    device: torch.device,
-    store: dist.Store,
-    signals: StopSignals,
-    failure: Failure,
-    *,
-    resume: bool,
-) -> int:
-    """Trains under the watchdog, until this rank has left the process group; after an error, until that is told."""
-    # Imported once the config is known to be good: an answer about a typing error shouldn't wait for it.
-    from svite_scale.train.trainer import Trainer
-
-    activity, timeout = Activity(), config.guard.hang_timeout_s
-    watchdog = None if timeout is None else Watchdog(store, world, activity, timeout)
-
-    def report(error: BaseException) -> None:
-        if watchdog:
-            watchdog.find_gone(error)
-        failure.report(error, activity)
-        activity.leave()
-
-    with watchdog or nullcontext():
-        asked_to_stop = StopAgreement(signals, store, device)
-        status = 0
-        try:
-            with reporting(report):
-                Trainer(
-                    config, world, device, resume=resume, activity=activity, asked_to_stop=asked_to_stop, on_error=report
-                ).run()
-        except Preempted as stop:
-            signals.saved_status = status = EXIT_PREEMPTED
-            if world.is_main:
-                print(stop, file=sys.stderr)
-        except DivergedError:
-            status = EXIT_FAILED
-        activity.leave(status or EXIT_FAILED)
-        # Together, for when one rank has left, some launchers end the others, and so does the store.
-        dist.barrier()
-        ranks.stop()
-        return status
-
-
-def has_saved(run_dir: Path) -> bool:
-    """Whether a run has ever saved, whatever became of its checkpoints. What a save left that was cut off has another name."""
-    metrics = run_dir / METRICS
-    return holds_checkpoint(run_dir) or (metrics.exists() and b'"checkpoint_seconds"' in metrics.read_bytes())
-
-
-def holds_checkpoint(run_dir: Path) -> bool:
-    return bool(CheckpointDirectory(run_dir / CHECKPOINTS).named())
-
-
-def check_run_dir(config: Config, resume: bool) -> None:
-    """Refuses to write over another run.
-
-    Raises:
-        ConfigError: the directory holds a run, and this isn't to resume it; or can't be read.
-    """
-    run_dir = Path(config.run_dir)
-    try:
-        holds_run = (run_dir / METRICS).exists() or holds_checkpoint(run_dir)
-    except OSError as error:
-        raise ConfigError("run_dir", config.run_dir, f"can't be read ({error})", "restore it, or name another") from error
-    if holds_run and not resume:
-        raise ConfigError("run_dir", config.run_dir, "holds a run already", "add --resume to go on with it, or name another")
+    return dist.is_initialized()

@@ -16,31 +16,33 @@ from svite_scale.sparsity.topology.engine import TopologyEngine
 
 
 class Ema:
-    """average = decay * average + (1 - decay) * weight, after each optimizer step, as timm's ``ModelEmaV3`` has it.
+    """A moving average of the weights: ``average = decay * average + (1 - decay) * weight`` after each optimizer step.
 
-    Sharded as the engine shards the fp32 values: each rank keeps the average of those it steps, so :meth:`update` needs no
-    collective. It follows the topology as values do: the average of a dropped weight vanishes, a grown weight's begins with the
-    weight itself, a regrown weight's goes on. So it may be updated before or after ``topology.step()``.
+    The formula is that of timm's ``ModelEmaV3``. The average is sharded as the engine shards the fp32 values: each rank keeps
+    the average of the values that it steps, so :meth:`update` needs no collective. The average moves with the topology as the
+    values do: a dropped weight loses its average, the average of a grown weight begins with the weight, and a regrown weight
+    keeps its average. So :meth:`update` may be called before or after ``topology.step()``.
 
-    Floating-point buffers that the model saves, such as the statistics of BatchNorm, are averaged too, each rank its own.
+    Floating-point buffers that the model saves, such as the statistics of BatchNorm, are averaged too. Each rank averages its
+    own buffers.
 
     Attributes:
-        decay: see above.
-        parts: by trainable parameter, this rank's part, as ``access.local_values`` cuts it.
-        buffers: by name, the averages of buffers, fp32.
+        decay: the factor in the formula.
+        parts: this rank's part of each trainable parameter's average, as ``access.local_values`` cuts the parameter.
+        buffers: the averages of the buffers, fp32, by name.
     """
 
     def __init__(self, model: nn.Module, topology: TopologyEngine, decay: float = 0.9999) -> None:
-        """Begins with the model's weights, and follows the topology from now on. Local.
+        """Begins with the model's weights. Local.
 
         Args:
-            model: as an engine wrapped it, or as it was before; wrapped by now.
-            topology: what moves its weights.
-            decay: see the class; in [0, 1].
+            model: the model, after an engine has wrapped it; either the module before wrapping or the engine's module.
+            topology: the engine that prunes and grows the model's weights.
+            decay: the factor in the formula, in [0, 1].
 
         Raises:
             ValueError: the decay isn't a number in [0, 1].
-            TopologyError: weights that the optimizer steps are too coarse to be averaged: not fp32.
+            TopologyError: the optimizer steps weights that aren't fp32, which are too coarse to be averaged.
         """
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay ({decay!r}) must be a number in [0, 1]")
@@ -61,14 +63,14 @@ class Ema:
             if name in saved and buffer.is_floating_point()
         }
         self._in_place = False
-        topology.followers.append(self)
+        topology.track(self)
 
     @torch.no_grad()
     def update(self) -> None:
-        """One optimizer step is done. Local.
+        """Updates the averages after an optimizer step. Local.
 
         Raises:
-            TopologyError: the averages are in the place of the weights, or a parameter became trainable meanwhile.
+            TopologyError: the averages are in the place of the weights, or a parameter became trainable after this was made.
         """
         self._check_not_swapped()
         for name, parameter in self._named_trainable():
@@ -79,20 +81,20 @@ class Ema:
             average.lerp_(self._model.get_buffer(name).float(), 1.0 - self.decay)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """The full average of one parameter, fp32, shaped like it, on every rank. A collective.
+        """Returns the full average of one parameter on every rank, fp32, in the parameter's shape. A collective.
 
         Raises:
-            TopologyError: it became trainable after this was made.
+            TopologyError: the parameter became trainable after this was made.
         """
         self._check_known(parameter, "a weight")
-        # Put in the place of the values for a moment, the engine gathers it as it gathers these.
+        # The engine gathers values, so the average takes their place for a moment.
         self._exchange(parameter)
         average = self._access.read(parameter).clone()
         self._exchange(parameter)
         return average
 
     def write(self, parameter: nn.Parameter, average: Tensor) -> None:
-        """Replaces what :meth:`read` returned. Local."""
+        """Replaces the average of one parameter by a full one, as :meth:`read` returns it. Local."""
         _, offset = self._access.local_values(parameter)
         part = self.parts[parameter]
         own = average.flatten()[offset : offset + part.numel()]
@@ -100,8 +102,10 @@ class Ema:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """The full averages by the names of the model's parameters and buffers, fp32, on the CPU of every rank: for any engine
-        and number of ranks. They belong to the masks of the same step. A collective.
+        """Returns the full averages, fp32, on the CPU of every rank, by the names of the model's parameters and buffers.
+
+        They can be loaded under any engine on any number of ranks. They belong to the masks of the same step. A collective: all
+        ranks call it.
         """
         self._check_not_swapped()
         averages = {name: self.read(parameter).cpu() for parameter, name in self._names.items()}
@@ -109,10 +113,10 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on with what :meth:`state_dict` returned. A collective.
+        """Restores what :meth:`state_dict` returned. A collective: all ranks call it.
 
         Raises:
-            TopologyError: it is of another model; names what is missing, unknown, or of another shape.
+            TopologyError: the state is of another model; the message names what is missing, unknown, or of another shape.
         """
         self._check_not_swapped()
         shapes = {name: self.read(parameter).shape for parameter, name in self._names.items()}
@@ -130,13 +134,13 @@ class Ema:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Within it, the model computes with the average; afterwards, with the weights as they were, bit by bit.
+        """Exchanges weights and averages within the context; after it the weights are the same as before, bit for bit.
 
-        A collective, one parameter at a time. The weights meanwhile take the memory of the average, so nothing may be saved or
-        stepped.
+        Within the context the model computes with the averages, and the weights lie in the memory of the averages, so nothing
+        may be saved or stepped. A collective, one parameter at a time.
 
         Raises:
-            TopologyError: the averages are in their place already.
+            TopologyError: the averages are in the place of the weights already.
         """
         self._check_not_swapped()
         buffers = {name: self._model.get_buffer(name).clone() for name in self.buffers}
@@ -145,7 +149,7 @@ class Ema:
         try:
             yield
         except BaseException:
-            # After an error on one of several ranks, none could rely on the others to come to the collectives.
+            # After an error on one of several ranks, the others may never call the collectives of a restore.
             if not dist.is_initialized() or dist.get_world_size() == 1:
                 self._restore(buffers)
             raise
@@ -160,7 +164,7 @@ class Ema:
         reshard(self._model)
         for parameter in self.parts:
             self._exchange(parameter)
-            # What forward computes with follows the fp32 values only when they are written.
+            # The forward pass computes with a copy, which is updated only by a write.
             self._access.write(parameter, self._access.read(parameter).clone())
         for name, buffer in buffers.items():
             self._model.get_buffer(name).copy_(buffer)
@@ -179,7 +183,7 @@ class Ema:
         if self._in_place:
             raise TopologyError(
                 "the averages are in the place of the weights; leave in_place_of_weights() first, or, where an error "
-                "on some rank left it, go on from a checkpoint"
+                "on some rank left it, resume from a checkpoint"
             )
 
     def _check_known(self, parameter: nn.Parameter, name: str) -> None:

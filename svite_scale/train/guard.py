@@ -1,4 +1,4 @@
-"""What the run does about steps whose gradient isn't finite, and about losses that spike."""
+"""The guard against gradients that aren't finite and losses that spike."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from svite_scale.errors import DivergedError
 from svite_scale.train.options import GuardConfig
 
 Newest = Callable[[], Path | None]
-"""Looks up the last good checkpoint; a collective."""
+"""Returns the last good checkpoint. A collective."""
 
 REMEMBERED_LOSSES = 16
-"""Losses of the metrics whose mean tells what is usual; until there are as many, nothing is a spike."""
+"""Number of losses in the metrics whose mean is the usual loss. Before there are so many, nothing is a spike."""
 
 
 def spread_nonfinite(loss: Tensor) -> Tensor:
-    """The same scalar loss, with a gradient that isn't finite where the loss isn't: then the norm tells all ranks of both."""
+    """Returns the same scalar loss; its gradient isn't finite if the loss isn't. So the norm of the gradient shows both."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class Guard:
-    """Counts what went wrong. All ranks count alike, for what they count by was reduced over them. No collective.
+    """Counts skipped steps and rollbacks. All ranks count alike, because what they count was reduced over all ranks.
 
     Attributes:
         skipped_steps: steps of this run that changed nothing.
-        rollbacks: times that the run went back to a checkpoint.
-        data_offset: steps' worth of batches left out by them: step s trains on the data of step s + data_offset.
+        rollbacks: how often the run returned to a checkpoint.
+        data_offset: steps whose batches the rollbacks left out: step s trains on the data of step s + data_offset.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -39,16 +39,25 @@ class Guard:
         self._skipped_in_row = 0
         self._losses: list[float] = []
 
+    @property
+    def skips_nonfinite(self) -> bool:
+        """True if steps are skipped whose loss or gradient isn't finite."""
+        return self.config.max_nonfinite_steps is not None
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """Returns the loss to call backward on, a scalar of the same value."""
+        return spread_nonfinite(loss) if self.skips_nonfinite else loss
+
     def end_step(self, step: int, applied: bool, newest: Newest) -> None:
-        """Counts a step.
+        """Counts one optimizer step.
 
         Args:
             step: optimizer steps done, with this one.
-            applied: whether it changed the weights.
-            newest: called for the checkpoint to be named.
+            applied: True if the step changed the weights.
+            newest: called for the checkpoint that the error names.
 
         Raises:
-            DivergedError: as many in a row weren't applied as the config allows.
+            DivergedError: the last ``guard.max_nonfinite_steps`` steps weren't applied.
         """
         if applied:
             self._skipped_in_row = 0
@@ -59,14 +68,19 @@ class Guard:
         if limit is not None and self._skipped_in_row >= limit:
             raise DivergedError(
                 f"loss or gradient weren't finite in {limit} steps in a row, up to step {step} (guard.max_nonfinite_steps); "
-                f"{last_good(newest())}; go on from it with a train.clip_grad_norm, or start anew with a lower optimizer.lr"
+                f"{last_good(newest())}; resume from it with a train.clip_grad_norm, or start again with a lower optimizer.lr"
             )
 
     def is_spike(self, step: int, loss: float | None, newest: Newest) -> bool:
-        """Whether the metrics' mean loss is too far above those before; None where no step was applied.
+        """Returns True if a loss of the metrics is too far above the losses before it.
+
+        Args:
+            step: optimizer steps done.
+            loss: mean loss since the last line of metrics; None if no step was applied.
+            newest: called for the checkpoint to return to.
 
         Raises:
-            DivergedError: it is, and the run has gone back as often as the config allows, or has nothing to go back to.
+            DivergedError: the loss is a spike, and there is no checkpoint or no rollback left.
         """
         if self.config.spike_factor is None or loss is None:
             return False
@@ -78,16 +92,17 @@ class Guard:
         if path is None or self.rollbacks == self.config.max_rollbacks:
             raise DivergedError(
                 f"the loss spiked from {usual:.4g} to {loss:.4g} at step {step} (guard.spike_factor), after {self.rollbacks} "
-                f"rollbacks (guard.max_rollbacks); {last_good(path)}; start anew with a lower optimizer.lr"
+                f"rollbacks (guard.max_rollbacks); {last_good(path)}; start again with a lower optimizer.lr"
             )
         return True
 
     def roll_back(self, from_step: int, to_step: int) -> None:
-        """The run has gone back; the batches that the steps in between were trained on aren't used again."""
+        """Counts a rollback. The batches of the steps in between aren't used again."""
         self.rollbacks += 1
         self.data_offset += from_step - to_step
 
     def metrics(self) -> dict[str, float]:
+        """Returns the counts, by name."""
         rollbacks = {} if self.config.spike_factor is None else {"rollbacks": self.rollbacks}
         return {"skipped_steps": self.skipped_steps, **rollbacks}
 
@@ -109,4 +124,5 @@ class Guard:
 
 
 def last_good(path: Path | None) -> str:
+    """Returns the part of a message that names the last good checkpoint."""
     return "there is no checkpoint" if path is None else f"the last good checkpoint is {path}"

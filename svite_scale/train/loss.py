@@ -1,4 +1,4 @@
-"""The training loss: cross entropy, and with a teacher distillation (DeiT, arXiv:2012.12877, section 4)."""
+"""The training loss: cross entropy, and distillation if there is a teacher (DeiT, arXiv:2012.12877, section 4)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from svite_scale.models.teacher import build_teacher, renormalisation
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The second term of equation 2: T^2 KL(teacher / T || student / T), summed over classes and averaged over samples.
+    """Returns the second term of equation 2: T^2 KL(teacher / T || student / T), summed over classes, averaged over samples.
 
-    DeiT's code averages over classes too, which makes this term smaller by their number.
+    DeiT's code averages over classes too, which divides this term by the number of classes.
 
     Args:
-        student: logits, ``[B, classes]``.
-        teacher: the same.
+        student: logits ``[B, classes]``.
+        teacher: logits ``[B, classes]``.
         temperature: T.
     """
     ours, theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
@@ -27,12 +27,12 @@ def soft_distillation(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """The second term of equation 3: cross entropy with the teacher's first guess, without label smoothing."""
+    """Returns the second term of equation 3: cross entropy with the teacher's first guess, without label smoothing."""
     return F.cross_entropy(student, teacher.argmax(dim=1))
 
 
 class Teacher:
-    """What a teacher adds to the loss. Every rank holds the whole model, which no engine wraps and no checkpoint contains.
+    """The teacher's part of the loss. Every rank holds the whole teacher; no engine wraps it, and no checkpoint contains it.
 
     Raises:
         ConfigError, CheckpointError: the teacher can't be built or loaded.
@@ -47,12 +47,12 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Its answers to images as the student gets them, augmented and mixed: float32 ``[B, classes]``."""
+        """Returns the teacher's logits, fp32 ``[B, classes]``, for images as the student gets them, augmented and mixed."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self._bf16):
             return self._model(images * self._factor + self._shift).float()
 
-    def weigh(self, loss: Tensor, student: Tensor, images: Tensor) -> Tensor:
-        """The whole loss, of the labels' and of what ``student``, the logits that learn from the teacher, lose to it."""
+    def distil(self, loss: Tensor, student: Tensor, images: Tensor) -> Tensor:
+        """Returns the mean of the labels' loss and the distillation loss of ``student`` (logits), weighted by ``alpha``."""
         options, teacher = self._options, self.logits(images)
         if options.kind == "hard":
             distilled = hard_distillation(student, teacher)
@@ -62,11 +62,11 @@ class Teacher:
 
 
 class TrainingLoss:
-    """The loss of a micro-batch.
+    """Computes the loss of a micro-batch.
 
     Args:
         config: of the run.
-        label_smoothing: that targets don't have yet.
+        label_smoothing: smoothing that the targets don't have yet.
         device: where the model trains.
 
     Raises:
@@ -78,16 +78,18 @@ class TrainingLoss:
         self._teacher = None if config.distillation.teacher is None else Teacher(config, device)
 
     def __call__(self, outputs: Tensor, targets: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, a scalar, and logits ``[B, classes]`` that metrics look at: as in evaluation, the mean of two heads.
+        """Returns the loss, a scalar, and the logits ``[B, classes]`` for the metrics.
+
+        If the model has two heads, these logits are their mean, as in evaluation.
 
         Args:
-            outputs: the student's logits ``[B, classes]``; or of its class head and its distillation head ``[2, B, classes]``.
-            targets: labels ``[B]``, or shares of classes ``[B, classes]``.
+            outputs: the student's logits ``[B, classes]``; ``[2, B, classes]`` of a class head and a distillation head.
+            targets: labels ``[B]``, or fractions of classes ``[B, classes]``.
             images: the student's input.
         """
         heads = outputs.float().view(-1, *outputs.shape[-2:])
         loss = F.cross_entropy(heads[0], targets, label_smoothing=self._label_smoothing)
         if self._teacher is not None:
-            # The head for the teacher's answers, or the only one.
-            loss = self._teacher.weigh(loss, heads[-1], images)
+            # The distillation head, or the only head.
+            loss = self._teacher.distil(loss, heads[-1], images)
         return loss, heads.mean(dim=0)

@@ -19,11 +19,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
 }
 FUSED = {"adam", "adamw"}
-"""Those that torch can step in one pass over memory, on the CPU as on GPUs."""
+"""Optimizers that torch steps in one pass over memory, on the CPU and on GPUs."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters. Its learning rate is set by the schedule before each step."""
+    """Builds the optimizer of a model's trainable parameters. The schedule sets its learning rate before each step."""
     groups = parameter_groups(model, config.weight_decay)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name in FUSED:
@@ -32,16 +32,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def peak_lr(config: OptimizerConfig, global_batch_size: int) -> float:
-    """The learning rate after warm-up: ``lr``, scaled linearly with the batch where the config says what batch it is meant
-    for.
-    """
+    """Returns the learning rate after warm-up: ``lr``, scaled linearly with the batch size if ``lr_batch_size`` is set."""
     return config.lr if config.lr_batch_size is None else config.lr * global_batch_size / config.lr_batch_size
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: float, total_steps: int
 ) -> CosineLRScheduler:
-    """timm's warm-up and cosine, by optimizer step: call ``step_update(step)`` before each."""
+    """Builds timm's schedule of warm-up and cosine. Call ``step_update(step)`` before each optimizer step."""
     recipe = config.optimizer
     lr = peak_lr(recipe, config.train.global_batch_size)
     for group in optimizer.param_groups:

@@ -8,43 +8,39 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.checkpoint.state import RunState
-from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
+from svite_scale.data.randomness import seed_step
 from svite_scale.data.transforms import DeviceTransform
-from svite_scale.engines.backend import Backend, EngineOptions
-from svite_scale.engines.build import build_backend
-from svite_scale.models.dense import blocks
-from svite_scale.models.sparse import build_sparse
-from svite_scale.models.teacher import answer_twice
 from svite_scale.models.token_selector import token_selectors
-from svite_scale.options import in_section
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import leave_to_the_caller, reporting
-from svite_scale.runtime.preemption import Preempted, never
-from svite_scale.runtime.ranks import World
-from svite_scale.sparsity.allocation.layer_plan import plan_density
-from svite_scale.sparsity.topology.engine import TopologyEngine
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.runtime.preemption import never
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.tracking.progress import Progress
-from svite_scale.tracking.tracker import Tracker
+from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data, open_tracker
+from svite_scale.train.cadence import Cadence
 from svite_scale.train.ema import Ema
-from svite_scale.train.evaluate import evaluate, evaluate_ema
-from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.evaluate import evaluate
+from svite_scale.train.guard import Guard
 from svite_scale.train.loss import TrainingLoss
-from svite_scale.train.optimizer import build_optimizer, build_schedule
-from svite_scale.train.randomness import seed_step
-from svite_scale.train.samples import identity, open_data
-from svite_scale.train.window import MetricsWindow
+from svite_scale.train.metrics import MetricsAverage
+from svite_scale.train.optimizer import build_schedule
 
 
 class Trainer:
-    """One run of a config. Every rank makes one and calls :meth:`run`; both are collectives."""
+    """One run of a config. Every rank makes one and calls :meth:`run`; both are collectives.
+
+    Attributes:
+        step: optimizer steps done.
+        resumed_step: the step of the checkpoint that was loaded; None for a new run.
+    """
 
     def __init__(
         self,
@@ -57,37 +53,44 @@ class Trainer:
         asked_to_stop: Callable[[], bool] = never,
         on_error: Callable[[BaseException], object] = leave_to_the_caller,
     ) -> None:
-        """Builds everything.
+        """Builds all parts of the run.
 
         Args:
             config: of the run.
             world: this rank's.
             device: this rank's.
             resume: load the newest checkpoint.
-            activity: is told what this rank is doing.
-            asked_to_stop: called before the first step and after each; whether to save and stop there, the same on all ranks.
-            on_error: called with what ends training, before anything is closed, which may wait for other ranks.
+            activity: records the step and the phase of this rank, for the watchdog.
+            asked_to_stop: called before the first step and after each step; True makes the run save and stop. It must return
+                the same on all ranks.
+            on_error: called with the error that ends training, before anything is closed: closing may wait for other ranks.
 
         Raises:
-            ConfigError, DataError, CheckpointError: what the config names can't be used.
+            ConfigError, DataError, CheckpointError: something that the config names can't be used.
         """
         self.config, self.world, self.device = config, world, device
         self.activity = activity or Activity()
         self.asked_to_stop, self.on_error = asked_to_stop, on_error
         self.run_dir = Path(config.run_dir)
+
         self.train_data, self.eval_data = open_data(config, world)
         self.train_transform = DeviceTransform(config.data, config.model.num_classes, device, training=True)
         self.eval_transform = DeviceTransform(config.data, config.model.num_classes, device, training=False)
         steps_per_epoch = self.train_data.steps.per_epoch
-        self.total_steps = self.train_data.steps.total(config.train.epochs)
-        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.cadence = Cadence(self.train_data.steps, config.train, config.checkpoint)
+        self.last_step, self.total_steps = self.cadence.last_step, self.cadence.total_steps
+
+        self.guard = Guard(config.guard)
         self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
-        self.backend, self.density = self._build_backend()
+        self.backend, self.density = build_sparse_model(config, world, device, skip_nonfinite=self.guard.skips_nonfinite)
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
-        self.topology = self._build_topology(steps_per_epoch)
-        self.guard = Guard(config.guard)
-        self.ema = self._build_ema()
+        self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
+        decay = config.train.ema_decay
+        self.ema = None if decay is None else Ema(self.backend.model, self.topology, decay)
+
+        self.average = MetricsAverage(device)
+        self.evaluation: dict[str, float] = {}
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
@@ -96,228 +99,182 @@ class Trainer:
                 self.topology,
                 self.ema,
                 stateful={"guard": self.guard, "damage": self.train_data.damage},
-                samples=identity(self.train_data),
+                samples=fingerprint(self.train_data),
             ),
-            keeps=lambda step: self._ends_epoch(step, config.checkpoint.keep_every_epochs),
+            keeps=self.cadence.keeps,
         )
-        self.resumed_step = self._load() if resume else None
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.topology.steps
+        self.resumed_step = self.load() if resume else None
+        self.step = self.resumed_step or 0
 
     def run(self) -> None:
-        """Trains to the last step, evaluating and saving on the way and at the end.
+        """Trains to the last step; evaluates and saves on the way and at the end. A collective: all ranks call it.
 
         Raises:
-            Preempted: it was asked to stop, and has saved.
-            DivergedError: gradients aren't finite, or the loss spikes, as often as the config allows.
+            Preempted: the run was asked to stop, and has saved.
+            DivergedError: the gradients aren't finite, or the loss spikes, more often than the config allows.
         """
         started = time.perf_counter()
         with (
-            self._tracker() as tracker,
+            open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
-            Progress(self.last_step, self.step, enabled=self.world.is_main) as progress,
+            Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
         ):
-            if self.resumed_step is None:
-                tracker.log_topology(self.step, self.topology.unit_masks())
-            window = MetricsWindow(self.device)
-            if tracker.ui_command:
-                progress.write(f"watch the run with: {tracker.ui_command}")
-            batches = self._batches()
-            evaluation: dict[str, float] = {}
-            stops = self.asked_to_stop()
-            while self.step < self.last_step:
-                if stops:
-                    tracker.status = "KILLED"
-                    raise Preempted(self.step)
-                update = self._train_step(batches, window)
-                metrics = update.metrics() if update else {}
-                if update:
-                    tracker.log_topology(update.step, update.unit_masks)
-                progress.advance()
-                stops = self.asked_to_stop() and self.step < self.last_step
-                saves = stops or self._saves()
-                # Who asks to stop gives little time.
-                evaluates = not stops and self._is_due(self.config.train.eval_every_epochs)
-                if not (metrics or evaluates or saves or self.step % self.config.train.log_every == 0):
+            self.begin()
+            due = self.cadence.due(self.step, stopping=self.asked_to_stop())
+            while self.step < self.last_step and not due.stop:
+                update = self.train_step()
+                due = self.cadence.due(self.step, stopping=self.asked_to_stop())
+                if not (due.log or update):
                     continue
-                metrics |= window.close(self.config.train.global_batch_size)
-                self.train_data.damage.add(window.damaged, window.samples)
-                metrics |= self._state_metrics()
+                metrics = self.reduce_metrics(update)
                 if self.guard.is_spike(self.step, metrics.get("loss"), self.checkpoint.newest_valid):
-                    batches = self._roll_back(tracker, progress, metrics["loss"])
-                    # Or the next start would meet the same data, and count anew how often it has gone back.
-                    self.checkpoint.save(self.step, last=stops)
-                    window.restart()
+                    self.roll_back(metrics["loss"], last=due.stop)
                     continue
-                if saves:
-                    self.activity.enter("checkpoint")
-                    self.checkpoint.save(self.step, last=stops or self.step == self.last_step)
-                if evaluates:
-                    evaluation = self._evaluate()
-                    metrics |= evaluation
-                self.activity.enter("metrics")
-                metrics |= self.checkpoint.metrics()
-                window.restart()
-                tracker.log(self.step, metrics)
-                progress.show(metrics)
-            # Where a finished run was resumed, no step evaluated it.
-            evaluation = evaluation or self._evaluate()
-            progress.close()
-            tracker.summarize(self._summary(time.perf_counter() - started, evaluation))
-            progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
+                if due.save:
+                    self.save(last=due.last)
+                if due.evaluate:
+                    metrics |= self.evaluate()
+                self.log(metrics, update)
+            if due.stop:
+                self.tracker.status = "KILLED"
+                raise Preempted(self.step)
+            self.finish(started)
 
-    def _tracker(self) -> Tracker:
-        """Opens the run's files."""
-        return Tracker(
-            self.config.tracking,
-            self.run_dir,
-            self.resumed_step,
-            config_text=to_yaml(self.config),
-            parameters=flatten_config(to_dict(self.config)),
-            enabled=self.world.is_main,
-        )
-
-    def _train_step(self, batches: Iterator[Batch], window: MetricsWindow) -> TopologyUpdate | None:
-        """One optimizer step, and the topology update if one is due.
+    def train_step(self) -> TopologyUpdate | None:
+        """Takes one optimizer step, and then the topology update if one is due. A collective.
 
         Returns:
-            What the topology update did; None where there was none.
+            What the topology update changed; None if there was none.
         """
         self.schedule.step_update(self.step)
-        for selector in self.selectors:
-            selector.anneal(self.step / self.total_steps)
-        for micro_batch in range(self.config.train.accumulation_steps):
-            seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
-            self.activity.enter("waiting for data")
-            batch = next(batches)
-            self.activity.enter("forward")
+        for batch in self.micro_batches():
             images, targets = self.train_transform(batch.images, batch.labels)
             loss, logits = self.loss(self.backend.forward(images), targets, images)
-            self.activity.enter("backward")
-            self.backend.backward(spread_nonfinite(loss) if self._skips_nonfinite else loss)
-            window.add(loss.detach(), logits.detach(), batch)
-        self.activity.enter("optimizer step")
+            self.backend.backward(self.guard.watch(loss))
+            self.average.add(loss.detach(), logits.detach(), batch)
         result = self.backend.step()
-        window.step(result)
+        self.step += 1
+        self.average.end_step(result)
         if self.ema and result.applied:
             self.ema.update()
-        self.activity.enter("topology update" if self.topology.next_update == self.step + 1 else "next step")
         update = self.topology.step(applied=result.applied)
         self.activity.end_step(self.step)
+        self.progress.advance()
         self.guard.end_step(self.step, result.applied, self.checkpoint.newest_valid)
         return update
 
-    def _batches(self) -> Iterator[Batch]:
-        """What the remaining steps train on."""
-        offset = self.guard.data_offset
-        return self.train_data.batches(self.step + offset, self.last_step + offset)
+    def micro_batches(self) -> Iterator[Batch]:
+        """Yields the micro-batches of the next step, and seeds the random generators for each."""
+        for micro_batch in range(self.config.train.accumulation_steps):
+            seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
+            self.activity.enter("data")
+            batch = next(self.batches)
+            self.activity.enter("compute")
+            yield batch
 
-    def _evaluate(self) -> dict[str, float]:
-        """Metrics of the weights, and of their average where the config asks for them. A collective."""
-        metrics = evaluate(self.backend, self.eval_data, self.eval_transform, self.activity)
-        if self.ema and self.config.train.eval_ema:
-            metrics |= evaluate_ema(self.ema, self.backend, self.eval_data, self.eval_transform, self.activity)
-        return metrics
+    def reduce_metrics(self, update: TopologyUpdate | None) -> dict[str, float]:
+        """Returns the metrics since the last line, over all ranks. A collective.
 
-    def _roll_back(self, tracker: Tracker, progress: Progress, loss: float) -> Iterator[Batch]:
-        """Goes back to the newest checkpoint because of a loss; returns what to train on from there."""
-        spiked_at, counted = self.step, self.guard.state_dict()
-        self.activity.enter("rollback")
-        self.checkpoint.load_newest()
-        self.guard.load_state_dict(counted)
-        self.guard.roll_back(spiked_at, self.step)
-        tracker.rewind(self.step)
-        progress.rewind(self.step)
-        progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
-        return self._batches()
-
-    @property
-    def _skips_nonfinite(self) -> bool:
-        return self.config.guard.max_nonfinite_steps is not None
-
-    def _build_backend(self) -> tuple[Backend, float]:
-        """The wrapped model, and the active share of its prunable weights."""
-        config = self.config
-        model, plan = build_sparse(config.model, config.sparsity, config.seed)
-        if config.distillation.teacher is not None:
-            answer_twice(model)
-        options = EngineOptions(
-            device=self.device,
-            wrap_units=blocks(model),
-            micro_batch_size=config.micro_batch_size(self.world.size),
-            accumulation_steps=config.train.accumulation_steps,
-            bf16=config.train.precision == "bf16",
-            clip_grad_norm=config.train.clip_grad_norm,
-            skip_nonfinite=self._skips_nonfinite,
-        )
-        backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
-        return backend, plan_density(plan)
-
-    def _build_topology(self, steps_per_epoch: float) -> TopologyEngine:
-        """The engine that moves the model's weights; refuses windows that don't fit between two updates."""
-        schedule, options = self.config.update_schedule(steps_per_epoch, self.total_steps), self.config.topology_options()
-        with in_section("sparsity"):
-            return TopologyEngine(self.backend.model, self.backend.access, schedule, options, group=dist.group.WORLD)
-
-    def _build_ema(self) -> Ema | None:
-        """The average of the weights, which then follows the topology; None where the config asks for none."""
-        if self.config.train.ema_decay is None:
-            return None
-        return Ema(self.backend.model, self.topology, self.config.train.ema_decay)
-
-    def _load(self) -> int:
-        """Loads the newest checkpoint; returns its step."""
-        model, size = self.config.model, self.config.micro_batch_size(self.world.size)
-        images = torch.zeros(size, model.in_channels, model.image_size, model.image_size, device=self.device)
-        self.backend.init_optimizer_state(images)
-        return self.checkpoint.load_newest()
-
-    def _saves(self) -> bool:
-        """Whether a checkpoint is due after this step."""
-        every_steps = self.config.checkpoint.every_steps
-        return self._is_due(self.config.checkpoint.every_epochs) or (every_steps is not None and self.step % every_steps == 0)
-
-    def _is_due(self, every_epochs: int | None) -> bool:
-        """Whether something done every so many epochs, and at the end, is due after this step."""
-        return self.step == self.last_step or self._ends_epoch(self.step, every_epochs)
-
-    def _ends_epoch(self, step: int, every: int | None) -> bool:
-        """Whether one of every so many epochs ends with a step; None is never."""
-        return every is not None and self.train_data.steps.ends_epoch(step, every)
-
-    def _state_metrics(self) -> dict[str, float]:
-        return {
+        Raises:
+            DataError: too many samples couldn't be decoded.
+        """
+        metrics = update.metrics() if update else {}
+        metrics |= self.average.reduce(self.config.train.global_batch_size)
+        self.train_data.damage.add(self.average.damaged, self.average.samples)
+        metrics |= {
             "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
             "density": self.density,
-            "drop_rate": self.topology.rate,
+            "drop_fraction": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
             **self.guard.metrics(),
-            **self._token_metrics(),
         }
+        if self.selectors:
+            # All selectors have the same temperature; the last one lets the fewest tokens pass.
+            last = self.selectors[-1]
+            # topology.step() has already set the next step's temperature.
+            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
+        return metrics
 
-    def _token_metrics(self) -> dict[str, float]:
-        """The temperature, which all selectors share, and how many tokens the last one lets pass; empty without selectors."""
-        if not self.selectors:
-            return {}
-        last = self.selectors[-1]
-        return {"temperature": last.temperature, "tokens": last.num_tokens}
+    def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:
+        """Writes one line of metrics, and one of the topology if it changed. A collective."""
+        self.activity.enter("checkpoint")
+        metrics |= self.checkpoint.metrics()
+        self.average.restart()
+        if update:
+            self.tracker.log_topology(update.step, update.unit_masks)
+        self.tracker.log(self.step, metrics)
+        self.progress.show(metrics)
 
-    def _summary(self, seconds: float, evaluation: dict[str, float]) -> dict[str, object]:
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates the weights, and their moving average if the config asks for it. A collective."""
+        parts = self.backend, self.eval_data, self.eval_transform, self.activity
+        self.evaluation = evaluate(*parts)
+        if self.ema and self.config.train.eval_ema:
+            with self.ema.in_place_of_weights():
+                self.evaluation |= evaluate(*parts, prefix="eval_ema_")
+        return self.evaluation
+
+    def save(self, *, last: bool) -> None:
+        """Saves a checkpoint. A collective; ``last`` waits until it is on the disk."""
+        self.activity.enter("checkpoint")
+        self.checkpoint.save(self.step, last=last)
+
+    def load(self) -> int:
+        """Loads the newest checkpoint and returns its step. A collective."""
+        model, batch_size = self.config.model, self.config.micro_batch_size(self.world.size)
+        shape = (batch_size, model.in_channels, model.image_size, model.image_size)
+        self.backend.init_optimizer_state(torch.zeros(shape, device=self.device))
+        return self.checkpoint.load_newest()
+
+    def roll_back(self, loss: float, *, last: bool) -> None:
+        """Returns to the newest checkpoint after the loss spiked, and leaves out the data since then. A collective."""
+        self.activity.enter("checkpoint")
+        spiked_at, counted = self.step, self.guard.state_dict()
+        self.step = self.checkpoint.load_newest()
+        self.guard.load_state_dict(counted)
+        self.guard.roll_back(spiked_at, self.step)
+        self.batches = self.remaining_batches()
+        self.tracker.rewind(self.step)
+        self.progress.rewind(self.step)
+        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
+        # Saved again, so that a restart skips the same data and knows the number of rollbacks.
+        self.save(last=last)
+        self.average.restart()
+
+    def remaining_batches(self) -> Iterator[Batch]:
+        """Returns the stream of batches for the steps that are left."""
+        offset = self.guard.data_offset
+        return self.train_data.batches(self.step + offset, self.last_step + offset)
+
+    def begin(self) -> None:
+        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
+        self.batches = self.remaining_batches()
+        if self.resumed_step is None:
+            self.tracker.log_topology(self.step, self.topology.unit_masks())
+        if self.tracker.ui_command:
+            self.progress.write(f"watch the run with: {self.tracker.ui_command}")
+        self.average.restart()
+
+    def finish(self, started: float) -> None:
+        """Writes the summary of a run that started at a time of ``time.perf_counter()``. A collective."""
+        # If a finished run was resumed, no step has evaluated it.
+        evaluation = self.evaluation or self.evaluate()
+        self.progress.close()
         parallel = self.config.parallel
-        return {
-            "steps": self.step,
-            "seconds": seconds,
-            "density": self.density,
-            **evaluation,
-            "backend": parallel.backend,
-            "zero_stage": parallel.zero_stage if parallel.backend == "deepspeed" else None,
-            "world_size": self.world.size,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "precision": self.config.train.precision,
-        }
+        self.tracker.summarize(
+            {
+                "steps": self.step,
+                "seconds": time.perf_counter() - started,
+                "density": self.density,
+                **evaluation,
+                "backend": parallel.backend,
+                "zero_stage": parallel.zero_stage if parallel.backend == "deepspeed" else None,
+                "world_size": self.world.size,
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "precision": self.config.train.precision,
+            }
+        )
+        self.progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from svite_scale.config.schema import Config
 from svite_scale.errors import CheckpointError
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.runs import Lines, metrics_of

@@ -15,8 +15,8 @@ from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
-from svite_scale.runtime.ranks import World
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.runtime.world import World
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.train.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.runs import (
@@ -89,8 +89,8 @@ def postponed(config: Config, resume: bool) -> State:
     step = topology.step
 
     def poisoned_step(**arguments: bool) -> TopologyUpdate | None:
-        if topology.steps == 3 and layer.gradient_sink is not None:
-            layer.gradient_sink(torch.full(layer.shape, torch.nan))
+        if topology.steps == 3 and layer.gradient_hook is not None:
+            layer.gradient_hook(torch.full(layer.shape, torch.nan))
         return step(**arguments)
 
     topology.step = poisoned_step  # type: ignore[method-assign]
@@ -263,10 +263,10 @@ def masks_after_an_update(config: Config) -> dict[str, bytes]:
     while topology.steps + 1 != topology.next_update:
         topology.step()
     for name, layer in topology.layers.items():
-        assert layer.gradient_sink is not None
+        assert layer.gradient_hook is not None
         # Small integers, so that sums are exact on any number of ranks, and tie.
         generator = torch.Generator().manual_seed(len(name) + layer.growth_numel)
-        layer.gradient_sink(torch.randint(-9, 10, (layer.growth_numel,), generator=generator).float())
+        layer.gradient_hook(torch.randint(-9, 10, (layer.growth_numel,), generator=generator).float())
     assert topology.step() is not None
     read = trainer.backend.access.read
     with torch.no_grad():

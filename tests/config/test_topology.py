@@ -13,12 +13,12 @@ from svite_scale.config.validate import validate
 from svite_scale.errors import ConfigError, OptionError
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.topology.methods import METHODS
 from svite_scale.train.options import TrainConfig
 from tests.command_line import run_here
 from tests.ranks import run_on_ranks
 from tests.runs import metrics_of, run
+from tests.sparsity.packing import packed_layers
 from tests.tiny import tiny_config, write_config_file
 
 FIGURES = ("dropped", "grown", "regrown", "initial_survival", "ever_active", "drop_threshold", "grow_threshold")
@@ -52,7 +52,7 @@ def test_the_other_keys_are_handed_on() -> None:
     config = config_of(stop_fraction=0.6, drop_fraction=0.4, final_drop_fraction=0.1, drop_schedule="linear")
     schedule = config.update_schedule(steps_per_epoch=100, total_steps=1000)
     assert schedule.stop_step == 600
-    assert schedule.rate(300) == pytest.approx(0.25)
+    assert schedule.drop_fraction_at(300) == pytest.approx(0.25)
 
 
 def test_the_options_are_the_keys_of_the_same_names() -> None:
@@ -158,7 +158,7 @@ def test_a_method_that_moves_nothing(tmp_path: Path, digits: Path, method: str) 
     (state,) = run_on_ranks(1, run, tiny_config(digits, tmp_path / "run", f"sparsity.method={method}", "train.max_steps=5"))
     lines = metrics_of(tmp_path / "run")
     assert not any("dropped" in line for line in lines)
-    assert all(line["drop_rate"] == 0.0 for line in lines)
+    assert all(line["drop_fraction"] == 0.0 for line in lines)
     masks = [name for name in state.tensors if name.endswith(".mask")]
     assert bool(masks) == (method == "static")
     assert lines[-1]["density"] == (1.0 if method == "dense" else pytest.approx(0.6, abs=1e-3))

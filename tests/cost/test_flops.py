@@ -19,8 +19,9 @@ from svite_scale.cost.flops import model_cost
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse, plan_sparse
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear, packed_layers
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 from tests.cost.costs import count
+from tests.sparsity.packing import packed_layers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 def consume(run: Run, rank: int, log: Path) -> None:
-    """One rank. Its process leads a process group, to which its loader processes belong."""
+    """Runs one rank. Its process leads a process group that includes its loader processes."""
     os.setsid()
     torch.set_num_threads(1)
     augment = AugmentConfig(repeats=run.repeats)

@@ -1,4 +1,4 @@
-"""A real HTTP server in a process of its own that serves a folder, with faults that a URL asks for.
+"""A real HTTP server in a process of its own that serves a folder, with faults that a URL requests.
 
 ``/FAULT-N/NAME`` does something wrong the first N times that it is asked for, and serves the file after that.
 """
@@ -32,12 +32,12 @@ class Server:
         self.root = root
 
     def arrivals(self) -> dict[str, list[float]]:
-        """By path, when it was asked for, in seconds."""
+        """The times of requests in seconds, by path."""
         with urlopen(f"{self.root}/arrivals") as answer:
             return json.load(answer)
 
     def requests(self) -> dict[str, int]:
-        """By file name, how often it was asked for."""
+        """The number of requests, by file name."""
         counts: dict[str, int] = defaultdict(int)
         for path, times in self.arrivals().items():
             counts[path.rpartition("/")[2]] += len(times)

@@ -14,7 +14,7 @@ from PIL import Image
 from svite_scale.data.loader import Batch, EvalData, TrainData
 from svite_scale.data.make.shards import Sample, Source, write_shards
 from svite_scale.data.options import DataConfig
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 
 SIZE = 8
 NUM_LABELS = 7
@@ -26,7 +26,7 @@ def picture(value: int, extension: str = "png", mode: str = "L") -> bytes:
 
 
 def speckled(value: int) -> bytes:
-    """A PNG of noise that begins with ``value``; unlike an even image, it shows when it is moved."""
+    """A PNG of noise that begins with ``value``; unlike an even image, it changes when it is moved."""
     pixels = np.random.RandomState(value).randint(256, size=(SIZE, SIZE)).astype(np.uint8)
     pixels[0, 0] = value
     return encoded(Image.fromarray(pixels), "png")
@@ -81,7 +81,7 @@ def assert_same_batches(left: Iterable[Batch], right: Iterable[Batch]) -> None:
 
 
 def image_bytes(batches: Iterable[Batch], damaged: bool = False) -> Counter[bytes]:
-    """The images that batches hold, of those samples that are marked as damaged, or aren't."""
+    """The images of the batches' samples that are marked as damaged, or of the others."""
     return Counter(image.numpy().tobytes() for batch in batches for image in batch.images[batch.damaged == damaged])
 
 

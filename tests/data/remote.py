@@ -20,7 +20,7 @@ BACKOFF_S = 0.02
 
 
 def write_blobs(folder: Path, count: int) -> list[str]:
-    """Writes files of ``SIZE`` random bytes, which nothing needs to be tars, and returns their names."""
+    """Writes files of ``SIZE`` random bytes, which needn't be tars, and returns their names."""
     names = [f"blob-{number:02d}.tar" for number in range(count)]
     for name in names:
         (folder / name).write_bytes(random.Random(name).randbytes(SIZE))
@@ -56,7 +56,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], deadline_s: float = 300.0) -> None:
-    """Calls ``function`` in as many forked processes at once as there are tuples of arguments; each must succeed."""
+    """Calls ``function`` in one forked process for each tuple of arguments, all at the same time; each must succeed."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=function, args=one) for one in arguments]
     try:

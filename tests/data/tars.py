@@ -20,7 +20,7 @@ def make_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile
 
 
 def overwrite(path: Path, start: int, content: bytes) -> None:
-    """Writes ``content`` over the bytes from ``start``; the size stays."""
+    """Overwrites bytes from ``start`` on with ``content``; the size stays."""
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(content)

@@ -40,7 +40,7 @@ def test_digits_are_stratified_disjoint_and_complete(digits: dict[str, list[Samp
 
 
 def test_the_split_never_changes(digits: dict[str, list[Sample]]) -> None:
-    """Accuracies are compared over it. Hashes pixels, for another Pillow may compress them differently."""
+    """Accuracies are compared over it. Pixels are hashed, because another Pillow may compress them differently."""
     hashes = {}
     for split, samples in digits.items():
         content = b"".join(np.array(Image.open(BytesIO(sample.image))).tobytes() + bytes([sample.label]) for sample in samples)

@@ -1,4 +1,4 @@
-"""A cache that processes share: one fetch each, never above its bound, and a kill leaves nothing that blocks."""
+"""A cache that processes share: it fetches each file once, stays within its bound, and isn't blocked by a kill."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def piped(cache: ShardCache, served: Path, name: str) -> RemoteShard:
 
 
 def read_all(cache: ShardCache, root: str, served: Path, seed: int, rounds: int = 1) -> None:
-    """Reads every shard and every index ``rounds`` times in an order of its own."""
+    """Reads every shard and every index ``rounds`` times in a random order."""
     for name in random.Random(seed).sample(names_of(served) * rounds, NUM_BLOBS * rounds):
         assert cache.index_text(f"{root}/ok/{name}") == f'"{name}"'
         assert content_of(cache, f"{root}/ok/{name}", (served / name).read_bytes()) == (served / name).read_bytes()
@@ -95,7 +95,7 @@ def test_the_least_recently_used_shard_is_evicted_first(tmp_path: Path, served: 
 
 
 def test_a_time_of_use_in_the_future_does_not_prevent_eviction(tmp_path: Path, served: Path) -> None:
-    """The clock has been set back since."""
+    """The clock was set back after the use."""
     first, second = names_of(served)[:2]
     cache = cache_of(tmp_path, 1)
     os.close(piped(cache, served, first).open())
@@ -137,7 +137,7 @@ def test_an_evicted_shard_stays_readable_while_it_is_open(
 
 
 def killed_midway(cache: ShardCache, folder: Path, url: str, content: bytes) -> None:
-    """A process that asks for ``url`` is killed after the first half has come."""
+    """Kills a process that fetches ``url`` after the first half has come."""
     process = multiprocessing.get_context("fork").Process(target=content_of, args=(cache, url, content))
     process.start()
     wait_until(lambda: any(path.read_bytes()[:20_000] == content[:20_000] for path in folder.glob("*.part")))
@@ -181,7 +181,7 @@ def test_the_file_of_a_killed_fetch_is_removed_when_room_is_needed(tmp_path: Pat
 
 
 def test_a_fetch_takes_no_room_while_it_waits(tmp_path: Path, served: Path, server: Server) -> None:
-    """The one that is being fetched stays, however old it seems, until its process ends."""
+    """A file that is being fetched stays, however old it is, until its process ends."""
     name, other = names_of(served)[:2]
     cache = cache_of(tmp_path, 1)
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""One sample: read at its place, decoded, transformed by randomness of its own."""
+"""One sample: read at its place, decoded, and transformed with its own random numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pixels(image: Tensor) -> Tensor:
 
 
 def draws(image: Tensor) -> Tensor:
-    """A transform that shows what it draws from each generator."""
+    """A transform that returns what it draws from each generator."""
     return torch.tensor([random.random(), float(np.random.rand()), torch.rand(()).item()], dtype=torch.float64)
 
 

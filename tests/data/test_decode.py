@@ -1,4 +1,4 @@
-"""Image files of every kind become the documented pixels, by a conversion written here; damaged ones say why."""
+"""Image files of every format give the documented pixels, computed here independently; damaged ones give a reason."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_16_bits_of_colours_or_beside_alpha_lose_the_low_byte(kind: int, depth: 
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that says it is very large."""
+    """A PNG whose header states a very large size."""
     return png(width, height, 8, 0, bytes(1000))
 
 
@@ -158,14 +158,14 @@ def test_undecodable_images_are_refused_with_a_reason(content: bytes, reason: st
 
 
 def scans(number: int) -> bytes:
-    """A progressive JPEG whose last scan comes again so many times."""
+    """A progressive JPEG whose last scan is repeated so many times."""
     content = photograph(progressive=True)
     last, end = content.rfind(b"\xff\xda"), content.rfind(b"\xff\xd9")
     return content[:end] + content[last:end] * number + content[end:]
 
 
 def test_nothing_runs_a_program_to_read_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    """Pillow gives EPS to Ghostscript, whatever the file's name."""
     ghostscript, proof = tmp_path / "gs", tmp_path / "ran"
     ghostscript.write_text(f"#!/bin/sh\ntouch {proof}\n")
     ghostscript.chmod(0o755)
@@ -176,7 +176,7 @@ def test_nothing_runs_a_program_to_read_an_image(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_within_a_file_does_not_pass_the_limit_of_pixels() -> None:
-    """An icon of 16 x 16, as it says, with 900 million pixels in it."""
+    """An icon whose header states 16 x 16, with an image of 900 million pixels in it."""
     content = bomb(30000, 30000)
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
     with pytest.raises(UndecodableError, match="no image file of a kind that is read"):
@@ -197,7 +197,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_cost_time() -> None
 
 
 def test_an_image_of_one_very_long_row_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow hands out no row of 90 million pixels; smaller parts of a shorter one stand for them here."""
+    """Pillow can't convert a row of 90 million pixels to an array; here a shorter row is converted in small parts."""
     asked = []
     image = encoded(Image.fromarray(NOISE), "png")
     monkeypatch.setattr("svite_scale.data.decode.STRIP", 4)

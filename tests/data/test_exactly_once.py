@@ -51,7 +51,7 @@ class Life:
             assert rank.exitcode in (0, -signal.SIGKILL)
 
     def consumed(self, first: int) -> list[list[int]]:
-        """The samples of each step from ``first`` on that all ranks completed: what a checkpoint would hold."""
+        """The samples of each step from ``first`` on that all ranks completed, as a checkpoint would count them."""
         logged = [self.steps_of(rank) for rank in range(len(self.ranks))]
         found = []
         while all(first + len(found) in steps for steps in logged):

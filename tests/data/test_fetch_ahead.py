@@ -39,7 +39,7 @@ def config_of(root: str, cache: Path, repeats: int = 1, **fields: object) -> Dat
 
 
 def shards_of_steps(served: Path, steps: int, repeats: int = 1) -> list[set[str]]:
-    """The shards of each step's samples, found by looking at the samples of the local files."""
+    """The shards of each step's samples, read from local files."""
     batches = train_data(config_of(str(served), served, repeats), BATCH).batches(0, steps)
     return [{NAMES[number // PER_SHARD] for number in numbers(batch)} for batch in batches]
 
@@ -96,7 +96,7 @@ def test_shards_are_fetched_when_they_are_read_without_room_for_two_groups(
 
 
 class Recorder:
-    """In the place of a cache: keeps which shards it is asked for, by number."""
+    """Replaces a cache, and records the numbers of the requested shards."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -109,7 +109,7 @@ class Recorder:
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("batch", [16, 60, 1])
 def test_the_next_epoch_is_fetched_in_time_after_a_small_last_group(batch: int, ends: bool) -> None:
-    """17 shards of 16 in groups of 4: the last group is one shard, which a batch may jump over, or leave out (at 60)."""
+    """17 shards of 16 in groups of 4: the last group is one shard, which a batch may skip, or leave out (at 60)."""
     cache, empty = Recorder(), np.zeros(16, dtype=np.int64)
     shards = [RemoteShard(str(number), 1, "", cache) for number in range(17)]  # type: ignore[arg-type]
     indexes = [ShardIndex(shard, 1, "", "", empty, empty, empty, b"") for shard in shards]  # type: ignore[arg-type]

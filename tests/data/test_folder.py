@@ -1,4 +1,4 @@
-"""Image folders: which files, in which order, with which labels."""
+"""Image folders: their files, order and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data.numbered import picture, samples_of
 
 
 def write_files(root: Path, files: list[str]) -> dict[str, bytes]:
-    """Images of all different content."""
+    """Images with different contents."""
     contents = {file: picture(number, "png" if "png" in file else "jpg") for number, file in enumerate(files)}
     for file, content in contents.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)

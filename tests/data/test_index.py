@@ -1,4 +1,4 @@
-"""The index finds every image; patterns and damaged files fail with what to do."""
+"""The index finds every image; bad patterns and damaged files fail with a remedy."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_indexes_are_compact_in_memory(tmp_path: Path) -> None:
 
 
 def write_labels(shard: Path, labels: list[int], seconds: int) -> None:
-    """A tar of samples with these labels, changed at so many seconds."""
+    """A tar of samples with these labels and this modification time in seconds."""
     make_tar(shard, [part for i, n in enumerate(labels) for part in ((f"{i}.jpg", b"x"), (f"{i}.cls", str(n).encode()))])
     os.utime(shard, ns=(seconds * 10**9 + 123456789,) * 2)
 
@@ -222,7 +222,7 @@ def write_labels(shard: Path, labels: list[int], seconds: int) -> None:
 def test_a_tar_is_indexed_again_when_it_changed_at_equal_size(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], later: int
 ) -> None:
-    """Also by one that is older."""
+    """Also if the new tar is older."""
     changed, kept = tmp_path / "a.tar", tmp_path / "b.tar"
     for shard in (changed, kept):
         write_labels(shard, [1, 2], 10**9)
@@ -255,7 +255,7 @@ def copy_with_whole_seconds(source: Path, target: Path) -> None:
 
 
 def copy_without_times(source: Path, target: Path) -> None:
-    """The indexes first, the tars an hour later."""
+    """The indexes come first, the tars an hour later."""
     for hours, ending in enumerate((".json", ".tar")):
         for path in source.glob(f"*{ending}"):
             shutil.copyfile(path, target / path.name)

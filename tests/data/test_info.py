@@ -40,7 +40,7 @@ def test_splits_written_at_the_same_time_are_all_kept(tmp_path: Path, monkeypatc
 
     @contextmanager
     def meanwhile(path: Path) -> Iterator[Path]:
-        """The other split is written between the reading and the writing of this one, if nothing keeps it waiting."""
+        """Writes the other split between reading and writing of this one, unless a lock prevents it."""
         monkeypatch.setattr("svite_scale.data.format.info.replacing", replacing)
         other.start()
         other.join(timeout=0.3)

@@ -1,4 +1,4 @@
-"""Lists of classes and of labels: what is wrong is named by its line."""
+"""Lists of classes and of labels: errors name the line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_lists_of_classes_and_labels_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_label_is_a_number_or_a_name(value: object, classes: dict[str, int] | None, label: int | None) -> None:
-    """A class may be called by a number, which then comes before the class of that number."""
+    """A class may have a number as its name, which counts before the class of that number."""
     assert parse_label(value, classes) == label
 
 

@@ -23,7 +23,7 @@ COUNTS = [10, 10, 10, 10, 10, 3]
 
 
 def expected_steps(num_steps: int, repeats: int = 1) -> list[list[int]]:
-    """The samples of each step, straight from the order."""
+    """The samples of each step, directly from the order."""
     epochs = [epoch_order(COUNTS, 3, epoch, 2, repeats)[:, 0].tolist() for epoch in range(num_steps // STEPS + 1)]
     return [epochs[step // STEPS][step % STEPS * BATCH :][:BATCH] for step in range(num_steps)]
 

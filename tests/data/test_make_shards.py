@@ -1,4 +1,4 @@
-"""The command line: what it writes trains; it skips finished work, and names every bad shard."""
+"""The command line: its shards can be trained on; it skips finished work, and names every bad shard."""
 
 from __future__ import annotations
 

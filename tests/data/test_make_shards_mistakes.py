@@ -1,4 +1,4 @@
-"""Mistakes on the command line that makes shards: status 2 and one line, which says what to do."""
+"""Mistakes in the command that makes shards: status 2 and one line with a remedy."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_wrong_usage_is_refused(command: ModuleType, arguments: list[str]) -> No
 def test_a_full_disk_is_reported_in_one_line(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:
-    """A bound on the size of files stands in for it."""
+    """A limit on the size of files simulates it."""
     arguments = ["--source", "photographs", "--count", "4", "--samples-per-shard", "1", "--out", str(tmp_path)]
     unbounded = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, unbounded[1]))

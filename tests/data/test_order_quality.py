@@ -57,7 +57,7 @@ def test_a_rank_reads_few_shards_at_a_time(order: np.ndarray, world_size: int) -
 
 
 def test_a_poor_shuffle_shows() -> None:
-    """The bounds above are no formality."""
+    """A poor shuffle misses the bounds above."""
     found = shuffling(epoch_order(COUNTS, seed=0, epoch=0, shuffle_shards=1, repeats=1)[:, 0], COUNTS)
     assert found["fraction of neighbours in the same shard"] > 0.9
     assert found["mean distance of neighbours' shards"] < 0.01

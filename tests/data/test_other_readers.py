@@ -22,7 +22,7 @@ Samples = Counter[tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Samples]]:
-    """Shards of an image folder with JPEG and PNG, by split, in one folder; and what they must hold."""
+    """Shards of an image folder with JPEG and PNG, by split, in one folder; and their expected samples."""
     root = tmp_path_factory.mktemp("written")
     expected: dict[str, Samples] = {"train": Counter(), "val": Counter()}
     for split, count in (("train", 23), ("val", 9)):
@@ -56,7 +56,7 @@ def test_webdataset_reads_our_shards(written: tuple[Path, dict[str, Samples]], s
 def test_timm_reads_our_shards_for_evaluation(
     written: tuple[Path, dict[str, Samples]], split: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the name of a split, which it looks up in ``_info.json``, as its training script does with ``--dataset wds/``."""
+    """It finds the split's name in ``_info.json``, as its training script does with ``--dataset wds/``."""
     folder, expected = written
     dataset = create_dataset("wds/", root=str(folder), split=split, batch_size=4)
     assert len(dataset) == sum(expected[split].values())

@@ -29,7 +29,7 @@ NUM_SHARDS = 24
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of files of up to 60 kB; what a tar holds needn't be an image to be written."""
+    """Three classes of files of up to 60 kB, which needn't be images to be written."""
     root = tmp_path_factory.mktemp("images")
     for number in range(NUM_IMAGES):
         path = root / "abc"[number % 3] / f"{number}.jpg"
@@ -98,7 +98,7 @@ def ended(child: int) -> bool:
 
 
 def test_writing_gives_the_same_bytes_after_random_kills(images: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    """Each kill comes at a random moment after a few more files have appeared, among them unfinished ones."""
+    """Each kill comes at a random moment after a few more files, also temporary ones, have appeared."""
     draw = random.Random(7)
     workers = set()
     for _ in range(10):
@@ -234,7 +234,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
 
 
 def dawdle(path: Path | None) -> None:
-    """Leaves a file, unless it is ended before."""
+    """Writes a file, unless the process is ended before."""
     if path is not None:
         time.sleep(200)
         path.touch()

@@ -1,4 +1,4 @@
-"""Training and evaluation data over HTTP are those over local files."""
+"""Training and evaluation data over HTTP equal those over local files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save_training(config: DataConfig, rank: int, path: Path) -> None:
 
 
 def test_training_over_http_gives_the_samples_of_local_files(tmp_path: Path, served: Path, server: Server) -> None:
-    """On 2 ranks with 2 workers each, all 4 of which read through one cache, on a bad line."""
+    """2 ranks with 2 workers each read through one cache, over an unreliable connection."""
     remote = config_of(f"{server.root}/cut-1/{BRACES}", tmp_path / "cache", 2)
     local = config_of(f"{served}/{BRACES}", tmp_path / "unused", 0)
     in_processes(save_training, [(remote, rank, tmp_path / f"{rank}.pt") for rank in range(2)])

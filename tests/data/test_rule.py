@@ -1,4 +1,4 @@
-"""One rule for folders and tars: the same samples, the same classes, and everything else counted, whichever way they come."""
+"""One rule for folders and tars: both give the same samples and classes, and count all other files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IMAGES = [
     "10/7\udce9.jpg",
     "caf\udce9 noir/8.jpg",
 ]
-"""By number the content, and in its outermost folder the class."""
+"""Contents by path; the outermost folder is the class."""
 OTHERS = {
     "hidden": ["10/._6 6.jpg", "10/.trash/deep/a.jpg", ".git/10/a.jpg"],
     ".seg.png": ["10/6 6.seg.png"],
@@ -227,7 +227,7 @@ def test_members_without_a_content_in_one_piece_are_refused(tmp_path: Path, memb
 def test_an_image_of_two_gibibytes_is_named_and_the_other_shards_are_indexed(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A hole in the file, which takes no room on the disk."""
+    """A sparse file, which takes no room on the disk."""
     image = tarfile.TarInfo("x.jpg")
     image.size = MAX_IMAGE_BYTES + 1
     with open(tmp_path / "a.tar", "wb") as file:

@@ -1,4 +1,4 @@
-"""Tars of other tools are read as they are; what would lose a sample is refused, with what to do."""
+"""Tars of other tools are read as they are; a tar that would lose a sample is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_truncated_tar_is_refused(tmp_path: Path, keep: float) -> None:
 @pytest.mark.parametrize("damage", [b"\xff", bytes(BLOCK)], ids=["flipped", "zeroed"])
 @pytest.mark.parametrize("member", range(10))
 def test_a_damaged_header_is_refused_and_loses_nothing_silently(tmp_path: Path, member: int, damage: bytes) -> None:
-    """tarfile, and webdataset with it, ends as if nothing more were there."""
+    """tarfile, and so webdataset, stops there as if the archive ended."""
     (shard,) = write_shards(numbered(5), tmp_path, "train", 10)
     with tarfile.open(shard) as tar:
         header = tar.getmembers()[member].offset

@@ -1,4 +1,4 @@
-"""Written shards are what webdataset reads, complete, and the same bytes every time."""
+"""webdataset can read written shards; they are complete, and have the same bytes every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Epochs cut into steps: what is dropped, what is carried over, and when an epoch ends."""
+"""Epochs cut into steps: dropped and carried rows, and the ends of epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images become uint8 tensors of the right size; each recipe does what it says."""
+"""Images become uint8 tensors of the right size, and each recipe transforms them as documented."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_posterize_keeps_a_bit_at_every_magnitude(policy: str) -> None:
 
 
 def test_augmentation_works_where_timm_alone_fails() -> None:
-    """Takes the magnitude to its end through timm's own noise; without the clamp Pillow raises here."""
+    """timm's own noise takes the magnitude to its maximum, where Pillow would raise without the clamp."""
     transform = train_transform(config("deit", auto_augment="rand-m10-n15-mstd0.5-inc1-p1.0"), 24)
     for seed in range(20):
         with seeded(seed):

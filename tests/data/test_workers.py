@@ -1,4 +1,4 @@
-"""Loader processes and signals: a scheduler's warning to a whole job doesn't take the workers from the training process."""
+"""Loader processes and signals: a scheduler's warning to all processes of a job doesn't end the workers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ raise KeyError("an error of the trainer's")
 
 
 def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> None:
-    """The traceback that Python keeps holds the stream until the process has gone, and with it the workers."""
+    """Python keeps the traceback, and so the stream and its workers, until the process ends."""
     process = subprocess.Popen([sys.executable, "-c", CRASH, many], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         _, err = process.communicate(timeout=PATIENCE_S)
@@ -104,7 +104,7 @@ def test_a_training_process_that_fails_takes_its_workers_along(many: str) -> Non
 
 @pytest.mark.parametrize("num_hanging", [2, 3])
 def test_a_loader_that_hangs_in_fork_is_forked_again(many: str, num_hanging: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Python before 3.12, where a thread of gloo's has Python's lock of threads at that moment."""
+    """On Python before 3.12 this happens if a thread of gloo holds Python's lock of threads at that moment."""
     monkeypatch.setattr("svite_scale.data.workers.PATIENCE_S", (0.2, 0.2, float(PATIENCE_S) if num_hanging == 2 else 0.2))
     monkeypatch.setattr(Forks, "num_hanging", num_hanging)
     stream = train_data(grey_config(train=many, workers=1), 12).batches()
@@ -118,7 +118,7 @@ def test_a_loader_that_hangs_in_fork_is_forked_again(many: str, num_hanging: int
 
 
 class Forks:
-    """The next forks of this process, of which the first ones hang in the child."""
+    """The next forks of this process, whose first children hang."""
 
     num_hanging = 0
     is_hanging = False

@@ -14,10 +14,10 @@ from svite_scale.engines.backend import Backend
 from svite_scale.engines.moments import elementwise
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import random_mask
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks
+from tests.sparsity.packing import packed_layers
 
 LR = 1e-3
 Snapshot = dict[str, np.ndarray[Any, Any]]
@@ -236,3 +236,27 @@ def test_moments_are_the_tensors_with_an_entry_per_weight() -> None:
 def test_optimizer_state_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(TopologyError, match=r"'row' of shape .* for a parameter of shape \(5,\) can't follow moving weights"):
         elementwise({"exp_avg": torch.ones(5), "row": torch.ones(shape)}, torch.Size((5,)))
+
+
+def initialised(kind: str) -> tuple[Snapshot, Snapshot, list[float], list[bool]]:
+    """Parameters before and after, learning rates, and whether all moments are there and zero. A collective."""
+    backend = build_backend(kind, small_vit(), adamw, micro_batch_size=4, accumulation_steps=2)
+    parameters = dict(backend.model.named_parameters())
+    before = read_all(backend, parameters)
+    backend.init_optimizer_state(images(0)[0])
+    zero = []
+    for parameter in parameters.values():
+        if parameter.requires_grad:
+            moments = [backend.access.read_moment(parameter, name) for name in ("exp_avg", "exp_avg_sq")]
+            zero.append(all(moment.shape == moments[0].shape and not moment.any() for moment in moments))
+    return before, read_all(backend, parameters), [group["lr"] for group in backend.optimizer.param_groups], zero
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2)])
+def test_init_optimizer_state_creates_moments_of_zero_and_changes_no_weight(kind: str, world_size: int) -> None:
+    for before, after, rates, zero in run_on_ranks(world_size, initialised, kind):
+        assert len(zero) > 20
+        assert all(zero)
+        assert rates == [LR, LR]
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)

@@ -86,10 +86,10 @@ def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
     options = TopologyOptions(grow_window=case.window, grow_by="magnitude" if case.by_magnitude else "gradient")
     topology = TopologyEngine(layer, TorchAccess(layer, optimizer), schedule, options, group=dist.group.WORLD)
     for step in range(3):
-        if layer.gradient_sink is not None:
+        if layer.gradient_hook is not None:
             for micro_batch in range(case.micro_batches):
                 gradient = drawn(case, numel, dist.get_rank(), step, micro_batch)
-                layer.gradient_sink(torch.tensor(gradient).float().view(layer.shape))
+                layer.gradient_hook(torch.tensor(gradient).float().view(layer.shape))
         update = topology.step()
     assert update is not None
     mask = np.unpackbits(layer.mask.numpy(), bitorder="little")[:numel].astype(bool).tolist()

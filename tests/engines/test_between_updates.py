@@ -15,12 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svite_scale.engines.backend import Backend
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks
+from tests.sparsity.packing import packed_layers
 
 STEPS, UPDATE = 4, 3
 """Steps taken, and the one that an update follows."""

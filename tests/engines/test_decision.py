@@ -134,10 +134,10 @@ class Driver:
         for name, layer in self.layers.items():
             self.backend.access.write(layer.values, torch.tensor(values[name]))
 
-    def hear(self, gradients: dict[str, list[float]]) -> None:
+    def record_gradient(self, gradients: dict[str, list[float]]) -> None:
         """Gives each named layer a dense gradient, as its backward would."""
         for name, gradient in gradients.items():
-            sink = self.layers[name].gradient_sink
+            sink = self.layers[name].gradient_hook
             assert sink is not None
             sink(torch.tensor(gradient).view(self.layers[name].shape))
 
@@ -165,7 +165,7 @@ def decide(kind: str, updates: list[Scores]) -> Outcome:
     outcome = Outcome([], [], {}, {}, {}, {})
     for scores in updates:
         driver.write(scores.values)
-        driver.hear(scores.gradients)
+        driver.record_gradient(scores.gradients)
         driver.topology.step()
         outcome.masks.append(driver.masks())
         outcome.values.append(driver.values())
@@ -173,7 +173,7 @@ def decide(kind: str, updates: list[Scores]) -> Outcome:
     driver = Driver(backend)
     driver.write(updates[0].values)
     for micro_step in range(2):
-        driver.hear(integer_gradients(dist.get_rank(), micro_step))
+        driver.record_gradient(integer_gradients(dist.get_rank(), micro_step))
     outcome.averages = {name: driver.topology.growth.gather(layer).tolist() for name, layer in driver.layers.items()}
     driver.topology.step()
     outcome.averaged_masks = driver.masks()
@@ -188,12 +188,12 @@ def refusals(backend: Backend, values: dict[str, list[float]]) -> dict[str, str]
     gradients = integer_gradients(0, 0)
     driver = Driver(backend)
     driver.write({**values, "wide": [NAN, *values["wide"][1:]]})
-    driver.hear(gradients)
+    driver.record_gradient(gradients)
     found["value"] = driver.refusal()
 
     driver = Driver(backend)
     driver.write(values)
-    driver.hear({name: gradient for name, gradient in gradients.items() if name != "middle"})
+    driver.record_gradient({name: gradient for name, gradient in gradients.items() if name != "middle"})
     found["no gradient"] = driver.refusal()
     return found
 
@@ -210,10 +210,10 @@ def postponements(backend: Backend, values: dict[str, list[float]]) -> dict[str,
         driver.write(values)
         before = driver.masks(), driver.values()
         # One weight of one layer is enough, wherever it is.
-        driver.hear({**gradients, "conv": [*gradients["conv"][:-1], poison]})
+        driver.record_gradient({**gradients, "conv": [*gradients["conv"][:-1], poison]})
         assert driver.topology.step() is None
         untouched = (driver.masks(), driver.values()) == before
-        driver.hear(gradients)
+        driver.record_gradient(gradients)
         update = driver.topology.step()
         found[what] = Postponement(driver.topology.postponed, untouched, update.step if update else 0)
     return found
@@ -275,10 +275,10 @@ def test_values_follow_exactly(outcomes: list[Outcome]) -> None:
 
 def test_gradients_are_averaged_over_ranks_and_added_over_micro_batches(outcomes: list[Outcome]) -> None:
     world_size, values = len(outcomes), crafted_scores()[0].values
-    heard = [integer_gradients(rank, micro_step) for rank in range(world_size) for micro_step in range(2)]
+    recorded = [integer_gradients(rank, micro_step) for rank in range(world_size) for micro_step in range(2)]
     before = expected_masks(crafted_scores())[-1]
     for name in LAYERS:
-        total = [sum(column) for column in zip(*(gradients[name] for gradients in heard), strict=True)]
+        total = [sum(column) for column in zip(*(gradients[name] for gradients in recorded), strict=True)]
         average = [abs(entry) / world_size for entry in total]
         for outcome in outcomes:
             assert outcome.averages[name] == pytest.approx(average, rel=1e-6, abs=1e-6)
@@ -292,7 +292,7 @@ def test_what_cant_be_decided_is_refused_with_the_layers_name(outcomes: list[Out
     for outcome in outcomes:
         refused = outcome.refusals
         assert refused["value"] == "topology update of wide after step 1: 1 of 143 drop scores are NaN"
-        assert refused["no gradient"].startswith("no gradient of middle was heard before a topology update: ")
+        assert refused["no gradient"].startswith("no gradient of middle was recorded before a topology update: ")
 
 
 def test_an_update_on_gradients_that_arent_finite_is_postponed_and_counted(outcomes: list[Outcome]) -> None:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import svite_scale
 from svite_scale.errors import TopologyError
+from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.topology.engine import TopologyEngine
@@ -281,3 +282,45 @@ def test_an_optimizer_whose_state_cant_follow_weights_is_refused_at_the_update()
     optimizer.state[layer.values]["row_sums"] = torch.zeros(2)
     with pytest.raises(TopologyError, match=r"optimizer state 'row_sums' of shape \(2,\) .* use an optimizer with one entry"):
         topology.step()
+
+
+class Selecting(nn.Sequential):
+    """A model of 3 patches with a token selector, in a loop of the user's own."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        super().__init__(nn.Unflatten(1, (3, 12)), TokenSelector(12, 2, 0), nn.Flatten(), nn.Linear(24, 3))
+
+
+def temperatures(topology: TopologyEngine, selector: TokenSelector, steps: int) -> list[float]:
+    """The temperature of each forward."""
+    found = []
+    for _ in range(steps):
+        found.append(selector.temperature)
+        topology.step()
+    return found
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_step_anneals_token_selectors_with_sparse_layers_or_without(density: float) -> None:
+    model, when = Selecting(), {"total_steps": 10}
+    if density < 1.0:
+        svite_scale.sparsify(model, density)
+        when["update_every"] = 100
+    topology = svite_scale.attach(model, torch.optim.SGD(trainable(model), lr=0.1), **when)
+    expected = [10 - 0.99 * step for step in range(10)]
+    assert temperatures(topology, model[1], 10) == pytest.approx(expected)  # type: ignore[arg-type]
+    assert temperatures(topology, model[1], 2) == pytest.approx([0.1, 0.1]), "training may go on"  # type: ignore[arg-type]
+
+
+def test_a_loaded_topology_sets_the_temperature_of_its_step() -> None:
+    topologies = []
+    for _ in range(2):
+        model = Selecting()
+        topologies.append((svite_scale.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=10), model[1]))
+    (saved, _), (resumed, selector) = topologies
+    for _ in range(4):
+        saved.step()
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.steps == 4
+    assert selector.temperature == pytest.approx(10 - 0.99 * 4)

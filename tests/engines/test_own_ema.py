@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 import svite_scale
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import packed_layers
 from tests.engines.engines import adamw, build_backend
 from tests.ranks import run_on_ranks
+from tests.sparsity.packing import packed_layers
 
 STEPS, UPDATE_EVERY, DECAY = 8, 3, 0.8
 

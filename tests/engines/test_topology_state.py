@@ -68,7 +68,7 @@ def result_of(backend: Backend, topology: TopologyEngine) -> Result:
     for kind in ("history", "recently_grown"):
         for name, tensor in kinds[kind].items():
             result[f"{kind}/{name}"] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
-    if growth.num_steps:
+    if growth.recorded_steps:
         result |= {f"growth/{name}": growth.gather(layer).tolist() for name, layer in topology.layers.items()}
     return result
 
@@ -84,7 +84,7 @@ def saved(kind: str, path: Path) -> Result:
 def loaded(kind: str, path: Path) -> Result:
     backend, topology = built(kind)
     dcp.load({"topology": topology}, checkpoint_id=path)
-    assert (topology.steps, topology.last_update, topology.growth.num_steps) == (STOP, 4, 2)
+    assert (topology.steps, topology.last_update, topology.growth.recorded_steps) == (STOP, 4, 2)
     return result_of(backend, topology)
 
 

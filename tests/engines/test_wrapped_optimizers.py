@@ -188,7 +188,7 @@ def test_slow_weights_of_a_grown_unit_begin_with_what_it_is_born_with() -> None:
     for name, layer in topology.layers.items():
         active = bits.unpack(layer.mask, layer.shape.numel())
         grown = ~before[name][active]
-        for moving in layer.moving().values():
+        for moving in layer.unit_parameters().values():
             slow = optimizer._base_optimizer.state[moving.parameter]["lookahead_slow_buff"]
             rows, expected = (
                 tensor.reshape(moving.repeats, layer.num_active, -1)[:, grown] for tensor in (slow, moving.parameter)

@@ -85,10 +85,10 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
     metrics = metrics_of(run_dir)
     assert [line["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
     for line in metrics:
-        assert line.keys() >= {"loss", "accuracy", "density", "samples_per_second", "drop_rate", "grad_norm", "lr", "epoch"}
+        assert line.keys() >= {"loss", "accuracy", "density", "samples_per_second", "drop_fraction", "grad_norm", "lr", "epoch"}
         assert line["density"] == DENSITY
         assert line["samples_per_second"] > 0
-        assert (line["drop_rate"] > 0) == (line["step"] <= 12)
+        assert (line["drop_fraction"] > 0) == (line["step"] <= 12)
     assert [line["step"] for line in metrics if "eval_accuracy" in line] == [4, 8, 12, 16]
     updates = {line["step"]: line for line in metrics if "dropped" in line}
     assert list(updates) == [4, 8, 12]
@@ -119,7 +119,7 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
 def test_every_launcher_trains_the_same(digits: Path, launcher: str) -> None:
     ours, theirs = (metrics_of(launched(name, digits)[1]) for name in (launcher, "python"))
     assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.3, "it learns"
-    for name, tolerance in (("loss", 1e-3), ("grad_norm", 1e-2), ("lr", 1e-12), ("drop_rate", 1e-12)):
+    for name, tolerance in (("loss", 1e-3), ("grad_norm", 1e-2), ("lr", 1e-12), ("drop_fraction", 1e-12)):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], abs=tolerance), name
     for name in ("eval_loss", "dropped", "ever_active"):
         assert [line.get(name) for line in ours] == pytest.approx([line.get(name) for line in theirs], abs=1e-3), name

@@ -1,9 +1,8 @@
-"""Packed heads and neurons: the function, the scores and the births of a dense float64 twin."""
+"""Packed heads and neurons: the function, the scores and the initial rows of a dense float64 twin."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from svite_scale import attach
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig
-from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
+from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, sparse_layers
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from tests import reference
@@ -100,6 +99,10 @@ def engine_of(
     return attach(model, optimizer, **keywords, options=options), optimizer  # type: ignore[arg-type]
 
 
+def context_of(topology: TopologyEngine, layer: SparseLayer) -> LayerContext:
+    return LayerContext(layer, layer.mask, topology.access, topology.growth)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_scores_and_the_topology_are_those_of_the_dense_twin(masked: bool) -> None:
     mask = torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) + torch.eye(10) > 0.4 if masked else None
@@ -113,8 +116,8 @@ def test_scores_and_the_topology_are_those_of_the_dense_twin(masked: bool) -> No
     before = {name: active_units(layer) for name, layer in topology.layers.items()}
     for name, layer in topology.layers.items():
         drop, growth = naive[name]
-        close(layer.growth_scores(partial(topology.growth.gather, layer)).double(), growth, name)
-        found = layer.importance(topology.access.read, partial(topology.growth.gather, layer), layer.mask)
+        close(context_of(topology, layer).growth_scores().double(), growth, name)
+        found = context_of(topology, layer).importance()
         close(found.double()[before[name]], drop[before[name]], name)
         assert (growth > 0).all(), "absent units can be told apart"
     assert topology.step() is not None
@@ -140,7 +143,7 @@ def test_how_large_a_heads_output_is_has_no_part_in_its_growth_score() -> None:
         topology, _ = engine_of(packed)
         loss_of(packed).backward()
         layers = {name: layer for name, layer in topology.layers.items() if layer.unit == "heads"}
-        found = {name: layer.growth_scores(partial(topology.growth.gather, layer)) for name, layer in layers.items()}
+        found = {name: context_of(topology, layer).growth_scores() for name, layer in layers.items()}
         scores.append({name: score / score.norm() for name, score in found.items()})
     for name, score in scores[0].items():
         torch.testing.assert_close(scores[1][name], score, rtol=1e-5, atol=0.0)
@@ -150,10 +153,7 @@ def test_units_grow_at_random_where_the_method_says_so() -> None:
     packed = packed_vit()
     topology, _ = engine_of(packed, TopologyOptions(method="set", seed=METHOD_SEED))
     loss_of(packed).backward()
-    drops = {
-        name: layer.importance(topology.access.read, partial(topology.growth.gather, layer), layer.mask)
-        for name, layer in topology.layers.items()
-    }
+    drops = {name: context_of(topology, layer).importance() for name, layer in topology.layers.items()}
     before = {name: active_units(layer) for name, layer in topology.layers.items()}
     topology.step()
     for name, layer in topology.layers.items():
@@ -211,7 +211,7 @@ def test_the_papers_grown_units_begin_at_0() -> None:
     for name, layer in topology.layers.items():
         grown = (active_units(layer) & ~before[name])[active_units(layer)]
         born[layer.unit] += int(grown.sum())
-        for key, each in layer.moving().items():
+        for key, each in layer.unit_parameters().items():
             rows = each.parameter.detach().view(each.repeats, layer.num_active, -1)
             assert not rows[:, grown].any(), f"{key} of {name}"
             assert rows[:, ~grown].any(), f"{key} of {name}"
@@ -251,14 +251,14 @@ def test_a_grown_unit_leaves_the_function_and_learns_within_two_steps(variant: s
         optimizer.zero_grad()
         loss_of(packed, step).backward()
         for name, layer in topology.layers.items():
-            for key, each in layer.moving().items():
+            for key, each in layer.unit_parameters().items():
                 assert each.parameter.grad is not None
                 gradient = each.parameter.grad.abs()
                 learned[name, key] = learned.get((name, key), torch.zeros_like(gradient)) + gradient
         optimizer.step()
     for name, layer in topology.layers.items():
         born = (after[name] & ~before[name])[after[name]]
-        for key, each in layer.moving().items():
+        for key, each in layer.unit_parameters().items():
             if key.endswith("weight"):
                 rows = learned[name, key].view(each.repeats, layer.num_active, -1)[:, born]
                 assert (rows > 0).all(), f"{name}.{key}: {int((rows == 0).sum())} grown weights have had no gradient"
@@ -291,7 +291,7 @@ def test_values_and_moments_follow_the_units() -> None:
 def rows_of(layer: SparseLayer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Values and moments by name, ``[repeats, active units, elements]``."""
     rows: dict[str, Tensor] = {}
-    for key, each in layer.moving().items():
+    for key, each in layer.unit_parameters().items():
         state = optimizer.state[each.parameter]
         for name, tensor in {
             "": each.parameter.detach(),

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import svite_scale
-from svite_scale.sparsity.layers.packed import PackedLayer, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLayer
 from tests import reference
+from tests.sparsity.packing import packed_layers
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 4}
 STAGES = {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 16, 16), "num_heads": (2, 2, 2, 2)}

@@ -19,10 +19,10 @@ from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
 from svite_scale.sparsity.layers.base import sparse_layers
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.sparsity.sparsify import sparsify
 from tests.cost.costs import count
+from tests.sparsity.packing import packed_layers
 
 SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
 MODELS = {

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from svite_scale.errors import OptionError
 from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import TokenSelector, kept_tokens
 
@@ -162,6 +163,15 @@ def test_the_temperature_falls_on_a_line() -> None:
     for progress, expected in ((0.0, 10.0), (0.25, 7.525), (0.5, 5.05), (1.0, 0.1)):
         selector.anneal(progress)
         assert selector.temperature == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.01, 100, float("nan")])
+def test_a_progress_outside_training_is_refused(progress: float) -> None:
+    """A number of steps, say."""
+    selector = TokenSelector(8, 5, 1)
+    with pytest.raises(OptionError, match=r"^progress = .*: is outside 0 to 1; give the fraction of training that is done$"):
+        selector.anneal(progress)
+    assert selector.temperature == 10.0
 
 
 def test_the_temperature_is_in_no_state_and_no_cast_rounds_it() -> None:

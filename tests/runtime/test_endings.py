@@ -16,8 +16,8 @@ from svite_scale.data.batches import explain_loader_error
 from svite_scale.errors import ConfigError, DataError, DivergedError
 from svite_scale.runtime.activity import Activity
 from svite_scale.runtime.ending import Failure, reporting
-from svite_scale.runtime.preemption import Preempted
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from tests.command_line import ROOT
 from tests.faulty import SMALL_SHM, inject
 from tests.jobs import DEADLINE_S, Ended, Job
@@ -57,10 +57,11 @@ ENDS = {
         "memory",
         2,
         "fsdp2",
-    ): r"error: rank 1 on \S+ \(after step 3, backward\) failed: OutOfMemoryError: CUDA out of memory\. .*",
-    ("writer", 1, "fsdp2"): MISTAKE.format(last=1, phase="(metrics|checkpoint)"),
-    ("transform", 1, "zero3"): r"error: rank 1 on \S+ \(after step \d, waiting for data\) failed: KeyError: .*",
+    ): r"error: rank 1 on \S+ \(after step 3, compute\) failed: OutOfMemoryError: CUDA out of memory\. .*",
+    ("writer", 1, "fsdp2"): MISTAKE.format(last=1, phase="checkpoint"),
+    ("transform", 1, "zero3"): r"error: rank 1 on \S+ \(after step \d, data\) failed: KeyError: .*",
     ("evaluation", 0, "zero3"): MISTAKE.format(last=1, phase="evaluation"),
+    ("saving", 0, "fsdp2"): MISTAKE.format(last=1, phase="checkpoint"),
 }
 """The line of each situation, by fault, loader processes and engine."""
 
@@ -153,13 +154,13 @@ def test_a_mistake_of_the_user_is_one_line(
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(0), RuntimeError("a\nb")], ids=repr)
 def test_whatever_else_ends_a_run_has_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     failure, activity = Failure(explain_loader_error), Activity()
-    activity.enter("optimizer step")
+    activity.enter("compute")
     with pytest.raises(type(error)), reporting(lambda found: failure.report(found, activity)):
         raise error
     assert failure.report(error) == 1
     err = capsys.readouterr().err
     assert err.count("Traceback (most recent call last)") == 1
-    assert re.search(rf"^error: rank 0 on \S+ \(after step 0, optimizer step\) failed: {type(error).__name__}:", err, re.M)
+    assert re.search(rf"^error: rank 0 on \S+ \(after step 0, compute\) failed: {type(error).__name__}:", err, re.M)
 
 
 def test_a_run_that_was_told_to_stop_has_not_failed() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from svite_scale.errors import ConfigError
 from svite_scale.runtime import ranks
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.world import World
 from tests.ranks import run_on_ranks
 
 MASTER = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}

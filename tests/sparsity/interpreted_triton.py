@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from svite_scale.sparsity.kernels import triton_kernels
 from tests.sparsity.bit_patterns import BLOCK_EDGES, EDGES, Packed, assert_same_bits, packed_of, packed_weights
 
+pytestmark = pytest.mark.slow  # compiled, Triton starts a compiler
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 NUMELS = st.sampled_from(BLOCK_EDGES + EDGES) | st.integers(1, 5000)
 

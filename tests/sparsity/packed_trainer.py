@@ -13,7 +13,7 @@ from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
-from svite_scale.sparsity.topology.topology_update import TopologyUpdate
+from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from tests import reference
 
 STEPS, UPDATE_EVERY, STOP = 20, 4, 16
@@ -49,14 +49,14 @@ class PackedTrainer:
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LR, weight_decay=WEIGHT_DECAY)
         schedule = UpdateSchedule(total_steps=STEPS, update_every=UPDATE_EVERY)
         self.topology = TopologyEngine(self.model, TorchAccess(self.model, self.optimizer), schedule, options)
-        self.heard: dict[str, Tensor] = {}
+        self.recorded: dict[str, Tensor] = {}
 
     def backward(self, images: Tensor, labels: Tensor) -> float:
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(images), labels)
         loss.backward()
         growth = self.topology.growth
-        self.heard = {name: growth.gather(layer) for name, layer in self.topology.layers.items() if name in growth.sums}
+        self.recorded = {name: growth.gather(layer) for name, layer in self.topology.layers.items() if name in growth.sums}
         return float(loss.detach())
 
     def naive_twin(self) -> reference.MaskedTrainer:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 
 
@@ -87,3 +88,8 @@ def case_of(name: str) -> tuple[Twin, Tensor]:
     kind, options, shape = CASES[name]
     torch.manual_seed(len(name))
     return twin_of(kind(**options, dtype=torch.float64)), torch.randn(shape, dtype=torch.float64)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Returns the packed layers of a model, by their names in it, in order of registration."""
+    return {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, PackedLayer)}

@@ -69,13 +69,13 @@ def a_part(layer: nn.Linear, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [several_reads, a_read_beside_a_call, tied_products, a_cast, a_part])
 def test_reads_are_differentiated_as_the_product_is(function: Callable[[nn.Linear, Tensor], Tensor]) -> None:
     twin, x = case_of("linear, tokens")
-    heard: list[Tensor] = []
-    twin.packed.gradient_sink = heard.append
+    recorded: list[Tensor] = []
+    twin.packed.gradient_hook = recorded.append
     function(twin.dense, x).square().sum().backward()  # type: ignore[arg-type]
     function(twin.packed, x).square().sum().backward()  # type: ignore[arg-type]
     assert twin.dense.weight.grad is not None
     torch.testing.assert_close(twin.packed.values.grad, twin.dense.weight.grad[twin.active], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sum(heard), twin.dense.weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(recorded), twin.dense.weight.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_read_under_autocast_gives_the_gradient_of_a_dense_one() -> None:

@@ -88,7 +88,7 @@ def updates_of_the_middle(frozen: set[int], kind: str = "single", *, late: bool 
             has_moved = not torch.equal(topology.access.read(model[2].mask), mask)
             assert has_moved == (update.layers["2"].dropped > 0)
             assert min(update.layers[name].dropped for name in ("0", "4")) > 0
-            assert update.history["2"].ever_active >= 148, "its 148 active weights count too"
+            assert update.layers["2"].ever_active >= 148, "its 148 active weights count too"
             moved += [step] if has_moved else []
     return moved
 

@@ -110,11 +110,11 @@ def test_a_layer_has_one_engine_until_that_lets_go_of_it() -> None:
     image.detach()
     with pytest.raises(TopologyError, match="this topology engine was detached; attach another one"):
         image.step()
-    assert all(layer.gradient_sink is None for layer in sparse_layers(model).values()), "nobody hears"
+    assert all(layer.gradient_hook is None for layer in sparse_layers(model).values()), "nobody hears"
     whole, optimizer = attach(model, update_every=1)
     train(model, optimizer, whole, steps=1)
     del whole
-    assert all(layer.gradient_sink is None for layer in sparse_layers(model).values()), "an engine that is gone neither"
+    assert all(layer.gradient_hook is None for layer in sparse_layers(model).values()), "an engine that is gone neither"
     attach(model)
 
 

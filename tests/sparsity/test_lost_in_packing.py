@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers.packed import PackedLinear, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLinear
 from tests.ranks import run_on_ranks
+from tests.sparsity.packing import packed_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 """torch calls its first weight_norm deprecated."""

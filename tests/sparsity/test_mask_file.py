@@ -17,8 +17,8 @@ from svite_scale.errors import SparsifyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation import mask_file
 from svite_scale.sparsity.allocation.mask_file import MaskFile
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import sparsify
+from tests.sparsity.packing import packed_layers
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.kernels import compress, expand
-from svite_scale.sparsity.layers import packed_weight
+from svite_scale.sparsity.layers import packed
 from svite_scale.sparsity.layers.packed import PackedLinear
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
@@ -36,9 +36,9 @@ def assert_close_in_bf16(actual: Tensor | None, expected: Tensor | None) -> None
 
 def listen(twin: Twin) -> list[Tensor]:
     """Collects what the packed layer hands to its gradient sink."""
-    heard: list[Tensor] = []
-    twin.packed.gradient_sink = heard.append
-    return heard
+    recorded: list[Tensor] = []
+    twin.packed.gradient_hook = recorded.append
+    return recorded
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def saved_tensors() -> Iterator[list[Tensor]]:
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -> None:
     twin, x = case_of(case)
-    heard = listen(twin)
+    recorded = listen(twin)
     x_packed, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
     output, expected = twin.packed(x_packed), twin.dense(x_dense)
     assert_exact(output, expected)
@@ -72,10 +72,10 @@ def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -
     else:
         assert twin.packed.bias is not None
         assert_exact(twin.packed.bias.grad, twin.dense.bias.grad)
-    assert len(heard) == 1
-    assert_exact(heard[0], twin.dense.weight.grad)
+    assert len(recorded) == 1
+    assert_exact(recorded[0], twin.dense.weight.grad)
     assert twin.packed.values.grad is not None
-    assert torch.equal(heard[0][twin.active], twin.packed.values.grad), "the sink sees the very gradient that is packed"
+    assert torch.equal(recorded[0][twin.active], twin.packed.values.grad), "the sink sees the very gradient that is packed"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "empty" not in case])
@@ -95,7 +95,7 @@ def test_gradcheck(case: str) -> None:
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, padding"])
 def test_only_what_needs_a_gradient_gets_one(case: str) -> None:
     twin, x = case_of(case)
-    heard = listen(twin)
+    recorded = listen(twin)
     twin.packed(x).sum().backward()
     assert x.grad is None
     assert twin.packed.values.grad is not None
@@ -103,7 +103,7 @@ def test_only_what_needs_a_gradient_gets_one(case: str) -> None:
     x.requires_grad_()
     twin.packed(x).sum().backward()
     assert x.grad is not None
-    assert len(heard) == 1, "a frozen layer shows no gradient"
+    assert len(recorded) == 1, "a frozen layer shows no gradient"
     assert twin.packed.mask.grad is None
     assert not twin.packed.mask.requires_grad
 
@@ -130,7 +130,7 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
         expanded.append(weakref.ref(dense))
         return dense
 
-    monkeypatch.setattr(packed_weight, "expand", watched_expand)
+    monkeypatch.setattr(packed, "expand", watched_expand)
     with saved_tensors() as saved:
         output = twin.packed(x)
     assert {tensor.data_ptr() for tensor in saved} == {t.data_ptr() for t in (x, twin.packed.values, twin.packed.mask)}
@@ -152,7 +152,7 @@ def test_a_bfloat16_product_keeps_the_values_themselves() -> None:
 def test_autocast_is_that_of_the_dense_product(kind: str) -> None:
     torch.manual_seed(3)
     twin = twin_of(nn.Linear(33, 17) if kind == "linear" else nn.Conv2d(3, 6, 4, stride=2))
-    heard = listen(twin)
+    recorded = listen(twin)
     x = torch.randn((5, 33) if kind == "linear" else (2, 3, 12, 12))
     x_packed, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,7 +164,7 @@ def test_autocast_is_that_of_the_dense_product(kind: str) -> None:
     expected.backward(upstream)
     assert twin.dense.weight.grad is not None
     assert_close_in_bf16(twin.packed.values.grad, twin.dense.weight.grad[twin.active])
-    assert_close_in_bf16(heard[0].float(), twin.dense.weight.grad)
+    assert_close_in_bf16(recorded[0].float(), twin.dense.weight.grad)
     assert_close_in_bf16(x_packed.grad, x_dense.grad)
     assert twin.packed.bias is not None
     assert twin.dense.bias is not None
@@ -179,13 +179,13 @@ def test_activation_checkpointing_changes_nothing(case: str, reentrant: bool) ->
     assert twin.packed.values.grad is not None
     expected = twin.packed.values.grad.clone()
     twin.packed.zero_grad()
-    heard = listen(twin)
+    recorded = listen(twin)
     x.requires_grad_()
     output = checkpoint(lambda x: twin.packed(x).square(), x, use_reentrant=reentrant)
     output.sum().backward()
     assert_exact(twin.packed.values.grad, expected)
-    assert len(heard) == 1, "the gradient is shown once, not in the recomputation too"
-    assert torch.equal(heard[0][twin.active], expected)
+    assert len(recorded) == 1, "the gradient is shown once, not in the recomputation too"
+    assert torch.equal(recorded[0][twin.active], expected)
 
 
 @pytest.mark.parametrize("case", ["linear, tokens", "conv, same, even and dilated"])

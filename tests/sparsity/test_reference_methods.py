@@ -13,7 +13,7 @@ from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.methods import METHODS, Candidates, Method, magnitude
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
-from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.topology.statistics import LayerUpdate, TopologyUpdate
 from tests import reference
 from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, assert_state, batch, dense_mask
 
@@ -28,33 +28,33 @@ class Twins:
     """A packed training and its naive twin, which grows by what ``grow_scores`` says.
 
     Attributes:
-        heard: the naive gradients of each step, flat, by layer name.
+        recorded: the naive gradients of each step, flat, by layer name.
         initial: positions active from the start and never dropped, by layer name.
         ever: positions that have ever been active.
-        newcomers: positions grown at the last update.
+        recently_grown: positions grown at the last update.
     """
 
     def __init__(self, options: TopologyOptions) -> None:
         self.options = options
         self.packed = PackedTrainer(options)
         self.naive = self.packed.naive_twin()
-        self.heard: list[dict[str, Tensor]] = []
+        self.recorded: list[dict[str, Tensor]] = []
         self.initial = {name: positions(dense_mask(layer)) for name, layer in self.packed.topology.layers.items()}
         self.ever = {name: set(active) for name, active in self.initial.items()}
-        self.newcomers: dict[str, set[int]] = {name: set() for name in self.initial}
+        self.recently_grown: dict[str, set[int]] = {name: set() for name in self.initial}
         self.came = 0
 
     def step(self, step: int) -> None:
         images, labels = batch(step)
         warmup, since = self.options.grown_warmup_steps, (step - 1) % UPDATE_EVERY + 1
-        for name, grown in self.newcomers.items():
+        for name, grown in self.recently_grown.items():
             share = torch.ones_like(self.naive.weights[f"{name}.weight"])
             if warmup:
                 share.view(-1)[sorted(grown)] = min(1.0, since / warmup)
             self.naive.lr_shares[f"{name}.weight"] = share
         self.packed.backward(images, labels)
         self.naive.step(images, labels)
-        self.heard.append({name: self.naive.gradients[f"{name}.weight"].flatten() for name in self.initial})
+        self.recorded.append({name: self.naive.gradients[f"{name}.weight"].flatten() for name in self.initial})
         due = step % UPDATE_EVERY == 0 and step <= STOP and self.options.method != "static"
         update = self.packed.step()
         assert (update is not None) == due
@@ -74,7 +74,7 @@ class Twins:
             after = positions(self.naive.masks[f"{name}.weight"])
             chosen = after - (before - goes)
             self.check_layer(name, found, count, left, came, after)
-            assert update.history[name] == (len(self.ever[name]), len(self.initial[name]))
+            assert (found.ever_active, found.initial_survivors) == (len(self.ever[name]), len(self.initial[name]))
             assert found.drop_threshold == pytest.approx(max(weight[position] for position in goes), rel=1e-6)
             assert found.grow_threshold == pytest.approx(min(scores[position] for position in chosen), rel=1e-5)
             self.came += len(came)
@@ -84,12 +84,12 @@ class Twins:
     def check_layer(self, name: str, found: LayerUpdate, count: int, left: set[int], came: set[int], after: set[int]) -> None:
         assert (found.dropped, found.grown, found.regrown) == (count, len(came), count - len(left))
         self.initial[name] -= left
-        stayed = len(self.newcomers[name] & after) / len(self.newcomers[name]) if self.newcomers[name] else None
+        stayed = len(self.recently_grown[name] & after) / len(self.recently_grown[name]) if self.recently_grown[name] else None
         assert found.grown_survival == stayed
-        self.newcomers[name], self.ever[name] = came, self.ever[name] | after
+        self.recently_grown[name], self.ever[name] = came, self.ever[name] | after
 
     def grow_scores(self, name: str, step: int, count: int, inactive: set[int]) -> list[float]:
-        window = [gradients[name] for gradients in self.heard[-self.options.grow_window :]]
+        window = [gradients[name] for gradients in self.recorded[-self.options.grow_window :]]
         if self.options.grow_by == "magnitude":
             gradient = sum(entry.abs() for entry in window) / len(window)
         else:
@@ -109,12 +109,12 @@ def assert_metrics(update: TopologyUpdate) -> None:
     metrics = update.metrics()
     layers = update.layers
     assert metrics["dropped"] == sum(layer.dropped for layer in layers.values()) == metrics["grown"] + metrics["regrown"]
-    survivors = sum(counts.initial_survivors for counts in update.history.values())
+    survivors = sum(layer.initial_survivors for layer in update.layers.values())
     assert metrics["initial_survival"] == survivors / sum(layer.num_active for layer in layers.values())
     for name, layer in layers.items():
         assert metrics[f"layers/density/{name}"] == layer.num_active / layer.numel
-        assert metrics[f"layers/initial_survival/{name}"] == update.history[name].initial_survivors / layer.num_active
-        assert metrics[f"layers/ever_active/{name}"] == update.history[name].ever_active / layer.numel
+        assert metrics[f"layers/initial_survival/{name}"] == update.layers[name].initial_survivors / layer.num_active
+        assert metrics[f"layers/ever_active/{name}"] == update.layers[name].ever_active / layer.numel
         for figure in ("dropped", "grown", "regrown", "drop_threshold"):
             assert metrics[f"layers/{figure}/{name}"] == getattr(layer, figure)
         threshold = layer.grow_threshold
@@ -147,41 +147,41 @@ def test_training_and_statistics_are_those_of_the_naive_twin(name: str) -> None:
     assert all(len(twins.initial[layer]) < twins.packed.topology.layers[layer].num_active for layer in twins.initial)
 
 
-def test_static_keeps_the_mask_and_hears_nothing() -> None:
+def test_static_keeps_the_mask_and_records_nothing() -> None:
     twins = Twins(TopologyOptions(method="static"))
     topology = twins.packed.topology
     assert topology.next_update is None
     for step in range(1, STEPS + 1):
         twins.step(step)
-        assert not twins.packed.heard
-        assert topology.rate == 0.0
+        assert not twins.packed.recorded
+        assert topology.drop_fraction == 0.0
     assert all(
         dense_mask(layer).flatten().nonzero().numel() == len(twins.initial[name]) for name, layer in topology.layers.items()
     )
 
 
-def test_gradients_are_heard_in_the_window_and_at_no_other_step() -> None:
+def test_gradients_are_recorded_in_the_window_and_at_no_other_step() -> None:
     packed = PackedTrainer(TopologyOptions(grow_window=3))
-    heard = []
+    recorded = []
     for step in range(1, STEPS + 1):
         packed.backward(*batch(step))
-        heard += [step] if packed.heard else []
+        recorded += [step] if packed.recorded else []
         packed.step()
         assert not packed.topology.growth.sums or step % UPDATE_EVERY in (2, 3), "nothing is held out of the window"
-    assert heard == [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]
+    assert recorded == [2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_postponed_update_waits_for_a_whole_window(poison: float) -> None:
-    """Of two steps, so that the third and fourth are heard for the update after the fourth, and the fifth and sixth instead."""
+    """Of two steps: the third and fourth are recorded for the update after the fourth, and then the fifth and sixth instead."""
     packed = PackedTrainer(TopologyOptions(grow_window=2))
     layer = next(iter(packed.topology.layers.values()))
     updates = []
     for step in range(1, 9):
         packed.backward(*batch(step))
         if step == 3:
-            assert layer.gradient_sink is not None
-            layer.gradient_sink(torch.full(layer.shape, poison))
+            assert layer.gradient_hook is not None
+            layer.gradient_hook(torch.full(layer.shape, poison))
         update = packed.step()
         updates += [update.step] if update else []
     assert updates == [6, 8]
@@ -194,8 +194,8 @@ def test_an_update_postponed_past_the_stop_is_left_out() -> None:
         packed.backward(*batch(step))
         if step == STOP:
             layer = next(iter(packed.topology.layers.values()))
-            assert layer.gradient_sink is not None
-            layer.gradient_sink(torch.full(layer.shape, math.nan))
+            assert layer.gradient_hook is not None
+            layer.gradient_hook(torch.full(layer.shape, math.nan))
         assert (packed.step() is not None) == (step in (4, 8, 12))
     assert packed.topology.postponed == 1
     assert packed.topology.next_update is None
@@ -288,7 +288,7 @@ def test_a_schedule_without_an_update_is_named_at_the_start(
 
 
 @pytest.mark.parametrize("grow_by", ["gradient", "magnitude"])
-def test_what_was_heard_before_a_resume_is_forgotten(grow_by: str) -> None:
+def test_gradients_recorded_before_a_load_are_forgotten(grow_by: str) -> None:
     fresh, resumed = (PackedTrainer(TopologyOptions(grow_window=UPDATE_EVERY, grow_by=grow_by)) for _ in range(2))
     resumed.backward(*batch(2))
     resumed.topology.load_state_dict(fresh.topology.state_dict())

@@ -30,10 +30,10 @@ def assert_gradients(packed: PackedTrainer, naive: reference.MaskedTrainer, step
     for name, layer in layers.items():
         mask = naive.masks[f"{name}.weight"]
         assert_close(layer.values.grad, naive.gradients[f"{name}.weight"][mask], f"{name} in step {step}")
-        assert (name in packed.heard) == (step % UPDATE_EVERY == 0 and step <= STOP), "scores are heard in update steps only"
-        if name in packed.heard:
+        assert (name in packed.recorded) == (step % UPDATE_EVERY == 0 and step <= STOP), "only in update steps"
+        if name in packed.recorded:
             dense = naive.gradients[f"{name}.weight"].flatten().abs().float()
-            torch.testing.assert_close(packed.heard[name], dense, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(packed.recorded[name], dense, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("grown_moments", ["mean", "zero"])
@@ -50,7 +50,7 @@ def test_packed_training_is_dense_masked_training(grown_moments: str) -> None:
         if update is not None:
             updates += 1
             rate = reference.cosine_rate(0.5, 0.005, step, STOP)
-            assert update.rate == pytest.approx(rate)
+            assert update.drop_fraction == pytest.approx(rate)
             for name, layer in layers.items():
                 count = int(np.ceil(rate * layer.num_active))
                 dropped, grown = naive.update(f"{name}.weight", count, grown_moments)

@@ -12,6 +12,10 @@ from svite_scale.sparsity.topology.schedule import UpdateSchedule, constant, cos
 from tests import reference
 
 
+def is_update(schedule: UpdateSchedule, step: int) -> bool:
+    return schedule.next_update(step - 1) == step
+
+
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.5), (50, 0.2525), (100, 0.005), (101, 0.005), (10**9, 0.005), (-1, 0.5)])
 def test_cosine_by_hand(step: int, rate: float) -> None:
     assert cosine(0.5, step, 100) == pytest.approx(rate, rel=1e-12)
@@ -38,14 +42,14 @@ def test_cosine_of_no_steps_is_its_end() -> None:
 def test_updates_come_every_so_many_steps_until_the_stop() -> None:
     schedule = UpdateSchedule(total_steps=100, update_every=15)
     assert schedule.stop_step == 80
-    assert [step for step in range(-20, 200) if schedule.is_update(step)] == [15, 30, 45, 60, 75]
+    assert [step for step in range(-20, 200) if is_update(schedule, step)] == [15, 30, 45, 60, 75]
     assert schedule.num_updates == 5
 
 
 @given(total=st.integers(1, 300), every=st.integers(1, 400), stop=st.floats(0.0, 1.0))
 def test_no_update_comes_after_the_stop(total: int, every: int, stop: float) -> None:
     schedule = UpdateSchedule(total_steps=total, update_every=every, stop_fraction=stop)
-    updates = [step for step in range(total + 1) if schedule.is_update(step)]
+    updates = [step for step in range(total + 1) if is_update(schedule, step)]
     assert len(updates) == schedule.num_updates
     assert all(step % every == 0 and 0 < step <= stop * total + 1e-9 for step in updates)
 
@@ -64,7 +68,7 @@ def test_numbers_may_be_numpys() -> None:
 def test_updates_are_the_multiples_between_start_and_stop(total: int, every: int, start: int, stop: float) -> None:
     schedule = UpdateSchedule(total_steps=total, update_every=every, start_step=start, stop_fraction=stop)
     updates = [step for step in range(1, schedule.stop_step + 1) if step % every == 0 and step >= start]
-    assert [step for step in range(-1, total + 1) if schedule.is_update(step)] == updates
+    assert [step for step in range(-1, total + 1) if is_update(schedule, step)] == updates
     assert schedule.num_updates == len(updates)
     for step in range(-1, total + 2):
         assert schedule.next_update(step) == next((update for update in updates if update > step), None)
@@ -73,7 +77,7 @@ def test_updates_are_the_multiples_between_start_and_stop(total: int, every: int
 @pytest.mark.parametrize("step", [1, 10, 79, 80])
 def test_the_rate_falls_until_the_stop(step: int) -> None:
     schedule = UpdateSchedule(total_steps=100, update_every=1, drop_fraction=0.4, final_drop_fraction=0.1)
-    assert schedule.rate(step) == pytest.approx(reference.cosine_rate(0.4, 0.1, step, 80))
+    assert schedule.drop_fraction_at(step) == pytest.approx(reference.cosine_rate(0.4, 0.1, step, 80))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_the_rate_falls_until_the_stop(step: int) -> None:
 def test_the_rate_falls_from_the_start(shape: str, rates: list[float]) -> None:
     final = {} if shape == "constant" else {"final_drop_fraction": 0.1}
     schedule = UpdateSchedule(total_steps=100, update_every=1, start_step=20, drop_fraction=0.4, drop_schedule=shape, **final)
-    assert [schedule.rate(step) for step in (20, 50, 80)] == pytest.approx(rates)
+    assert [schedule.drop_fraction_at(step) for step in (20, 50, 80)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, object], m
 
 def test_a_constant_schedule_has_no_final_fraction() -> None:
     schedule = UpdateSchedule(total_steps=100, update_every=10, drop_fraction=0.001, drop_schedule="constant")
-    assert schedule.rate(80) == 0.001
+    assert schedule.drop_fraction_at(80) == 0.001
 
 
 @pytest.mark.parametrize(

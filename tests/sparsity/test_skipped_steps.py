@@ -56,11 +56,11 @@ def test_its_gradient_is_left_out_of_the_mean(grow_by: str, skipped: int) -> Non
     scores: list[Tensor] = []
     gather = topology.growth.gather
 
-    def heard(layer: object) -> Tensor:
+    def recorded(layer: object) -> Tensor:
         scores.append(gather(layer))  # type: ignore[arg-type]
         return scores[-1]
 
-    topology.growth.gather = heard  # type: ignore[method-assign]
+    topology.growth.gather = recorded  # type: ignore[method-assign]
     update = topology.step()
     assert update is not None
     mean = sum(gradients) / 2 if grow_by == "gradient" else sum(gradient.abs() for gradient in gradients) / 2
@@ -106,14 +106,14 @@ def test_every_update_has_a_whole_window_and_no_warm_up_is_cut_short(
     schedule = UpdateSchedule(total_steps=50, update_every=10)
     options = TopologyOptions(grow_window=window, grown_warmup_steps=warmup)
     model, topology = engine_of(schedule, options)
-    heard, found = 0, []
+    recorded, found = 0, []
     for step in range(1, 51):
-        heard = heard + 1 if topology.growth.listening else 0
+        recorded = recorded + 1 if topology.growth.is_recording else 0
         backward(model, step)
         due = topology.next_update == step
         update = topology.step(applied=step not in skipped)
-        assert not due or heard == window
-        heard = 0 if due else heard
+        assert not due or recorded == window
+        recorded = 0 if due else recorded
         found += [update.step] if update else []
         if step == resumed_after:
             state = topology.state_dict()

@@ -20,9 +20,10 @@ import svite_scale
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation.distributions import counts, erk
 from svite_scale.sparsity.hashing import hashed_uniform
-from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLinear, packed_layers
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLinear
 from svite_scale.sparsity.sparsify import random_mask, sparsify
 from tests.sparsity.deit import UNPRUNED, deit_shapes
+from tests.sparsity.packing import packed_layers
 
 # The package's name sparsify is the function's.
 sparsify_module = sys.modules[random_mask.__module__]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import random_mask, sparsify
+from tests.sparsity.packing import packed_layers
 
 # The package's name sparsify is the function's.
 sparsify_module = sys.modules[random_mask.__module__]

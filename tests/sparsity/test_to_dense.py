@@ -14,9 +14,9 @@ from torch.nn.utils import prune
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.layers.packed import PackedLayer, packed_layers
+from svite_scale.sparsity.layers.packed import PackedLayer
 from tests.ranks import run_on_ranks
-from tests.sparsity.packing import CASES, case_of
+from tests.sparsity.packing import CASES, case_of, packed_layers
 
 TINY = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 4, "num_classes": 10}
 

@@ -56,6 +56,7 @@ def test_scores_to_topology(
     assert new.tolist() == bools(topology).tolist()
 
 
+@pytest.mark.slow  # Triton starts a compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("numel", [1, 1000, 2304 * 768])
@@ -70,6 +71,7 @@ def test_a_gpu_decides_as_the_cpu_does(numel: int, dtype: torch.dtype) -> None:
     assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
+@pytest.mark.slow  # Triton starts a compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("active", "drop", "grow", "count", "topology"), TABLE)
 def test_scores_to_topology_on_a_gpu(active: str, drop: list[float], grow: list[float], count: int, topology: str) -> None:

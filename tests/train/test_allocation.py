@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from svite_scale.config.load import read_config
 from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.sparsify import prunable_layers
 from tests.command_line import run_here
 from tests.runs import metrics_of
+from tests.sparsity.packing import packed_layers
 from tests.tiny import tiny_config, write_config_file
 
 
@@ -26,7 +26,7 @@ def leave_the_process_as_it_was() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def test_a_run_by_patterns_goes_on_with_the_same_patterns_only(
+def test_run_by_patterns_resumes_with_the_same_patterns_only(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -48,7 +48,7 @@ def test_a_run_by_patterns_goes_on_with_the_same_patterns_only(
     assert [line["step"] for line in metrics_of(run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_from_a_file_of_masks(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_starts_from_a_file_of_masks(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(digits, tmp_path / "run", "sparsity.density=1.0")
     dense, _ = build_sparse(config.model, config.sparsity, seed=0)
     masks = {name: torch.rand(layer.weight.shape) < 0.2 for name, layer in prunable_layers(dense).items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.train.command import has_saved
+from svite_scale.train.run import has_saved
 from tests.command_line import Answer, run_command, run_here
 from tests.ranks import free_port
 from tests.runs import losses_of, metrics_of
@@ -17,7 +17,7 @@ NUM_STEPS = 16
 SINGLE = ("parallel.backend=single", "train.eval_every_epochs=4")
 
 
-def test_without_a_checkpoint_it_starts_anew_and_with_one_it_goes_on(
+def test_auto_resume_starts_without_a_checkpoint_and_resumes_with_one(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -38,7 +38,7 @@ def test_without_a_checkpoint_it_starts_anew_and_with_one_it_goes_on(
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
 
 
-def test_a_run_is_not_started_over_when_its_checkpoints_are_corrupt(
+def test_auto_resume_refuses_a_run_whose_checkpoints_are_corrupt(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -53,7 +53,7 @@ def test_a_run_is_not_started_over_when_its_checkpoints_are_corrupt(
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [4]
 
 
-def test_it_does_not_start_over_a_run_whose_checkpoints_are_gone(
+def test_auto_resume_refuses_a_run_whose_checkpoints_are_gone(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -65,14 +65,14 @@ def test_it_does_not_start_over_a_run_whose_checkpoints_are_gone(
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_metrics_of_any_bytes_tell_of_no_save(tmp_path: Path) -> None:
+def test_metrics_of_arbitrary_bytes_show_no_save(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x00\x80{"step": 4')
     assert not has_saved(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 4, "checkpoint_seconds": 0.1}\n\x80')
     assert has_saved(tmp_path)
 
 
-def test_the_two_ways_to_resume_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_and_auto_resume_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--config", "configs/quickstart.yaml", "--resume", "--auto-resume")
     assert answer.status == 2
     assert "not allowed with argument" in answer.err
@@ -99,7 +99,7 @@ def test_each_rank_appends_to_its_log_and_leaves_its_status(digits: Path, tmp_pa
     assert [(logs / f"rank-{rank}.status").read_text() for rank in range(2)] == ["2\n", "2\n"]
 
 
-def test_a_log_dir_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_log_dir_is_named_when_it_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     answer = run_here(capsys, "--config", "configs/quickstart.yaml", "--log-dir", str(tmp_path / "file" / "logs"))
     assert answer.status == 2
@@ -118,14 +118,14 @@ def run_in_log(folder: Path, definition: str, name: str) -> Answer:
     return run_command("python", "-c", program)
 
 
-def test_a_rank_that_was_killed_leaves_no_status(tmp_path: Path) -> None:
+def test_killed_rank_leaves_no_status(tmp_path: Path) -> None:
     (tmp_path / "rank-0.status").write_text("0\n")
     answer = run_in_log(tmp_path, "def die(arguments): os.kill(os.getpid(), signal.SIGKILL)", "die")
     assert answer.status == -signal.SIGKILL
     assert not (tmp_path / "rank-0.status").exists()
 
 
-def test_what_nobody_caught_is_in_the_log_too(tmp_path: Path) -> None:
+def test_uncaught_error_is_in_the_log(tmp_path: Path) -> None:
     answer = run_in_log(tmp_path, "def fail(arguments): raise KeyError('no such thing')", "fail")
     assert (answer.status, answer.out, answer.err) == (1, "", "")
     assert "KeyError: 'no such thing'" in (tmp_path / "rank-0.log").read_text()
@@ -142,7 +142,7 @@ def talk(arguments):
 """
 
 
-def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:
+def test_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
     answer = run_in_log(tmp_path, TALK, "talk")
     assert (answer.status, answer.out, answer.err) == (85, "", "")
     assert (tmp_path / "rank-0.log").read_text().startswith("line 0\nline 0 \\udce9\nline 1\n")

@@ -42,7 +42,7 @@ MISTAKES = {
     ),
     "two sources": (
         ['sparsity.densities={"*": 0.5}'],
-        "sparsity.density = 0.6: isn't used where sparsity.densities is given; set it to 1.0, or leave sparsity.densities out",
+        "sparsity.density = 0.6: isn't used where densities is given; set it to 1.0, or leave densities out",
     ),
     "type": (["train.epochs=many"], "train.epochs = 'many': is not a whole number; use a whole number of at least 1"),
     "heads": (["model.num_heads=3"], r"model.num_heads = 3: does not divide model.embed_dim \(32\); use a divisor of it"),
@@ -88,7 +88,7 @@ def leave_the_process_as_it_was() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_config_is_one_line_and_status_2(
+def test_mistake_in_the_config_is_one_line_and_status_2(
     config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
 ) -> None:
     overrides, message = MISTAKES[mistake]
@@ -99,7 +99,7 @@ def test_a_mistake_in_the_config_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("mistake", ["pattern", "no pattern", "kept dense", "no mask file", "too few weights", "two sources"])
-def test_a_dry_run_finds_it_too(config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+def test_dry_run_finds_the_same_mistakes(config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
     overrides, message = MISTAKES[mistake]
     answer = run_here(capsys, "--config", str(config_path), "--dry-run", *overrides)
     assert (answer.status, answer.out) == (2, "")
@@ -135,7 +135,9 @@ TWO_RANKS = {
 
 
 @pytest.mark.parametrize("mistake", TWO_RANKS)
-def test_of_two_ranks_the_main_one_speaks(config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+def test_mistake_in_the_config_is_printed_by_the_main_rank_only(
+    config_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
     override, message = TWO_RANKS[mistake]
     for rank, expected in ((0, f"config error: {message}\n"), (1, "")):
         names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
@@ -143,13 +145,15 @@ def test_of_two_ranks_the_main_one_speaks(config_path: Path, capsys: pytest.Capt
         assert (answer.status, answer.out, answer.err) == (2, "", expected)
 
 
-def test_half_a_launcher_is_an_error_of_the_config(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_environment_of_a_launcher_is_a_mistake_in_the_config(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = run_here(capsys, "--config", str(config_path), launcher={"RANK": "0"})
     assert answer.status == 2
     assert answer.err.startswith("config error: WORLD_SIZE = None: ")
 
 
-def test_a_config_that_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_that_is_no_file_is_a_mistake_in_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--config", str(tmp_path / "tiny.yaml"))
     assert answer.status == 2
     assert answer.err.startswith(f"config error: config = '{tmp_path}/tiny.yaml': is no file; ")
@@ -163,7 +167,7 @@ def test_missing_shards_are_an_error_of_the_run(config_path: Path, capsys: pytes
     assert not (config_path.parent / "run").exists()
 
 
-def test_other_content_of_the_same_size_is_found_where_checksums_are_verified(
+def test_verify_checksums_finds_other_content_of_the_same_size(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = Path(shutil.copytree(digits, tmp_path / "shards"))
@@ -178,7 +182,7 @@ def test_other_content_of_the_same_size_is_found_where_checksums_are_verified(
     assert run_here(capsys, *start).status == 0
 
 
-def test_a_run_its_refusals_and_its_resumption(
+def test_command_trains_then_refuses_the_run_directory_then_resumes(
     config_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = config_path.parent / "run"
@@ -241,7 +245,7 @@ def test_a_run_its_refusals_and_its_resumption(
     assert {path.name for path in tensors.parents[1].glob("step-*")} == {f"step-0000000{step}" for step in (5, 7, 8)}
 
 
-def test_a_run_goes_on_with_the_same_samples_only(
+def test_run_resumes_with_the_same_samples_only(
     config_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     start = ["--config", str(config_path)]
@@ -265,7 +269,7 @@ def test_a_run_goes_on_with_the_same_samples_only(
     assert "{'samples': 48, " in answer.err
 
 
-def test_a_run_is_not_started_over_checkpoints(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_does_not_start_over_checkpoints(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = config_path.parent / "run"
     assert run_here(capsys, "--config", str(config_path), "train.max_steps=2").status == 0
     (run_dir / "metrics.jsonl").unlink()
@@ -279,7 +283,7 @@ def test_a_run_is_not_started_over_checkpoints(config_path: Path, capsys: pytest
     assert answer.err.startswith(f"config error: run_dir = '{run_dir}': can't be read ([Errno 20] Not a directory")
 
 
-def test_of_the_ranks_of_a_machine_the_first_one_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistake_in_the_config_is_printed_by_the_first_rank_of_each_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """A config may be missing, or GPUs too few, on one machine alone."""
     for local_rank in (0, 1):
         names = {"RANK": str(8 + local_rank), "WORLD_SIZE": "16", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "node-0"}

@@ -24,7 +24,7 @@ def shards(tmp_path: Path, digits: Path) -> str:
     return f"{tmp_path}/shards/train-*.tar"
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path, digits: Path, shards: str) -> None:
+def test_resumed_run_keeps_its_count_of_damaged_samples(tmp_path: Path, digits: Path, shards: str) -> None:
     def config(last_step: int, engine: str) -> Config:
         damage = (f"data.train={shards}", "data.max_damaged=1.0", f"train.max_steps={last_step}")
         return tiny_config(digits, tmp_path / "run", *ENGINES[engine], *damage)

@@ -90,7 +90,9 @@ def with_teacher(digits: Path, run_dir: Path, checkpoint: Path, *overrides: str)
 
 @pytest.mark.parametrize(("kind", "alpha"), [("soft", 0.3), ("hard", 0.5), ("hard", 1.0)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_the_loss_of_a_batch(tmp_path: Path, digits: Path, checkpoint: Path, kind: str, alpha: float, heads: int) -> None:
+def test_training_loss_mixes_labels_and_teacher_by_alpha(
+    tmp_path: Path, digits: Path, checkpoint: Path, kind: str, alpha: float, heads: int
+) -> None:
     config = with_teacher(digits, tmp_path / "run", checkpoint, f"distillation.kind={kind}", f"distillation.alpha={alpha}")
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(6, 1, 8, 8, generator=generator)
@@ -111,7 +113,7 @@ def test_the_loss_of_a_batch(tmp_path: Path, digits: Path, checkpoint: Path, kin
     torch.testing.assert_close(shown, outputs.mean(dim=0))
 
 
-def test_a_teacher_in_bf16_answers_in_fp32(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
+def test_teacher_in_bf16_returns_logits_in_fp32(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
     images = torch.rand(4, 1, 8, 8)
     answers = {
         precision: Teacher(
@@ -147,7 +149,7 @@ def test_every_engine_distils_alike_and_resumes(tmp_path: Path, digits: Path, ch
         assert losses_of(tmp_path / "stopped") == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_plain_student_learns_from_the_teacher_with_its_only_head(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
+def test_plain_student_learns_from_the_teacher_with_its_only_head(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
     """With all of the loss from the teacher, the labels don't matter."""
     config = with_teacher(digits, tmp_path / "run", checkpoint, "distillation.alpha=1.0", "distillation.kind=soft")
     run_on_ranks(1, run, config)
@@ -155,7 +157,7 @@ def test_a_plain_student_learns_from_the_teacher_with_its_only_head(tmp_path: Pa
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
 
 
-def test_both_heads_answer_in_training_and_their_mean_in_evaluation(tmp_path: Path, digits: Path) -> None:
+def test_student_returns_both_heads_in_training_and_their_mean_in_evaluation(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "model.name=deit_tiny_distilled_patch16_224")
     student, images = build_dense(config.model), torch.rand(3, 1, 8, 8)
     answer_twice(student)
@@ -181,12 +183,14 @@ def test_both_heads_answer_in_training_and_their_mean_in_evaluation(tmp_path: Pa
         (("distillation.temperature=2.0",), "distillation.temperature = 2.0: isn't used by kind=hard"),
     ],
 )
-def test_fields_that_do_not_fit(tmp_path: Path, digits: Path, overrides: tuple[str, ...], message: str) -> None:
+def test_distillation_fields_that_do_not_fit_are_refused(
+    tmp_path: Path, digits: Path, overrides: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(tiny_config(digits, tmp_path / "run", *overrides), 1)
 
 
-def test_a_teacher_that_can_not_be_used_ends_the_command(
+def test_unusable_teacher_ends_the_command(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path
 ) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "c.yaml")
@@ -206,7 +210,7 @@ def test_a_teacher_that_can_not_be_used_ends_the_command(
     assert "is no file" in answer(f"distillation.teacher={TEACHER}", "distillation.checkpoint=x", *NORMALISED, "--dry-run")[1]
 
 
-def test_a_plan_tells_what_the_teacher_takes(
+def test_dry_run_shows_the_cost_of_the_teacher(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path
 ) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "c.yaml")
@@ -218,7 +222,7 @@ def test_a_plan_tells_what_the_teacher_takes(
     assert "teacher" not in without
 
 
-def test_files_that_are_not_of_the_teacher(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
+def test_checkpoint_of_another_model_is_refused_as_teacher(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
     def error_of(path: Path, *overrides: str) -> str:
         config = with_teacher(digits, tmp_path / "run", path, *overrides)
         check_teacher(config.distillation, config.data)
@@ -243,7 +247,7 @@ def test_files_that_are_not_of_the_teacher(tmp_path: Path, digits: Path, checkpo
     assert re.search(r"tensors differ, first \S+, absent in the file and \[.*\] in the model; save", error_of(nested))
 
 
-def test_a_state_dict_may_be_a_pth_and_be_nested(tmp_path: Path, digits: Path) -> None:
+def test_teacher_loads_from_a_pth_file_and_a_nested_state_dict(tmp_path: Path, digits: Path) -> None:
     torch.manual_seed(3)
     vit = timm.create_model("deit_tiny_patch16_224", num_classes=10, in_chans=1, img_size=32).eval()
     torch.save({"model": vit.state_dict()}, tmp_path / "t.pth")
@@ -255,7 +259,7 @@ def test_a_state_dict_may_be_a_pth_and_be_nested(tmp_path: Path, digits: Path) -
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_resumed_run_keeps_its_teacher(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
+def test_resumed_run_keeps_its_teacher(tmp_path: Path, digits: Path, checkpoint: Path) -> None:
     saved = to_dict(with_teacher(digits, tmp_path / "run", checkpoint))
     other = with_teacher(digits, tmp_path / "run", checkpoint, "distillation.alpha=0.4")
     with pytest.raises(CheckpointError, match=r"saved with distillation\.alpha = 0\.5, not 0\.4"):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.layers.packed import packed_layers
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
 from tests.engines.engines import adamw, build_backend, small_vit, units_vit
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
+from tests.sparsity.packing import packed_layers
 from tests.tiny import tiny_config
 
 STEPS, UPDATE_EVERY, BATCH, DECAY = 7, 3, 4, 0.8
@@ -152,7 +152,7 @@ CASES += [("zero3", 3, False), ("fsdp2", 3, True), ("zero1", 2, True), ("zero3",
 
 
 @pytest.mark.parametrize(("kind", "world_size", "bf16"), CASES)
-def test_the_average_is_timms_of_the_dense_model(kind: str, world_size: int, bf16: bool) -> None:
+def test_ema_equals_timms_of_the_dense_model(kind: str, world_size: int, bf16: bool) -> None:
     for found in run_on_ranks(world_size, averaged, kind, bf16):
         assert found.largest_error < 1e-6
         assert found.moved > 50
@@ -197,7 +197,7 @@ def unit_averages(topology: TopologyEngine, ema: Ema) -> dict[str, Units]:
     for name, layer in topology.layers.items():
         mask = bits.unpack(topology.access.read(layer.mask), layer.shape.numel())
         units = found[name] = Units({}, {})
-        for moving in layer.moving().values():
+        for moving in layer.unit_parameters().values():
             for rows_of, source in ((units.averages, ema), (units.weights, topology.access)):
                 rows = source.read(moving.parameter).reshape(moving.repeats, layer.num_active, -1)
                 for place, unit in enumerate(mask.nonzero().flatten().tolist()):
@@ -206,7 +206,7 @@ def unit_averages(topology: TopologyEngine, ema: Ema) -> dict[str, Units]:
 
 
 @pytest.mark.parametrize(("kind", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
-def test_the_average_of_a_grown_head_or_neuron_begins_with_what_it_is_born_with(kind: str, world_size: int) -> None:
+def test_ema_of_a_grown_head_or_neuron_begins_with_its_initial_rows(kind: str, world_size: int) -> None:
     for came in run_on_ranks(world_size, grown_units, kind):
         assert came == {"heads", "neurons"}
 
@@ -215,7 +215,7 @@ EMA = ("train.ema_decay=0.9", "train.eval_ema=true")
 
 
 @pytest.mark.parametrize(("engine", "other"), [("fsdp2", ("zero1", 3)), ("zero3", ("single", 1))])
-def test_a_resumed_run_goes_on_with_its_average(tmp_path: Path, digits: Path, engine: str, other: tuple[str, int]) -> None:
+def test_resumed_run_keeps_its_average(tmp_path: Path, digits: Path, engine: str, other: tuple[str, int]) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
 
     def config(run_dir: Path, engine: str, last_step: int) -> Config:

@@ -19,7 +19,8 @@ from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.loader import EvalData
 from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.data.options import DataConfig
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.activity import Activity
+from svite_scale.runtime.world import World
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.trainer import Trainer
@@ -28,13 +29,19 @@ from tests.runs import ENGINES
 from tests.tiny import NUM_VAL, tiny_config
 
 
-def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float]], bool, dict[str, Tensor]]:
-    """The metrics twice and on damaged shards, whether the model trains after them, and on one process the dense weights."""
+def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float]], bool, dict[str, Tensor], int]:
+    """Returns the metrics, twice and on damaged shards, whether the model trains after them, on one process the dense weights,
+    and the phases that the watchdog was told of in one evaluation.
+    """
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
     world = trainer.world
     other = EvalData(damaged, image_shape=(1, 8, 8), batch_size=10, world=world)
     found = [evaluate(trainer.backend, data, trainer.eval_transform) for data in (trainer.eval_data, trainer.eval_data, other)]
-    return found, trainer.backend.wrapped.training, dense_weights(trainer) if world.size == 1 else {}
+    activity = Activity()
+    assert evaluate(trainer.backend, trainer.eval_data, trainer.eval_transform, activity) == found[0]
+    assert activity.phase == "evaluation"
+    dense = dense_weights(trainer) if world.size == 1 else {}
+    return found, trainer.backend.wrapped.training, dense, activity.progress
 
 
 def dense_weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -85,7 +92,7 @@ def write_damaged(shards: Path, directory: Path) -> str:
     return f"{directory}/val-*.tar"
 
 
-def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
+def test_evaluate_counts_every_sample_once_on_any_number_of_ranks(tmp_path: Path, digits: Path) -> None:
     """37 samples in batches of 10 per rank: the last batches are part or all padding. Dropping paths is for training only.
 
     40 samples of which 3 can't be decoded give the same averages, and are counted.
@@ -97,12 +104,13 @@ def test_every_sample_counts_once_on_any_number_of_ranks(tmp_path: Path, digits:
     }
     damaged = replace(configs[1].data, val=write_damaged(digits, tmp_path / "damaged"))
     results = {size: run_on_ranks(size, evaluated, config, damaged) for size, config in configs.items()}
-    (alone, _, _), _, weights = results[1][0]
+    (alone, _, _), _, weights, _ = results[1][0]
     expected = naive(digits, weights)
     assert 0 < expected["eval_accuracy"] < expected["eval_top5"] < 1
     assert alone == pytest.approx({**expected, "eval_damaged": 0}, rel=1e-5)
     for size, ranks in results.items():
-        for (first, second, third), training, _ in ranks:
+        for (first, second, third), training, _, progress in ranks:
+            assert progress == 1 + math.ceil(NUM_VAL / (10 * size)), "each batch is progress, and so is the wait for the first"
             assert first == pytest.approx(alone, abs=1e-6), size
             assert second == first
             assert third == pytest.approx({**alone, "eval_damaged": 3}, abs=1e-6), size

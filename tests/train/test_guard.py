@@ -18,12 +18,12 @@ from torch import Tensor
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch, TrainData
 from svite_scale.errors import DivergedError
-from svite_scale.runtime.preemption import Preempted
-from svite_scale.runtime.ranks import World
+from svite_scale.runtime.signals import Preempted
+from svite_scale.runtime.world import World
 from svite_scale.train.guard import Guard, spread_nonfinite
+from svite_scale.train.metrics import MetricsAverage
 from svite_scale.train.options import GuardConfig
 from svite_scale.train.trainer import Trainer
-from svite_scale.train.window import MetricsWindow
 from tests.command_line import run_here
 from tests.jobs import Job
 from tests.ranks import run_on_ranks
@@ -48,17 +48,17 @@ def trained(config: Config, spoil: Callable[[int, Tensor], Tensor]) -> Seen:
         return False
 
     trainer = Trainer(config, world, torch.device("cpu"), resume=False, asked_to_stop=look)
-    forward, add = trainer.backend.forward, MetricsWindow.add
+    forward, add = trainer.backend.forward, MetricsAverage.add
 
     def spoiled(images: Tensor) -> Tensor:
         logits = forward(images)
         return spoil(trainer.step, logits) if world.rank == world.size - 1 and logits.requires_grad else logits
 
-    def noted(self: MetricsWindow, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+    def noted(self: MetricsAverage, loss: Tensor, logits: Tensor, batch: Batch) -> None:
         seen.labels.append(batch.labels.tolist())
         add(self, loss, logits, batch)
 
-    with patch.object(trainer.backend, "forward", spoiled), patch.object(MetricsWindow, "add", noted):
+    with patch.object(trainer.backend, "forward", spoiled), patch.object(MetricsAverage, "add", noted):
         trainer.run()
     return seen
 
@@ -81,7 +81,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_that_isnt_finite_on_one_rank_changes_nothing_on_any(tmp_path: Path, digits: Path, name: str) -> None:
+def test_step_changes_nothing_on_any_rank_when_it_isnt_finite_on_one(tmp_path: Path, digits: Path, name: str) -> None:
     engine, *overrides = RUNS[name]
     config = tiny_config(digits, tmp_path / "run", *ENGINES[engine], *overrides, "train.max_steps=6")
     for states in run_on_ranks(1 if engine == "single" else 2, run_with_nan, config):
@@ -104,28 +104,28 @@ def test_a_step_that_isnt_finite_on_one_rank_changes_nothing_on_any(tmp_path: Pa
     assert [line["postponed_updates"] for line in lines] == [0, 0, 0, 1, 1, 1]
 
 
-def test_an_update_goes_by_the_other_steps_of_its_window(tmp_path: Path, digits: Path) -> None:
+def test_topology_update_uses_the_other_steps_of_its_window_when_one_is_skipped(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "sparsity.update_every=5", "sparsity.grow_window=3", "train.max_steps=5")
     run_on_ranks(1, run_with_nan, config)
     last = metrics_of(tmp_path / "run")[-1]
     assert (last["skipped_steps"], last["postponed_updates"], "dropped" in last) == (1, 0, True)
 
 
-def test_where_nobody_looks_a_step_is_applied(tmp_path: Path, digits: Path) -> None:
+def test_step_is_applied_when_the_guard_does_not_look(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "guard.max_nonfinite_steps=null", "train.max_steps=5")
     (states,) = run_on_ranks(1, run_with_nan, config)
     assert np.isnan(states[4].tensors["head.bias"]).all()
 
 
 @pytest.mark.parametrize("loss", [torch.inf, -torch.inf, torch.nan])
-def test_a_loss_that_isnt_finite_shows_in_the_gradient(loss: float) -> None:
+def test_spread_nonfinite_makes_the_gradient_nan_when_the_loss_isnt_finite(loss: float) -> None:
     weight = torch.ones(3, requires_grad=True)
     spread_nonfinite(weight.sum() + loss).backward()
     assert weight.grad is not None
     assert weight.grad.isnan().all()
 
 
-def test_a_finite_loss_stays_as_it_is() -> None:
+def test_spread_nonfinite_keeps_a_finite_loss_and_its_gradient() -> None:
     weight = torch.tensor([0.1, 0.7], requires_grad=True)
     loss = spread_nonfinite((weight * weight).sum())
     loss.backward()
@@ -134,7 +134,7 @@ def test_a_finite_loss_stays_as_it_is() -> None:
     assert torch.equal(weight.grad, 2 * weight.detach())
 
 
-def test_a_run_that_diverges_on_two_ranks_says_so_once(digits: Path, tmp_path: Path) -> None:
+def test_diverged_run_prints_its_error_once_on_two_ranks(digits: Path, tmp_path: Path) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
     overrides = ("parallel.backend=ddp", "optimizer.lr=1e38", "guard.max_nonfinite_steps=3", "tracking.mlflow=true")
     main, other = Job(2, path, *overrides).wait()
@@ -145,7 +145,7 @@ def test_a_run_that_diverges_on_two_ranks_says_so_once(digits: Path, tmp_path: P
     assert MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id).info.status == "FAILED"
 
 
-def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(
+def test_diverged_run_stops_and_names_its_last_checkpoint(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
@@ -156,7 +156,7 @@ def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(
     assert answer.status == 1
     assert answer.err.splitlines()[-1] == (
         "error: loss or gradient weren't finite in 3 steps in a row, up to step 5 (guard.max_nonfinite_steps); the last good "
-        f"checkpoint is {tmp_path}/run/checkpoints/step-00000001; go on from it with a train.clip_grad_norm, or start anew "
+        f"checkpoint is {tmp_path}/run/checkpoints/step-00000001; resume from it with a train.clip_grad_norm, or start again "
         "with a lower optimizer.lr"
     )
 
@@ -180,7 +180,7 @@ def run_with_spikes(config: Config, times: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("zero3", 2)])
-def test_a_spike_takes_the_run_back_and_past_the_data(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
+def test_spike_rolls_the_run_back_and_leaves_out_the_data(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
     config = tiny_config(digits, tmp_path / "run", *ENGINES[engine], *ROLLBACK)
     for rank, labels in enumerate(run_on_ranks(world_size, run_with_spikes, config, 1)):
         world = World(rank=rank, size=world_size)
@@ -202,7 +202,7 @@ def offset_after_a_resume(config: Config) -> int:
     return Trainer(config, World.from_environment(), torch.device("cpu"), resume=True).guard.data_offset
 
 
-def test_a_rollback_is_counted_by_the_next_start_too(tmp_path: Path, digits: Path) -> None:
+def test_rollback_is_remembered_when_the_run_stops_in_the_same_step(tmp_path: Path, digits: Path) -> None:
     """Where the run is asked to stop in the very step that spikes."""
     config = tiny_config(digits, tmp_path / "run", *ROLLBACK)
     run_on_ranks(1, spikes_and_stops, config)
@@ -224,13 +224,13 @@ def spikes_and_stops(config: Config) -> None:
         trainer.run()
 
 
-def test_after_so_many_rollbacks_a_spike_stops_the_run(tmp_path: Path, digits: Path) -> None:
+def test_spike_stops_the_run_after_max_rollbacks(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", *ROLLBACK, "guard.max_rollbacks=2")
     (message,) = run_on_ranks(1, diverging, config)
     assert re.fullmatch(
         r"the loss spiked from [12]\.\d+ to \d+(\.\d+)? at step 20 \(guard\.spike_factor\), after 2 rollbacks "
-        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016-3; start anew with a "
-        r"lower optimizer\.lr",
+        rf"\(guard\.max_rollbacks\); the last good checkpoint is {tmp_path}/run/checkpoints/step-00000016-3; start again with "
+        r"a lower optimizer\.lr",
         message,
     )
 
@@ -241,7 +241,7 @@ def diverging(config: Config) -> str:
     return str(caught.value)
 
 
-def test_a_spike_is_measured_against_the_sixteen_losses_before_it() -> None:
+def test_spike_is_measured_against_the_sixteen_losses_before_it() -> None:
     guard = Guard(GuardConfig(spike_factor=2.0))
     path = Path("checkpoint")
     # Mean 1.5 once there are 16.
@@ -255,16 +255,16 @@ def test_a_spike_is_measured_against_the_sixteen_losses_before_it() -> None:
     assert guard.is_spike(18, 2 * usual + 0.01, lambda: path)
     assert guard.is_spike(18, 2 * usual + 0.01, lambda: path), "a spike isn't usual"
     assert not guard.is_spike(19, None, lambda: path), "a skipped step has no loss"
-    with pytest.raises(DivergedError, match=r"after 0 rollbacks .* there is no checkpoint; start anew"):
+    with pytest.raises(DivergedError, match=r"after 0 rollbacks .* there is no checkpoint; start again"):
         guard.is_spike(18, 1e9, lambda: None)
 
 
-def test_without_a_factor_nothing_is_a_spike() -> None:
+def test_nothing_is_a_spike_without_a_factor() -> None:
     guard = Guard(GuardConfig())
     assert not any(guard.is_spike(step, 10.0**step, lambda: None) for step in range(30))
 
 
-def test_what_was_counted_survives_a_resume() -> None:
+def test_guard_keeps_its_counts_when_a_run_resumes() -> None:
     guard = Guard(GuardConfig(max_nonfinite_steps=3, spike_factor=2.0))
     for step, applied in enumerate([False, True, False, False], start=1):
         guard.end_step(step, applied, lambda: None)

@@ -21,7 +21,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_learn_as_one(digits: Path, tmp_path: Path, name: str) -> None:
+def test_two_ranks_train_like_one(digits: Path, tmp_path: Path, name: str) -> None:
     """Five steps, with an update of the topology before the last; then its pictures."""
     overrides = (*MODELS[name], "train.max_steps=5")
     run_on_ranks(2, run, tiny_config(digits, tmp_path / "two", *overrides))
@@ -32,7 +32,7 @@ def test_two_ranks_learn_as_one(digits: Path, tmp_path: Path, name: str) -> None
     assert "The run has no token selector" in page
 
 
-def test_bf16_takes_buffers_that_are_added_to_parameters(digits: Path, tmp_path: Path) -> None:
+def test_bf16_trains_a_model_that_adds_buffers_to_parameters(digits: Path, tmp_path: Path) -> None:
     """EVA02's keys have no bias; a buffer of zeros stands between the parameters of queries and values."""
     bf16 = ("train.precision=bf16", "model.name=eva02_tiny_patch14_224", "sparsity.density=1.0", "train.max_steps=1")
     run_on_ranks(2, run, tiny_config(digits, tmp_path / "run", *bf16, *ENGINES["fsdp2"]))

@@ -17,7 +17,7 @@ from svite_scale.train.options import OptimizerConfig, TrainConfig
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_named_optimizer_gets_the_configs_numbers(name: str) -> None:
+def test_build_optimizer_passes_the_numbers_of_the_config(name: str) -> None:
     config = OptimizerConfig(name=name, lr=3e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)  # type: ignore[arg-type]
     optimizer = build_optimizer(nn.Linear(3, 4), config)
     assert type(optimizer).__name__.lower() == name
@@ -26,7 +26,7 @@ def test_the_named_optimizer_gets_the_configs_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_is_fused_where_torch_can_and_the_same(name: str) -> None:
+def test_fused_step_equals_the_plain_step(name: str) -> None:
     """The fused step agrees with torch's plain one, over more elements than fit whole vectors."""
     torch.manual_seed(0)
     config = OptimizerConfig(name=name, lr=3e-3, weight_decay=0.1)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def test_a_step_is_fused_where_torch_can_and_the_same(name: str) -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_peak_scales_linearly_with_the_batch_it_is_meant_for() -> None:
+def test_peak_lr_scales_linearly_with_the_batch_size() -> None:
     scaled = OptimizerConfig(lr=5e-4, lr_batch_size=512)
     assert peak_lr(scaled, 512) == 5e-4
     assert peak_lr(scaled, 1024) == pytest.approx(1e-3)
@@ -75,7 +75,7 @@ def rates(config: Config, steps: range, steps_per_epoch: int) -> list[list[float
 
 
 @pytest.mark.parametrize(("warmup_epochs", "warmup_steps"), [(0.0, 0), (1.5, 15), (5.0, 50)])
-def test_the_schedule_is_warm_up_then_cosine_and_begins_anywhere(
+def test_schedule_is_warm_up_then_cosine_and_begins_at_any_step(
     tmp_path: Path, warmup_epochs: float, warmup_steps: int
 ) -> None:
     recipe = OptimizerConfig(lr=2e-3, lr_batch_size=64, warmup_epochs=warmup_epochs, warmup_lr=1e-5, min_lr=1e-4)
@@ -88,7 +88,7 @@ def test_the_schedule_is_warm_up_then_cosine_and_begins_anywhere(
         assert rates(config, range(first, 80), 10) == straight[first:]
 
 
-def test_a_peak_below_the_recipes_floors_lowers_them(tmp_path: Path) -> None:
+def test_schedule_lowers_its_floors_when_the_peak_is_below_them(tmp_path: Path) -> None:
     """A tiny batch scales the peak below ``min_lr``: the rate must not rise above it."""
     recipe = OptimizerConfig(lr=5e-4, lr_batch_size=512, warmup_epochs=1, warmup_lr=1e-4, min_lr=1e-4)
     config = Config(run_dir=str(tmp_path), optimizer=recipe, train=TrainConfig(epochs=2, global_batch_size=8))

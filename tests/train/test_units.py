@@ -57,7 +57,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("engine", "world_size", "override"), CASES)
-def test_masks_and_losses_are_those_of_one_process(folder: Path, engine: str, world_size: int, override: str) -> None:
+def test_masks_and_losses_equal_those_of_one_process(folder: Path, engine: str, world_size: int, override: str) -> None:
     overrides = (override,) if override else ()
     (single, *_), losses = ended(folder, "single", 1, *overrides)
     states, found = ended(folder, engine, world_size, *overrides)
@@ -86,7 +86,7 @@ def test_bf16_trains_and_moves_units(folder: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 3)])
-def test_a_run_stopped_within_a_window_goes_on_as_if_it_had_not(folder: Path, engine: str, world_size: int) -> None:
+def test_run_resumes_exactly_when_it_stopped_within_a_growth_window(folder: Path, engine: str, world_size: int) -> None:
     states, _ = ended(folder, engine, world_size)
     stopped = folder / f"stopped-{engine}"
     overrides = (*ENGINES[engine], *UNITS)

@@ -17,7 +17,8 @@ CHUNK = 1 << 20
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a hidden temporary path beside ``path``, and renames the file there to ``path`` when the block succeeds.
 
-    So neither a reader nor a kill ever finds an incomplete file at ``path``.
+    So neither a reader nor a kill ever finds an incomplete file at ``path``. The file isn't synced to the disk, which would be
+    slow for shards; their indexes have checksums.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

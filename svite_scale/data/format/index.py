@@ -12,10 +12,11 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,23 +89,16 @@ def build_index(shard: Path, rule: LabelRule | None = None, source_digest: str =
     """
     before = shard.stat()
     samples, left_out = scan_tar(shard, rule)
-    index = make_index(shard, before.st_size, sha256_of(shard), source_digest, *zip(*samples, strict=True))
+    index = make_index(shard, before.st_size, sha256_of(shard), source_digest, zip(*samples, strict=True))
     after = shard.stat()
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise DataError(f"{shard} changes while it is read; index it when it is complete")
     return index, left_out
 
 
-def make_index(
-    shard: Path,
-    size: int,
-    sha256: str,
-    source_digest: str,
-    keys: Sequence[str],
-    offsets: Sequence[int],
-    lengths: Sequence[int],
-    labels: Sequence[int],
-) -> ShardIndex:
+def make_index(shard: Path, size: int, sha256: str, source_digest: str, columns: Iterable[Sequence[Any]]) -> ShardIndex:
+    """Makes an index of the columns keys, offsets, lengths and labels."""
+    keys, offsets, lengths, labels = columns
     return ShardIndex(
         path=shard,
         size=size,
@@ -161,7 +155,7 @@ def parse_index(text: str, shard: Path, source: str, remedy: str) -> ShardIndex:
             raise ValueError("columns of unequal length")
         if any("\0" in key for key in columns[0]):
             raise ValueError("a key with a zero byte")
-        index = make_index(shard, record["size"], str(record["sha256"]), str(record["plan"]), *columns)
+        index = make_index(shard, record["size"], str(record["sha256"]), str(record["plan"]), columns)
         if min(int(column.min(initial=0)) for column in (index.offsets, index.lengths, index.labels)) < 0:
             raise ValueError("a negative number")
         if (index.offsets > index.size - index.lengths.astype(np.int64)).any():

@@ -43,9 +43,9 @@ def main(arguments: argparse.Namespace) -> int:
             if number is not None and number < 1:
                 raise DataError(f"--{name.replace('_', '-')} is {number}; use at least 1")
         if arguments.verify is not None:
-            verify(arguments.verify, arguments.workers)
+            verify_shards(arguments.verify, arguments.workers)
         elif arguments.index is not None:
-            index(arguments)
+            index_shards(arguments)
         else:
             for prefix, source in sources(arguments).items():
                 try:
@@ -103,7 +103,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     print(printable(f"for a config: data.{split}='{out / shard_pattern(prefix, len(output.shards))}'"))
 
 
-def index(arguments: argparse.Namespace) -> None:
+def index_shards(arguments: argparse.Namespace) -> None:
     """Indexes the shards without a valid index; all shards if a rule for labels is given.
 
     If times don't show whether an index is stale, as after a copy without times, the tar is compared with its checksum.
@@ -112,12 +112,8 @@ def index(arguments: argparse.Namespace) -> None:
     rule = LabelRule(arguments.label_key, classes)
     shards = find_shards(arguments.index, "--index")
     if rule == LabelRule():
-        indexed = dict(zip(shards, map(is_indexed, shards), strict=True))
-        shards = [shard for shard in shards if not indexed[shard]]
-    if not shards:
-        print("every shard has its index already")
-        return
-    done = map_with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index")
+        shards = [shard for shard in shards if not is_indexed(shard)]
+    done = map_with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index") if shards else []
     written = [shard for shard in done if not shard.problem and not shard.is_kept]
     if not written and not any(shard.problem for shard in done):
         print("every shard has its index already")
@@ -172,7 +168,7 @@ def left_out_suffix(left_out: Mapping[str, int]) -> str:
     return f"; left out: {summarize(left_out)}" if left_out else ""
 
 
-def verify(pattern: str, workers: int) -> None:
+def verify_shards(pattern: str, workers: int) -> None:
     """Compares shards with the sizes and checksums in their indexes."""
     shards = find_shards(pattern, "--verify")
     found = map_with_bar(find_damage, shards, workers, "verify")

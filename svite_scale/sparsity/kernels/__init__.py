@@ -1,12 +1,12 @@
-"""Packed weights to dense ones and back, by the fastest path that a tensor's device and dtype have.
+"""Expansion of packed weights to dense ones and back, by the fastest path for a tensor's device and dtype.
 
 A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
 ``[ceil(N / 8)]``). All paths give the same bits: elements are moved, never computed with. Neither function is differentiable;
-the products of :mod:`svite_scale.sparsity.layers.packed_weight` are.
+the products of :mod:`svite_scale.sparsity.layers.packed` are.
 
 - CPU, fp32, bf16 and fp16: C, compiled at the first use.
 - CUDA, the same dtypes: Triton.
-- Anything else, and where a fast path can't be had (which is logged, once): torch operations.
+- Anything else: torch operations. So too where a fast path isn't available, which is logged once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Kernels(Protocol):
 
 @torch.no_grad()
 def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
-    """The dense weight.
+    """Returns the dense weight.
 
     Args:
         values: float, ``[k]``.
@@ -59,7 +59,7 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
-    """The active elements of a dense tensor.
+    """Returns the active elements of a dense tensor.
 
     Args:
         dense: N elements of any shape.
@@ -77,7 +77,7 @@ def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
 
 
 def kernels_for(elements: Tensor, mask: Tensor) -> Kernels:
-    """The path of a call with these. Subclasses of tensors, which may have no memory, and compiled graphs take torch's.
+    """Returns the path of a call with these tensors: torch's for subclasses, which may have no memory, and in compiled graphs.
 
     Raises:
         ValueError: they are on different devices.

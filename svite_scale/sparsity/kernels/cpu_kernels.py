@@ -52,7 +52,7 @@ class CpuKernels:
 
 
 def load() -> CpuKernels:
-    """The kernels for this processor.
+    """Loads the kernels for this processor.
 
     Raises:
         BuildError: the library can't be built.

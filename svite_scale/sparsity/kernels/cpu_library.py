@@ -18,11 +18,11 @@ FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 
 
 class BuildError(Exception):
-    """The library can't be built. The message says why."""
+    """Raised where the library can't be built. The message says why."""
 
 
 def load_library() -> ctypes.CDLL:
-    """The compiled library: from the cache where it is there and loads, else built into it.
+    """Loads the compiled library: from the cache if it is there and valid, else after building it.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -46,7 +46,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path | None:
-    """The package's folder in the user's cache, or None where it isn't there and writable, and the user's alone."""
+    """Returns the package's folder in the user's cache; None unless it is writable, and by this user alone."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "svite_scale"
@@ -58,12 +58,12 @@ def _cache_folder() -> Path | None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Whether nobody but this user may write it."""
+    """Returns whether nobody but this user may write it."""
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _digest(compiler: list[str]) -> str:
-    """Differs wherever the library might: by source, flags, compiler and architecture."""
+    """Returns a digest of all that the library depends on: source, flags, compiler and architecture."""
     parts = [SOURCE.read_text(), *FLAGS, *compiler, _run([*compiler, "--version"]), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -83,7 +83,7 @@ def _build(compiler: list[str], path: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    """What the compiler prints."""
+    """Runs the compiler, and returns what it prints."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:

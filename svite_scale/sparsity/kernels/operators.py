@@ -1,7 +1,7 @@
 """``expand`` and ``compress`` as operators of torch, which ``torch.export``, ``torch.compile`` and vmap take as they are.
 
 They are ``torch.ops.svite_scale.expand`` and ``torch.ops.svite_scale.compress``. A program exported with them runs wherever
-this package is imported. :mod:`svite_scale.sparsity.layers.packed_weight` differentiates them, since ``torch.func`` knows
+this package is imported. :mod:`svite_scale.sparsity.layers.packed` differentiates them, since ``torch.func`` knows
 nothing of an operator's own rule.
 """
 
@@ -43,7 +43,7 @@ def _(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
 
 
 def _one_by_one(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of vmap for an operator on elements and mask, one or both of which are batched."""
+    """Returns the rule of vmap for an operator on elements and mask, one or both of which are batched."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], elements: Tensor, mask: Tensor, size: Any) -> tuple[Tensor, int]:
         rows, masks = (

@@ -25,6 +25,6 @@ def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
 
 
 def _check_count(active: Tensor, num_active: int) -> None:
-    """On the CPU only: on an accelerator it would wait for the device."""
+    """Checks the count on the CPU only: on an accelerator the host would wait for the device."""
     if active.device.type == "cpu":
         bits.check_count(int(torch.count_nonzero(active)), num_active)

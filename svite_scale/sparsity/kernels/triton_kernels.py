@@ -73,7 +73,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 def _count_blocks(mask: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Active positions of each block, and of it and all before it; int64 ``[blocks]``, which are summed without a cast."""
+    """Returns the active positions of each block, and of it and all before it; int64, to be summed without a cast."""
     counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int64, device=mask.device)
     _count_kernel[(len(counts),)](mask.contiguous(), counts, numel, block=BLOCK)
     return counts, counts.cumsum(dim=0)
@@ -81,21 +81,21 @@ def _count_blocks(mask: Tensor, numel: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _block_positions(numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's positions, int64 ``[block]``, and which of them there are."""
+    """Returns this program's positions, int64 ``[block]``, and which of them there are."""
     positions = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     return positions, positions < numel
 
 
 @triton.jit
 def _load_active(mask, positions, exists):  # type: ignore[no-untyped-def]
-    """1 where a position is active and there, else 0; int32."""
+    """Returns 1 where a position exists and is active, else 0; int32."""
     byte = tl.load(mask + positions // 8, mask=exists, other=0).to(tl.int32)
     return (byte >> (positions % 8).to(tl.int32)) & 1
 
 
 @triton.jit
 def _value_positions(active, counts, ends):  # type: ignore[no-untyped-def]
-    """Where among the values each active position stands, int64."""
+    """Returns the place of each active position among the values, int64."""
     before = tl.load(ends + tl.program_id(0)) - tl.load(counts + tl.program_id(0))
     return before + tl.cumsum(active, 0) - active
 

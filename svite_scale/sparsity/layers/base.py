@@ -1,32 +1,76 @@
-"""What the topology engine asks of a module of which only a part is active: weights, whole neurons, or whole heads."""
+"""The interface between the topology engine and modules of which only a part is active: weights, neurons, or heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.access import ParameterAccess
 from svite_scale.sparsity.mask import plain_bits
 from svite_scale.sparsity.module_names import named_modules
-from svite_scale.sparsity.transition import Remap
+from svite_scale.sparsity.transition import TopologyTransition
 
-GradientSink = Callable[[Tensor], None]
+Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
+
+GradientHook = Callable[[Tensor], None]
 """Takes what a layer's growth scores are made of, ``[growth_numel]`` in any shape, inside its backward. May be a collective."""
 
-Read = Callable[[nn.Parameter], Tensor]
-"""Full fp32 value of a parameter, whatever shards it; a collective."""
 
-Gather = Callable[[], Tensor]
-"""What the sink took, averaged over ranks and the growth window, its magnitude, fp32 ``[growth_numel]``; a collective."""
+class RecordedGradients(Protocol):
+    """The gradients recorded in a growth window, as :class:`~svite_scale.sparsity.topology.growth.GrowthScores` has them."""
+
+    def gather(self, layer: SparseLayer) -> Tensor:
+        """Returns what a layer's hook took, averaged over ranks and window, its magnitude, fp32 ``[growth_numel]``; a new
+        tensor. A collective.
+        """
 
 
 @dataclass(frozen=True)
-class MovingTensor:
+class LayerContext:
+    """One layer at an update, and the way to its full tensors, whatever shards them. Its methods are collectives.
+
+    Attributes:
+        layer: the layer.
+        mask: its full mask before the update, uint8 ``[ceil(N / 8)]``.
+        access: reads its parameters.
+        gradients: holds its recorded gradients.
+    """
+
+    layer: SparseLayer
+    mask: Tensor
+    access: ParameterAccess
+    gradients: RecordedGradients
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Returns the full fp32 value of a parameter of the layer."""
+        return self.access.read(parameter)
+
+    def gather(self) -> Tensor:
+        """Returns the recorded gradients; see :meth:`RecordedGradients.gather`."""
+        return self.gradients.gather(self.layer)
+
+    def importance(self) -> Tensor:
+        """Returns the layer's :meth:`SparseLayer.importance`."""
+        return self.layer.importance(self)
+
+    def growth_scores(self) -> Tensor:
+        """Returns the layer's :meth:`SparseLayer.growth_scores`."""
+        return self.layer.growth_scores(self)
+
+
+@dataclass(frozen=True)
+class UnitParameter:
     """A parameter that holds a part of every active unit.
 
     Attributes:
@@ -41,17 +85,17 @@ class MovingTensor:
 
 
 class SparseLayer(nn.Module):
-    """A module that has N units, of which k are active; which ones is up to the topology engine.
+    """A module that has N units, of which k are active. The topology engine decides which.
 
     Attributes:
-        unit: what is active or not.
+        unit: the kind of its units: ``weights``, ``neurons`` or ``heads``.
         name: in the model it was made in; once a topology engine has it, in the model that the engine was given.
         shape: of all units, N elements.
         num_active: active units, k.
         mask: frozen uint8 parameter, ``[ceil(N / 8)]``, one bit per unit.
-        gradient_sink: see :data:`GradientSink`; None outside growth windows.
-        update_step: the optimizer step after which the update comes that the sink hears for.
-        engine: the topology engine that moves its units, as long as there is one; None where none does.
+        gradient_hook: see :data:`GradientHook`; None outside growth windows.
+        update_step: step of the topology update that gradients are being recorded for.
+        engine: the topology engine that moves its units, as long as there is one; None where there is none.
     """
 
     unit: ClassVar[str]
@@ -59,59 +103,61 @@ class SparseLayer(nn.Module):
     shape: torch.Size
     num_active: int
     mask: nn.Parameter
-    gradient_sink: GradientSink | None = None
+    gradient_hook: GradientHook | None = None
     update_step: int = 0
     engine: ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles are made of: a copy isn't heard, and no engine moves it."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_sink", "engine")}
+        """Returns the state that copies and pickles are made of: a copy has no engine, and nothing of it is recorded."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_hook", "engine")}
 
     def name_at(self, path: str) -> str:
-        """Its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
+        """Returns its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
         return path or self.name
 
     @property
     def is_frozen(self) -> bool:
-        """Whether some of what follows the topology isn't trained, so that the topology stays too."""
-        return not all(moving.parameter.requires_grad for moving in self.moving().values())
+        """True if some of its unit parameters aren't trained; its topology then doesn't change."""
+        return not all(part.parameter.requires_grad for part in self.unit_parameters().values())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As any module's, with the mask as a plain tensor, which any library can store."""
+        """Saves as any module does, with the mask as a plain tensor, which any library can store."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}mask"] = plain_bits(self.mask)
 
     def to_dense(self) -> nn.Module:
-        """A new dense module of the kind whose place this one took, with zeros for what is inactive."""
+        """Returns a new dense module of the kind that this one replaced, with zeros for what is inactive."""
         raise NotImplementedError
 
     @property
     def growth_numel(self) -> int:
-        """Elements that the sink takes."""
+        """Elements that the gradient hook takes."""
         raise NotImplementedError
 
-    def moving(self) -> dict[str, MovingTensor]:
-        """By name within the layer, the parameters that follow the topology."""
+    def unit_parameters(self) -> dict[str, UnitParameter]:
+        """Returns, by name within the layer, the parameters that follow the topology."""
         raise NotImplementedError
 
-    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
-        """What an active unit is dropped for the lack of, in magnitude, fp32 ``[N]``; ``mask`` is the full mask."""
+    def importance(self, context: LayerContext) -> Tensor:
+        """Returns the importance of each active unit, in magnitude, fp32 ``[N]``; the least important are dropped. A
+        collective.
+        """
         raise NotImplementedError
 
-    def growth_scores(self, gather: Gather) -> Tensor:
-        """What an inactive unit is grown for, fp32 ``[N]``."""
+    def growth_scores(self, context: LayerContext) -> Tensor:
+        """Returns the score of each inactive unit, fp32 ``[N]``; those of the largest are grown. A collective."""
         raise NotImplementedError
 
-    def births(self, remap: Remap) -> Mapping[str, Tensor]:
-        """By name within the layer, what the units grown by the update begin with, ``[repeats, grown units, row_numel]``;
-        what isn't named begins with 0.
+    def initial_rows(self, transition: TopologyTransition) -> Mapping[str, Tensor]:
+        """Returns, by name within the layer, the first values of the units that an update grows, ``[repeats, grown units,
+        row_numel]``. A parameter that isn't named starts at 0.
         """
         return {}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of a model, by where they are in it, whatever engines wrap it; in order of registration.
+    """Returns the sparse layers of a model, by their names in it, whatever engine wraps it; in order of registration.
 
     Raises:
         TopologyError: two have one name.
@@ -124,3 +170,20 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
                 raise TopologyError(f"two sparse layers of {type(model).__name__} are called {name}; rename a submodule")
             layers[name] = module
     return layers
+
+
+@torch.no_grad()
+def filled(empty: Dense, weight: Tensor, bias: nn.Parameter | Tensor | None, like: SparseLayer, trained: nn.Parameter) -> Dense:
+    """Returns a dense layer with these numbers.
+
+    Args:
+        empty: the layer, on the meta device.
+        weight: its weight, a tensor that nothing else holds.
+        bias: its bias, which is copied.
+        like: the sparse layer whose training flag it gets.
+        trained: the parameter whose ``requires_grad`` the weight gets.
+    """
+    empty.weight = nn.Parameter(weight.contiguous(), requires_grad=trained.requires_grad)
+    if bias is not None:
+        empty.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return empty.train(like.training)

@@ -1,4 +1,4 @@
-"""The dense weight that a packed layer's ``weight`` gives out: writes into it aren't lost."""
+"""The dense weight that a packed layer's ``weight`` returns: what is written into it reaches the layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Owner(Protocol):
 
 
 class DenseWeight(Tensor):
-    """A dense weight that exists for whoever reads it. What is written into it, or into a view or the ``data`` of it, under
+    """A dense weight, made for one reader. What is written into it, or into a view or the ``data`` of it, under
     ``torch.no_grad()``, reaches its layer's active weights: ``nn.init`` and ``copy_`` work as on a masked dense weight. What
     is computed from it is a plain tensor.
 
@@ -34,7 +34,7 @@ class DenseWeight(Tensor):
 
     @classmethod
     def of(cls, dense: Tensor, owner: Owner) -> Tensor:
-        """``dense`` as a weight of ``owner``; plain in graphs and transforms, where nothing is written into weights."""
+        """Returns ``dense`` as a weight of ``owner``; plain in graphs and transforms, where nothing is written into weights."""
         if torch.compiler.is_compiling() or dense.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(dense):
             return dense
         return cls._view(dense, owner, dense)
@@ -77,7 +77,7 @@ class DenseWeight(Tensor):
 
     @classmethod
     def _view_of(cls, result: Any, weight: DenseWeight) -> Any:
-        """``result`` as a view of a weight, if it is a tensor that shares its memory."""
+        """Returns ``result`` as a view of a weight, if it is a tensor that shares its memory."""
         is_view = type(result) is Tensor and _shares_memory(result, weight.whole)
         return cls._view(result, weight.owner, weight.whole) if is_view else result
 
@@ -87,7 +87,7 @@ def _recorded(weight: DenseWeight) -> TopologyError:
 
 
 def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments, and those in lists of them."""
+    """Returns the arguments, and those in lists of them."""
     flat: list[Any] = []
     for argument in (*args, *kwargs.values()):
         flat.extend(argument if isinstance(argument, (list, tuple)) else [argument])

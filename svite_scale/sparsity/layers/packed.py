@@ -1,20 +1,27 @@
-"""The modules that hold a packed weight in place of a dense one."""
+"""Packed layers: the modules that hold a packed weight in place of a dense one, and the products with it.
+
+A packed weight of N elements with k active ones is ``values`` (float ``[k]``, ascending flat position) and ``mask`` (uint8
+``[ceil(N / 8)]``). In the products the dense weight exists only inside a forward or a backward of its layer: autograd keeps
+``values`` and ``mask``. The products, and reading the dense weight, can be differentiated again, and by ``torch.func``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor, nn
+from torch.autograd.function import Function
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity import bits
-from svite_scale.sparsity.dense import filled
-from svite_scale.sparsity.kernels import compress, expand
-from svite_scale.sparsity.layers.base import Gather, MovingTensor, Read, SparseLayer, sparse_layers
+from svite_scale.sparsity import bits, kernels
+from svite_scale.sparsity.kernels.operators import compress, expand
+from svite_scale.sparsity.layers.base import GradientHook, LayerContext, SparseLayer, UnitParameter, filled
 from svite_scale.sparsity.layers.dense_weight import DenseWeight
-from svite_scale.sparsity.layers.packed_weight import PackedConv2dProduct, PackedLinearProduct, read_dense
 from svite_scale.sparsity.mask import Mask
 
 CONVOLUTION = (
@@ -27,20 +34,20 @@ CONVOLUTION = (
     "groups",
     "padding_mode",
 )
-"""What nn.Conv2d is made from, but for its bias."""
+"""Arguments of nn.Conv2d, but for its bias."""
 
 
 class PackedLayer(SparseLayer):
-    """What packed layers share: ``values``, ``mask``, ``bias``, and the shape of the dense weight they stand for.
+    """Base of packed layers: ``values``, ``mask``, ``bias``, and the shape of the dense weight that they stand for.
 
-    A packed layer is an instance of the class whose place it takes, with that class's public attributes.
+    A packed layer is an instance of the class of the layer that it replaces, with that class's public attributes.
 
     Attributes:
         values: trainable float parameter, ``[num_active]``, in ascending flat position; its own shape an engine may hide.
         bias: the dense layer's own bias, or None.
         weight: the dense weight, of ``shape``; see :attr:`weight`.
         shape: shape of the dense weight, N elements.
-        gradient_sink: takes the dense weight gradient, shaped like the weight.
+        gradient_hook: takes the gradient of the dense weight, shaped like the weight.
     """
 
     unit = "weights"
@@ -48,7 +55,7 @@ class PackedLayer(SparseLayer):
     bias: nn.Parameter | None
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str) -> None:
-        """Takes the place of ``dense``, with its bias; :meth:`set_weight` fills ``values`` and ``mask``."""
+        """Replaces ``dense``, and shares its bias; :meth:`set_weight` fills ``values`` and ``mask``."""
         nn.Module.__init__(self)  # not the dense class's, which would make a weight
         weight = dense.weight
         if not 0 < num_active <= weight.numel():
@@ -74,34 +81,34 @@ class PackedLayer(SparseLayer):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """The dense weight, of ``shape``; on a module whose parameters aren't sharded."""
-        return expand(self.values, self.mask, self.shape)
+        """Returns the dense weight, of ``shape``; on a module whose parameters aren't sharded."""
+        return kernels.expand(self.values, self.mask, self.shape)
 
     @property
     def growth_numel(self) -> int:
         return self.shape.numel()
 
-    def moving(self) -> dict[str, MovingTensor]:
-        return {"values": MovingTensor(self.values)}
+    def unit_parameters(self) -> dict[str, UnitParameter]:
+        return {"values": UnitParameter(self.values)}
 
-    def importance(self, read: Read, gather: Gather, mask: Tensor) -> Tensor:
-        """The dense weight, 0 where inactive."""
-        return expand(read(self.values), mask, torch.Size([self.shape.numel()]))
+    def importance(self, context: LayerContext) -> Tensor:
+        """Returns the dense weight, 0 where inactive."""
+        return kernels.expand(context.read(self.values), context.mask, torch.Size([self.shape.numel()]))
 
-    def growth_scores(self, gather: Gather) -> Tensor:
-        """Magnitude of the dense gradient."""
-        return gather()
+    def growth_scores(self, context: LayerContext) -> Tensor:
+        """Returns the magnitude of the dense gradient."""
+        return context.gather()
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of ``shape``, 0 where inactive, made anew by each read.
+        """The dense weight, of ``shape``, 0 where inactive, made again by each read.
 
         It is differentiable as the layer's own product is, so modules that read their layers' weights train them too. What is
-        written into it reaches the active weights, so ``nn.init`` draws them anew; see
+        written into it reaches the active weights, so ``nn.init`` draws them again; see
         :class:`~svite_scale.sparsity.layers.dense_weight.DenseWeight`.
 
         Raises:
-            TopologyError: an engine holds but a part of the layer here; or on assignment.
+            TopologyError: an engine holds only a part of the layer here; or on assignment.
         """
         values, mask = self.values, self.mask
         if values.numel() != self.num_active or hasattr(values, "to_local"):
@@ -109,7 +116,7 @@ class PackedLayer(SparseLayer):
                 f"{self.name}.weight: an engine holds only a part of it here; read it inside the forward of the module that "
                 "the engine gathers it for"
             )
-        dense = read_dense(values, mask, self.shape, self.gradient_sink)
+        dense = read_dense(values, mask, self.shape, self.gradient_hook)
         return DenseWeight.of(dense, self)
 
     @weight.setter
@@ -117,7 +124,7 @@ class PackedLayer(SparseLayer):
         self.register_parameter("weight", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As any module's, but for the name ``weight``, under which a parameter would take no part in the product."""
+        """Registers a parameter as any module does; refuses the name ``weight``, which would take no part in the product."""
         if name == "weight":
             raise TopologyError(
                 f"{self.name}.weight can't be replaced, for it is packed; write into it: weight.copy_(new), in no_grad()"
@@ -126,11 +133,11 @@ class PackedLayer(SparseLayer):
 
     @torch.no_grad()
     def take_active(self, dense: Tensor) -> None:
-        """Gives the active weights the values that they have in ``dense``, of ``shape``; what else it holds is dropped."""
-        self.values.copy_(compress(dense, self.mask, self.num_active))
+        """Copies the active weights from ``dense``, of ``shape``; its other elements are ignored."""
+        self.values.copy_(kernels.compress(dense, self.mask, self.num_active))
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
-        """What the product computes in: autocast's dtype where it is on, else the input's."""
+        """Returns the dtype that the product computes in: autocast's where it is on, else the input's."""
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta knows no autocast
             return torch.get_autocast_dtype(device_type)
@@ -149,7 +156,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self._product_dtype(x))
-        return cast(Tensor, PackedLinearProduct.apply(x, self.values, self.mask, self.bias, self.shape, self.gradient_sink))
+        return cast(Tensor, PackedLinearProduct.apply(x, self.values, self.mask, self.bias, self.shape, self.gradient_hook))
 
     def to_dense(self) -> nn.Linear:
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -176,8 +183,8 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         options = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        sink = self.gradient_sink
-        return cast(Tensor, PackedConv2dProduct.apply(x, self.values, self.mask, self.bias, self.shape, options, sink))
+        hook = self.gradient_hook
+        return cast(Tensor, PackedConv2dProduct.apply(x, self.values, self.mask, self.bias, self.shape, options, hook))
 
     def to_dense(self) -> nn.Conv2d:
         options: dict[str, Any] = {attribute: getattr(self, attribute) for attribute in CONVOLUTION}
@@ -185,6 +192,136 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be
         return filled(dense, self.dense_weight(), self.bias, self, self.values)
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """The packed layers of a model, wrapped by an engine or not, by their names in it, in order of registration."""
-    return {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, PackedLayer)}
+def with_signature(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Stores a function's signature: ``Function.apply`` asks for it at each call, and finding it takes long."""
+    function.__signature__ = signature(function)  # type: ignore[attr-defined]  # as PEP 362 has it
+    return function
+
+
+class DenseRead(Function):
+    """The dense weight, 0 where inactive."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(values: Tensor, mask: Tensor, shape: torch.Size, hook: GradientHook | None) -> Tensor:
+        return expand(values, mask, shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, mask, _, ctx.hook = inputs
+        ctx.save_for_backward(values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, mask = ctx.saved_tensors
+        return _packed_gradient(gradient, values, mask, ctx.hook), None, None, None
+
+
+class ActiveRead(Function):
+    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
+        return compress(dense, mask, num_active)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dense, mask, _ = inputs
+        ctx.save_for_backward(mask)
+        ctx.shape = dense.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return read_dense(gradient, mask, ctx.shape), None, None
+
+
+def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, hook: GradientHook | None = None) -> Tensor:
+    """Returns the dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the hook."""
+    if not torch.is_grad_enabled():  # in a backward, where a function of autograd would only take time
+        return expand(values, mask, shape)
+    return cast(Tensor, DenseRead.apply(values, mask, shape, hook))
+
+
+class PackedLinearProduct(Function):
+    """``F.linear`` on a packed weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(
+        x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, hook: GradientHook | None
+    ) -> Tensor:
+        return F.linear(x, expand(values.to(x.dtype), mask, shape), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, mask, _, ctx.shape, ctx.hook = inputs
+        ctx.save_for_backward(x, values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, mask = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.hook)
+        rows = torch.atleast_2d(grad).flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, ctx.hook)
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(dim=0)
+        return grad_x, grad_values, None, grad_bias, None, None
+
+
+class PackedConv2dProduct(Function):
+    """``F.conv2d`` on a packed weight, of a batch, with ``stride``, ``padding``, ``dilation`` and ``groups`` in ``options``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(
+        x: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        shape: torch.Size,
+        options: dict[str, Any],
+        hook: GradientHook | None,
+    ) -> Tensor:
+        weight = expand(values.to(x.dtype), mask, shape)
+        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, mask, _, ctx.shape, ctx.options, ctx.hook = inputs
+        ctx.save_for_backward(x, values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, mask = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.hook)
+            grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, **ctx.options)
+        if ctx.needs_input_grad[1]:
+            dense = torch.nn.grad.conv2d_weight(x, ctx.shape, grad, **ctx.options)
+            grad_values = _packed_gradient(dense, values, mask, ctx.hook)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum(dim=(0, 2, 3))
+        return grad_x, grad_values, None, grad_bias, None, None, None
+
+
+def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, hook: GradientHook | None) -> Tensor:
+    """Returns the active elements of the dense gradient, which the hook gets whole."""
+    if hook is not None:
+        hook(dense.detach())
+    if not torch.is_grad_enabled():
+        return compress(dense, mask, values.numel()).to(values.dtype)
+    return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)

@@ -1,6 +1,6 @@
-"""Whether a dense layer is just that: all that it does is what its class, its weight and its bias say.
+"""Checks that a dense layer is plain: that its class, its weight and its bias say all that it does.
 
-A packed layer takes these on. What else was done to the dense one (hooks, a reparametrization, another forward) would be lost.
+A packed layer has all of these. Anything else of the dense layer (hooks, a reparametrization, another forward) would be lost.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ HOOKS = {
     "_load_state_dict_pre_hooks": "load_state_dict pre-hooks",
     "_load_state_dict_post_hooks": "load_state_dict post-hooks",
 }
-"""Where torch keeps the hooks of a module; there is no public way to ask for them."""
+"""Attributes in which torch keeps the hooks of a module; there is no public way to ask for them."""
 
 TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""Where it keeps those of a tensor."""
+"""Attributes in which it keeps those of a tensor."""
 
 PLAIN: dict[type[nn.Module], nn.Module] = {
     nn.Linear: nn.Linear(1, 1, device="meta"),
     nn.Conv2d: nn.Conv2d(1, 1, 1, device="meta"),
 }
-"""Layers to which nothing was done."""
+"""Layers as their classes make them."""
 
 
 class Loss(NamedTuple):
-    """What packing a layer would lose, and what helps."""
+    """A property of a layer that packing would lose, and the remedy."""
 
     problem: str
     remedy: str
@@ -64,17 +64,17 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before it was parametrized."""
+    """Returns the class of a module, before it was parametrized."""
     return parametrize.type_before_parametrizations(module)
 
 
 def own_attributes(module: nn.Module, plain: nn.Module) -> dict[str, Any]:
-    """What was set on a module that a plain one of its class doesn't have."""
+    """Returns the attributes of a module that a plain one of its class doesn't have."""
     return {name: value for name, value in vars(module).items() if name not in vars(plain)}
 
 
 def lost_in_packing(layer: nn.Module) -> Loss | None:
-    """What a packed layer in the place of a Linear or Conv2d wouldn't do; None where there is nothing."""
+    """Returns what packing a Linear or Conv2d would lose; None if nothing."""
     if parametrize.is_parametrized(layer):
         return Loss("is parametrized", "call torch.nn.utils.parametrize.remove_parametrizations() first")
     tensors = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
@@ -93,7 +93,7 @@ def lost_in_packing(layer: nn.Module) -> Loss | None:
 
 
 def changed_call(module: nn.Module) -> Loss | None:
-    """What was done to a module's call or to its state dict; None where there is nothing."""
+    """Returns how a module's call or state dict was changed; None if they weren't."""
     if "_compiled_call_impl" in vars(module):
         return Loss("is compiled by itself", "compile it after sparsify()")
     if "forward" in vars(module):
@@ -103,5 +103,5 @@ def changed_call(module: nn.Module) -> Loss | None:
 
 
 def _is_left_behind(hook: object) -> bool:
-    """Whether it is a hook for old checkpoints that weight_norm or spectral_norm registered, and that taking them off left."""
+    """Returns whether a hook is one for old checkpoints that weight_norm or spectral_norm leave when they are removed."""
     return getattr(hook, "__module__", "").startswith("torch.nn.utils.")

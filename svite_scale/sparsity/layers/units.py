@@ -1,10 +1,10 @@
-"""Whole units of a layer, neurons or heads, of which only the active ones exist.
+"""Layers of whole units, neurons or heads, of which only the active ones exist.
 
 The weights of an absent unit are nowhere: not in memory, not in a product, not on the wire. So an absent unit has no gradient
-that could tell whether it is worth growing. A candidate for it has one: incoming weights drawn from (seed, update, layer,
-unit), outgoing weights of zero. During growth windows the layer computes the gradient that the candidate's outgoing weights
-would receive, and that is its score. A unit that is grown begins as its candidate: it leaves the function as it was, its
-outgoing weights learn in the next step, and its incoming ones in the one after.
+by which it could be grown. Its candidate has one. A candidate has incoming weights drawn from (seed, update, layer, unit), and
+outgoing weights of zero. During growth windows the layer computes the gradient that the candidate's outgoing weights would
+receive: this is its score. A grown unit starts as its candidate, so it doesn't change the function. Its outgoing weights learn
+in the next step, and its incoming weights in the step after.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.dense import filled
 from svite_scale.sparsity.hashing import hashed_uniform
-from svite_scale.sparsity.layers.base import SparseLayer
+from svite_scale.sparsity.layers.base import SparseLayer, filled
 from svite_scale.sparsity.mask import Mask
 
 
@@ -39,7 +38,7 @@ class UnitLayer(SparseLayer):
     out_features: int
 
     def set_up(self, name: str, active: Tensor, seed: int, incoming: Tensor, out_features: int) -> None:
-        """Fills in what units have in common.
+        """Sets the attributes that all layers of units have.
 
         Args:
             name: of the layer.
@@ -58,15 +57,15 @@ class UnitLayer(SparseLayer):
         return f"{path}.{self.unit}" if path else self.name
 
     def active_units(self) -> Tensor:
-        """Bool ``[N]``; where the layer's own parameters are whole: inside its forward and backward."""
+        """Returns bool ``[N]``. For use where the layer's parameters are whole: inside its forward and backward."""
         return bits.unpack(self.mask, self.shape.numel())
 
     def initial_units(self, active: Tensor) -> Tensor:
-        """The active units, int64 ``[k]``, on the layer's device, which may be meta."""
+        """Returns the active units, int64 ``[k]``, on the layer's device, which may be meta."""
         return active.nonzero().squeeze(1).to(self.mask.device)
 
     def candidates(self, units: Tensor) -> Tensor:
-        """Incoming weights of candidates for the update to come, fp32 ``[units, candidate_numel]``.
+        """Returns the incoming weights of candidates for the next update, fp32 ``[units, candidate_numel]``.
 
         Args:
             units: bool ``[N]``, or int64 ``[any]``.
@@ -78,19 +77,19 @@ class UnitLayer(SparseLayer):
 
     @torch.no_grad()
     def all_units(self, rows: Tensor, repeats: int = 1) -> Tensor:
-        """``[repeats * k * any, ...]`` of active units as ``[repeats * N * any, ...]``, with zeros for absent ones."""
+        """Returns ``[repeats * k * any, ...]`` of active units as ``[repeats * N * any, ...]``, with zeros for absent ones."""
         active = self.active_units()
         whole = rows.new_zeros(repeats, active.numel(), rows.numel() // (repeats * self.num_active))
         whole[:, active] = rows.reshape(repeats, self.num_active, -1)
         return whole.view(-1, *rows.shape[1:])
 
     def dense_linear(self, weight: Tensor, bias: Tensor | None, trained: nn.Parameter) -> nn.Linear:
-        """A Linear of this weight, ``[out, in]``; see :func:`~svite_scale.sparsity.dense.filled`."""
+        """Returns a Linear of this weight, ``[out, in]``; see :func:`~svite_scale.sparsity.layers.base.filled`."""
         empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         return filled(empty, weight, bias, self, trained)
 
-    def hear(self, x: Tensor, gradient: Tensor) -> None:
-        """Hands what growth scores are made of to the sink, inside backward.
+    def record_gradient(self, x: Tensor, gradient: Tensor) -> None:
+        """Passes what growth scores are made of to the gradient hook, inside backward.
 
         Args:
             x: the layer's input, ``[B, tokens, in]``.
@@ -99,20 +98,20 @@ class UnitLayer(SparseLayer):
         raise NotImplementedError
 
 
-class Hearing(Function):
-    """Passes a unit layer's output on, and hands the layer's ``hear`` its input beside the output's gradient."""
+class GradientRecorder(Function):
+    """Passes a unit layer's output on; in backward calls ``record`` with the layer's input and the output's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, hear: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.hear = hear
+        ctx.record = record
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.hear(x, gradient)
+        ctx.record(x, gradient)
         return gradient, None, None
 
 
@@ -133,7 +132,7 @@ class TransposedLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """Some rows of an ``nn.Linear``; a type of its own, so that nothing packs its weights once more."""
+    """Some rows of an ``nn.Linear``; a type of its own, so that its weights aren't packed again."""
 
     bias: nn.Parameter | None
 

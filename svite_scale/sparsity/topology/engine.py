@@ -13,46 +13,44 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import FollowsTopology, ParameterAccess
+from svite_scale.sparsity.access import Annealed, ParameterAccess, TrackedTensors
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sharding import own_chunk, sharded_tensors
-from svite_scale.sparsity.topology.decision import check_state, decide, write_topology
-from svite_scale.sparsity.topology.engine_checks import check_stepped
+from svite_scale.sparsity.topology.checks import check_state, check_stepped
+from svite_scale.sparsity.topology.decision import decide, write_topology
 from svite_scale.sparsity.topology.growth import GrowthScores
-from svite_scale.sparsity.topology.history import History
 from svite_scale.sparsity.topology.methods import Method, find_method
-from svite_scale.sparsity.topology.recently_grown import Newcomers
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
-from svite_scale.sparsity.topology.topology_update import LayerUpdate, TopologyUpdate
+from svite_scale.sparsity.topology.statistics import LayerUpdate, Statistics, TopologyUpdate
 from svite_scale.sparsity.topology.warmup import GrownWarmup
-from svite_scale.sparsity.transition import Remap
+from svite_scale.sparsity.transition import TopologyTransition
 
 logger = logging.getLogger("svite_scale")
 
 
 class TopologyEngine:
-    """Prunes and grows the sparse layers of a model on a schedule (the paper's Algorithm 1; DESIGN section 3).
+    """Prunes and grows the sparse layers of a model on a schedule (Algorithm 1 of the SViTE paper).
 
-    After an update step's optimizer step, layer by layer: the method's weights go and as many come, by default those of
-    smallest magnitude and those of largest gradient, averaged over ranks, micro-batches and the growth window. The number of
-    active weights of a layer never changes, so neither does any shape. A weight that is dropped and grown in one update keeps
-    its value and moments; other grown weights start at 0.
+    An update follows an optimizer step. In each layer it drops the active weights of the smallest score, and grows as many
+    inactive ones of the largest: by default of the smallest magnitude, and of the largest gradient, averaged over ranks,
+    micro-batches and the growth window. The number of active weights of a layer never changes, so neither does any shape. A
+    weight that is dropped and grown by one update keeps its value and moments; other grown weights start at 0.
 
-    A layer whose values are frozen, on all ranks or on none, keeps its weights where they are and isn't waited for; once
-    thawed, it has a part again in the first update in whose whole growth window it wasn't frozen.
+    A layer whose values are frozen, on all ranks or on none, keeps its topology, and no gradient of it is needed. Once thawed,
+    it changes again at the first update in whose whole growth window it wasn't frozen.
 
     A layer has one engine at a time: until :meth:`detach`, or until nothing refers to the engine any more.
 
     Attributes:
-        layers: the sparse layers, by where they are in the model, without what engines' wrappers add to that.
-        steps: optimizer steps seen so far.
+        layers: the sparse layers, by their names in the model, without what engines' wrappers add to names.
+        annealed: modules that each step anneals: token selectors.
+        steps: optimizer steps so far.
         last_update: the step after which weights last moved; 0 before the first time.
-        postponed: updates that were put off, or left out, because a gradient wasn't finite or the step not applied.
-        history: which weights have ever been active, and which all the time.
-        newcomers: which active weights came at the last update.
-        followers: what else is carried along at an update; empty unless something is put there.
+        postponed: updates that were postponed or left out, because a gradient wasn't finite or the step not applied.
+        growth: the gradients recorded in a growth window.
+        statistics: the history of the weights, and which ones the last update grew.
     """
 
     def __init__(
@@ -78,6 +76,7 @@ class TopologyEngine:
             OptionError: the method can't be imported, or a window reaches from one update to the next.
         """
         self.layers = sparse_layers(model)
+        self.annealed = [module for module in model.modules() if isinstance(module, Annealed)]
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
@@ -86,21 +85,20 @@ class TopologyEngine:
         self.steps = self.last_update = self.postponed = 0
         self._retry_step = 0
         self._state_checked = False  # since the first step, at which optimizers make it
-        self.followers: list[FollowsTopology] = []
+        self._tracked: list[TrackedTensors] = []
         for name, layer in self.layers.items():
             layer.name = name
         self.growth = GrowthScores(self.layers.values(), group, by=self.options.grow_by)
-        self.history = History(group)
-        self.newcomers = Newcomers(self.layers.values(), group)
+        self.statistics = Statistics(group)
         warmup_steps = self.options.grown_warmup_steps
         self.warmup = GrownWarmup(self.layers.values(), access, warmup_steps) if warmup_steps else None
         for layer in self.layers.values():
-            self.history.begin(layer, access.read(layer.mask))
+            self.statistics.add(layer, access.read(layer.mask))
         # Last, so that an engine that couldn't be built has no layer.
-        taken = ref(self)
+        own = ref(self)
         for layer in self.layers.values():
-            layer.engine = taken
-        self._detach = finalize(self, _let_go, self.growth, self.warmup, taken)
+            layer.engine = own
+        self._detach = finalize(self, _release, self.growth, self.warmup, own)
         self._detach.atexit = False
         self._prepare_step()
         self._check_state()
@@ -115,9 +113,9 @@ class TopologyEngine:
             )
 
     @property
-    def rate(self) -> float:
-        """Share of the active weights that an update now would move; 0 where no weight moves any more."""
-        return self.schedule.rate(self.steps) if self._moves and self.steps <= self.schedule.stop_step else 0.0
+    def drop_fraction(self) -> float:
+        """Fraction of the active weights that an update now would drop and grow; 0 where no weight moves any more."""
+        return self.schedule.drop_fraction_at(self.steps) if self._moves and self.steps <= self.schedule.stop_step else 0.0
 
     @property
     def next_update(self) -> int | None:
@@ -131,33 +129,37 @@ class TopologyEngine:
         return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
 
     def detach(self) -> None:
-        """Lets go of the layers, whose weights stay where they are from now on, and which another engine may then have."""
+        """Releases the layers: their topology stays as it is, and another engine may have them."""
         self._detach()
 
+    def track(self, tensors: TrackedTensors) -> None:
+        """Has tensors beside the weights, such as an average of them, follow the topology from now on. On all ranks alike."""
+        self._tracked.append(tensors)
+
     def zero_grad(self) -> None:
-        """Forgets the gradients heard since the last :meth:`step`. Call it where the optimizer's is called without a step in
-        between: after a backward for something else than training, or after an error. The same on all ranks.
+        """Forgets the gradients recorded since the last :meth:`step`. Call it where ``optimizer.zero_grad()`` is called without
+        a step before it: after a backward that isn't for training, or after an error. On all ranks alike.
         """
-        self.growth.forget_step()
+        self.growth.discard_step()
 
     def step(self, *, applied: bool = True) -> TopologyUpdate | None:
         """Counts one optimizer step, and updates the topology if an update is due. Call it right after each optimizer step.
 
-        A collective on update steps: all ranks call it. Where the growth window holds a gradient that isn't finite and was
-        applied all the same, or the step on which an update is due wasn't applied, the update is postponed by another window
-        and :attr:`postponed` counts it; past the last step that the schedule allows, it is left out. So is a scheduled update
-        that would come less than a growth window, or a warm-up, after a postponed one.
+        A collective on update steps: all ranks call it. The update is postponed by another growth window if the window holds a
+        gradient that isn't finite, or if the step on which the update is due wasn't applied; :attr:`postponed` counts it. It is
+        left out if the schedule's last step would pass. A scheduled update is left out too if it would come less than a growth
+        window, or a warm-up, after a postponed one.
 
         Args:
             applied: False for a step that left the weights as they were; its gradients don't count, finite or not. The same
                 on all ranks.
 
         Returns:
-            What changed, or None where nothing did.
+            A summary of the update; None where there was none.
 
         Raises:
-            TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, or the optimizer doesn't step a layer
-                that was thawed, or keeps state that can't follow moving weights, which the first step already tells; the
+            TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, the optimizer doesn't step a layer
+                that was thawed, or it keeps state that can't follow moving weights (found at the first step already); the
                 message names the layer. Or the engine was detached.
         """
         if not self._detach.alive:
@@ -175,8 +177,9 @@ class TopologyEngine:
 
     @torch.no_grad()
     def unit_masks(self) -> dict[str, bytes]:
-        """Which units are active: by name of each layer of heads or neurons, ``ceil(N / 8)`` bytes, bit i of byte j being unit
-        8j + i. Layers packed by single weights aren't among them, for their masks are large. A collective.
+        """Returns the masks of layers of heads or neurons, by name: ``ceil(N / 8)`` bytes; bit i of byte j is unit 8j + i.
+
+        The masks of single weights are left out, because they are large. A collective.
         """
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
         return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
@@ -188,7 +191,7 @@ class TopologyEngine:
             "last_update": self.last_update,
             "postponed": self.postponed,
             "retry_step": self._retry_step,
-            "recorded_steps": self.growth.num_steps,
+            "recorded_steps": self.growth.recorded_steps,
             "recorded_ranks": self.growth.world_size,
             "frozen": sorted(self.growth.frozen),
         }
@@ -200,21 +203,22 @@ class TopologyEngine:
         ``torch.distributed.checkpoint`` calls it to save and to load. The tensors are the engine's own, not copies.
 
         Returns:
-            ``counters``; and by layer name ``history``, uint8 ``[ceil(N / 8)]``, and
-            ``recently_grown``, uint8 ``[ceil(k / 8)]``. With a growth window of several steps also ``growth``, fp32: the sum of
-            the gradients recorded; zeros between two windows, because a loaded tensor must have the form of the saved one. With
-            a process group the tensors are ``DTensor``s, ``Shard(0)``.
+            :meth:`counters` under ``counters``. By layer name under ``history`` uint8 ``[ceil(N / 8)]``, and under
+            ``recently_grown`` uint8 ``[ceil(k / 8)]``. With a growth window of several steps also ``growth``, fp32: the sums of
+            the recorded gradients, and zeros between two windows, because a loaded tensor must have the form of the saved one.
+            With a process group the tensors are ``DTensor``s, ``Shard(0)``.
         """
         layers, group = self.layers.items(), self.growth.group
-        history = {name: (self.history.chunks[name], bits.num_bytes(layer.shape.numel())) for name, layer in layers}
-        recent = {name: (self.newcomers.chunks[name], bits.num_bytes(layer.num_active)) for name, layer in layers}
+        held = self.statistics
+        history = {name: (held.history[name], bits.num_bytes(layer.shape.numel())) for name, layer in layers}
+        grown = {name: (held.recently_grown[name], bits.num_bytes(layer.num_active)) for name, layer in layers}
         # A window of one step holds nothing once that step is done.
         keeps_sums = self._moves and self.options.grow_window > 1
         growth = {name: (self.growth.chunk(layer), layer.growth_numel) for name, layer in layers if keeps_sums}
         return {
             "counters": self.counters(),
             "history": sharded_tensors(history, group),
-            "recently_grown": sharded_tensors(recent, group),
+            "recently_grown": sharded_tensors(grown, group),
             "growth": sharded_tensors(growth, group),
         }
 
@@ -237,13 +241,14 @@ class TopologyEngine:
             _check_same_shapes(kind, names, here[kind], state[kind])
         self.steps, self.last_update = counters["steps"], counters["last_update"]
         self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
+        group = self.growth.group
         for name, layer in self.layers.items():
             device = layer.mask.device
-            self.history.chunks[name] = own_chunk(state["history"][name], self.growth.group).to(device)
-            self.newcomers.chunks[name] = own_chunk(state["recently_grown"][name], self.growth.group).to(device)
+            self.statistics.history[name] = own_chunk(state["history"][name], group).to(device)
+            self.statistics.recently_grown[name] = own_chunk(state["recently_grown"][name], group).to(device)
             if self.warmup and not layer.is_frozen:
-                self.warmup.start(layer, self.newcomers.read(layer))
-        sums = {name: own_chunk(state["growth"][name], self.growth.group) for name in self.layers if name in recorded}
+                self.warmup.start(layer, self.statistics.read_grown(layer))
+        sums = {name: own_chunk(state["growth"][name], group) for name in self.layers if name in recorded}
         self.growth.load(sums, counters["recorded_steps"], counters["recorded_ranks"], set(counters["frozen"]))
         self._prepare_step()
 
@@ -252,12 +257,14 @@ class TopologyEngine:
         return bool(self.layers) and self.method is not None
 
     def _prepare_step(self) -> None:
-        """Hears gradients during the next step if it lies in a growth window, and only then."""
+        """Records gradients during the next step if it lies in a growth window, and anneals token selectors."""
+        for module in self.annealed:
+            module.anneal(min(self.steps / self.schedule.total_steps, 1.0))
         due = self.next_update
         if due is not None and due - self.steps <= self.options.grow_window:
-            self.growth.listen(due)
+            self.growth.start_recording(due)
         else:
-            self.growth.stop()
+            self.growth.stop_recording()
         if self.warmup:
             self.warmup.prepare(self.steps - self.last_update)
 
@@ -291,45 +298,50 @@ class TopologyEngine:
         for layer in moving:
             check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
         check_state(moving, self.access, self.options, stepped=True)
-        rate = self.schedule.rate(self.steps)
+        drop_fraction = self.drop_fraction
         self.last_update = self.steps
-        layers = {
-            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, rate)
+        figures = {
+            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, drop_fraction)
             for name, layer in self.layers.items()
         }
-        return TopologyUpdate(self.steps, rate, layers, self.history.counts(), self.unit_masks())
+        layers = {
+            name: LayerUpdate(
+                unit=self.layers[name].unit,
+                numel=self.layers[name].shape.numel(),
+                num_active=self.layers[name].num_active,
+                ever_active=ever_active,
+                initial_survivors=initial_survivors,
+                **figures[name],
+            )
+            for name, (ever_active, initial_survivors) in self.statistics.count_history().items()
+        }
+        return TopologyUpdate(self.steps, drop_fraction, layers, self.unit_masks())
 
     def _check_state(self) -> None:
-        """Refuses an optimizer that the weights can't move under, as soon as it can be known."""
+        """Refuses an optimizer whose state can't follow moving weights, as soon as that can be known."""
         if self._moves:
             check_state(self.layers.values(), self.access, self.options, stepped=False)
 
-    def _update_layer(self, layer: SparseLayer, method: Method, rate: float) -> LayerUpdate:
-        """One layer's update; the layer's dense tensors live only in here."""
-        decision = decide(layer, method, rate, self.steps, self.options, self.access, self.growth)
-        remap = Remap(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
-        write_topology(layer, remap, self.access, self.options, self.followers)
-        self.history.follow(layer, decision.old_mask, decision.new_mask)
-        grown_survival = self.newcomers.follow(layer, remap)
+    def _update_layer(self, layer: SparseLayer, method: Method, drop_fraction: float) -> dict[str, Any]:
+        """Updates one layer; its dense tensors live only in here. Returns figures of a ``LayerUpdate``."""
+        decision = decide(layer, method, drop_fraction, self.steps, self.options, self.access, self.growth)
+        transition = TopologyTransition(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
+        write_topology(layer, transition, self.access, self.options, self._tracked)
+        grown_survival = self.statistics.apply(layer, transition)
         if self.warmup:
-            self.warmup.start(layer, ~remap.stays)
-        return LayerUpdate(
-            unit=layer.unit,
-            numel=layer.shape.numel(),
-            num_active=layer.num_active,
-            dropped=decision.count,
-            regrown=decision.count - int((~remap.stays).count_nonzero()),
-            grown_survival=grown_survival,
-            drop_threshold=decision.drop_threshold,
-            grow_threshold=decision.grow_threshold,
-        )
+            self.warmup.start(layer, ~transition.kept)
+        return {
+            "dropped": decision.count,
+            "regrown": decision.count - int((~transition.kept).count_nonzero()),
+            "grown_survival": grown_survival,
+            "drop_threshold": decision.drop_threshold,
+            "grow_threshold": decision.grow_threshold,
+        }
 
-    def _keep_layer(self, layer: SparseLayer) -> LayerUpdate:
-        """What an update does to a frozen layer: nothing, but count."""
-        mask = self.access.read(layer.mask)
-        self.history.follow(layer, mask, mask)
-        self.newcomers.clear(layer)
-        return LayerUpdate(unit=layer.unit, numel=layer.shape.numel(), num_active=layer.num_active)
+    def _keep_layer(self, layer: SparseLayer) -> dict[str, Any]:
+        """Leaves a frozen layer as it is at an update."""
+        self.statistics.keep(layer, self.access.read(layer.mask))
+        return {}
 
 
 def _check_same_shapes(kind: str, names: Set[str], here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -343,9 +355,9 @@ def _check_same_shapes(kind: str, names: Set[str], here: Mapping[str, Tensor], s
             )
 
 
-def _let_go(growth: GrowthScores, warmup: GrownWarmup | None, taken: ref[TopologyEngine]) -> None:
+def _release(growth: GrowthScores, warmup: GrownWarmup | None, engine: ref[TopologyEngine]) -> None:
     for layer in growth.layers:
-        if layer.engine is taken:
-            layer.engine = layer.gradient_sink = None
+        if layer.engine is engine:
+            layer.engine = layer.gradient_hook = None
     if warmup:
         warmup.remove()

@@ -1,4 +1,4 @@
-"""What moves the weights: a method is a pair of scores, one that drops and one that grows.
+"""Methods: pairs of scores, one by which weights are dropped and one by which they are grown.
 
 A score is a function of a layer's :class:`Candidates` that returns a float for every position of the weight. A method of your
 own is a :class:`~svite_scale.sparsity.options.Method` of two of them; docs/methods.md shows one.
@@ -15,72 +15,75 @@ from torch import Tensor
 
 from svite_scale.errors import OptionError
 from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.layers.base import LayerContext
 from svite_scale.sparsity.options import Method
 from svite_scale.sparsity.update import choose
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Candidates:
     """One layer's weights when some are to be dropped, or grown, and what a score may ask about them.
 
     Attributes:
-        name: of the layer.
+        layer: the layer, and the way to its tensors.
         step: optimizer steps done.
         seed: of the run.
         count: weights to choose.
         eligible: bool ``[N]``, the weights to choose from: the active ones to drop, or the inactive ones to grow, those just
             dropped included.
-        random_share: of the config, 0 to 1.
-        read_values: see :meth:`values`.
-        read_gradient: see :meth:`gradient`.
+        random_share: see :attr:`~svite_scale.sparsity.options.MethodOptions.random_share`.
     """
 
-    name: str
+    layer: LayerContext
     step: int
     seed: int
     count: int
     eligible: Tensor
     random_share: float
-    read_values: Callable[[], Tensor]
-    read_gradient: Callable[[], Tensor]
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
 
     def values(self) -> Tensor:
-        """The dense weight before the update, fp32 ``[N]``, 0 where inactive; a new tensor at each call."""
-        return self.read_values()
+        """Returns the dense weight before the update, fp32 ``[N]``, 0 where inactive; a new tensor. Of heads and neurons, their
+        importance. A collective.
+        """
+        return self.layer.importance()
 
     def gradient(self) -> Tensor:
-        """Magnitude of the dense gradient, averaged over the growth window, fp32 ``[N]``; a new tensor at each call.
-
-        A collective at each call, which is one on all ranks: they all score alike.
+        """Returns the magnitude of the dense gradient, averaged over the growth window, fp32 ``[N]``; a new tensor. Of heads
+        and neurons, their growth scores. A collective.
         """
-        return self.read_gradient()
+        return self.layer.growth_scores()
 
     def random(self) -> Tensor:
-        """Uniform random numbers by (seed, step, layer, flat position), fp32 ``[N]``."""
+        """Returns uniform random numbers by (seed, step, layer, flat position), fp32 ``[N]``."""
         return hashed_uniform(self.seed, self.step, self.name, self.eligible.numel(), self.eligible.device)
 
 
 Score = Callable[[Candidates], Tensor]
-"""Float ``[N]``, read where eligible: the smallest scores drop, the largest grow."""
+"""Returns float ``[N]``, read where eligible: units of the smallest scores are dropped, of the largest grown."""
 
 
 def magnitude(candidates: Candidates) -> Tensor:
-    """|weight|."""
+    """Scores by |weight|."""
     return candidates.values().abs_()
 
 
 def gradient_magnitude(candidates: Candidates) -> Tensor:
-    """|dense gradient| (RigL, arXiv:1911.11134; the SViTE paper's choice)."""
+    """Scores by |dense gradient| (RigL, arXiv:1911.11134; the SViTE paper's choice)."""
     return candidates.gradient()
 
 
 def uniform_random(candidates: Candidates) -> Tensor:
-    """Any weight as well as any other (SET, Mocanu et al. 2018)."""
+    """Scores at random (SET, Mocanu et al. 2018)."""
     return candidates.random()
 
 
 def partly_random(candidates: Candidates) -> Tensor:
-    """``random_share`` of the weights at random, the others by gradient."""
+    """Chooses ``random_share`` of the weights at random, the others by gradient."""
     num_random = round(candidates.random_share * candidates.count)
     chosen, _ = choose(candidates.eligible, candidates.random(), num_random, "grow")
     return candidates.gradient().masked_fill_(chosen, torch.inf)

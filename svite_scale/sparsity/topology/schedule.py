@@ -72,11 +72,7 @@ class UpdateSchedule(DropSchedule):
         candidate = -(-earliest // self.update_every) * self.update_every
         return candidate if candidate <= self.stop_step else None
 
-    def is_update(self, step: int) -> bool:
-        """Whether the topology changes after optimizer step ``step`` (the first step is 1)."""
-        return self.next_update(step - 1) == step
-
-    def rate(self, step: int) -> float:
-        """Share of the active weights that an update at ``step`` drops and grows."""
+    def drop_fraction_at(self, step: int) -> float:
+        """Returns the fraction of the active weights that an update at ``step`` drops and grows."""
         schedule = DROP_SCHEDULES[self.drop_schedule]
         return schedule(self.drop_fraction, step - self.start_step, self.stop_step - self.start_step, self.final_drop_fraction)

@@ -1,4 +1,4 @@
-"""A gentler start for the weights that an update has grown."""
+"""The warm-up of the weights that an update has grown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svite_scale.sparsity.layers.base import SparseLayer
 
 
 class GrownWarmup:
-    """Learning rate of the weights grown at the last update: a line from 1/steps of it to the whole, over ``steps`` steps.
+    """Warms up the learning rate of the weights grown at the last update: a line from 1/steps of it to all of it.
 
     Optimizers have one learning rate per group of parameters, so this scales down what their step did to these weights, weight
     decay included, on each rank's own part of them. No collective.
@@ -24,29 +24,29 @@ class GrownWarmup:
         self.layers = list(layers)
         self.access = access
         self.steps = steps
-        self._share = 1.0
+        self._fraction = 1.0
         self._grown: dict[tuple[str, str], Tensor] = {}
         self._before: dict[tuple[str, str], Tensor] = {}
         self._hooks = [optimizer.register_step_pre_hook(self._remember) for optimizer in access.steppers]
         self._hooks += [optimizer.register_step_post_hook(self._scale) for optimizer in access.steppers]
 
     def remove(self) -> None:
-        """Leaves the optimizer's steps alone from now on."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def start(self, layer: SparseLayer, grown: Tensor) -> None:
-        """From now on warms up these units of a layer, bool ``[k]``, and no others; local."""
-        for name, moving in layer.moving().items():
-            elements = grown.view(1, -1, 1).expand(moving.repeats, -1, moving.row_numel).flatten()
-            local, offset = self.access.local_values(moving.parameter)
-            mine = elements[offset : offset + local.numel()]
-            self._grown[layer.name, name] = mine.nonzero().squeeze(1)
+        """Warms up these units of a layer from now on, bool ``[k]``, and no others. Local."""
+        for name, part in layer.unit_parameters().items():
+            elements = grown.view(1, -1, 1).expand(part.repeats, -1, part.row_numel).flatten()
+            local, offset = self.access.local_values(part.parameter)
+            own = elements[offset : offset + local.numel()]
+            self._grown[layer.name, name] = own.nonzero().squeeze(1)
 
     def prepare(self, steps_since_update: int) -> None:
-        """Sets the share of the learning rate for the optimizer's next step, the first of which follows 0 steps."""
-        self._share = min(1.0, (steps_since_update + 1) / self.steps)
-        if self._share == 1.0:
+        """Sets the fraction of the learning rate for the optimizer's next step, the first of which follows 0 steps."""
+        self._fraction = min(1.0, (steps_since_update + 1) / self.steps)
+        if self._fraction == 1.0:
             self._grown.clear()
 
     @torch.no_grad()
@@ -58,12 +58,12 @@ class GrownWarmup:
     def _scale(self, *_: Any) -> None:
         for key, values in self._warming():
             grown = self._grown[key]
-            values[grown] = torch.lerp(self._before[key], values[grown], self._share)
+            values[grown] = torch.lerp(self._before[key], values[grown], self._fraction)
         self._before.clear()
 
     def _warming(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """This rank's part of each parameter with grown weights that isn't frozen, a view, by layer and name in it."""
+        """Yields this rank's part of each parameter with grown weights that isn't frozen, a view, by layer and name in it."""
         for layer in self.layers:
-            for name, moving in layer.moving().items():
-                if (layer.name, name) in self._grown and moving.parameter.requires_grad:
-                    yield (layer.name, name), self.access.local_values(moving.parameter)[0]
+            for name, part in layer.unit_parameters().items():
+                if (layer.name, name) in self._grown and part.parameter.requires_grad:
+                    yield (layer.name, name), self.access.local_values(part.parameter)[0]

@@ -1,6 +1,6 @@
-"""What the running backward is good for, as autograd tells it from within.
+"""Questions about the running backward, answered from within it.
 
-Autograd has no public way to ask; what is used of it is in this file alone.
+Autograd has no public way to ask. Its private functions are used in this file alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ NO_BACKWARD = -1
 
 
 def reaches(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the running backward gives one of these a gradient. One that only asks for gradients of inputs doesn't.
+    """Returns whether the running backward gives one of these parameters a gradient. One that computes gradients of inputs only
+    doesn't.
 
     True outside any backward.
     """
@@ -27,30 +28,30 @@ def reaches(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 class BackwardRuns:
-    """Notices that a backward was given up: that it raised, and another one runs."""
+    """Notices that a backward raised and another one runs."""
 
     def __init__(self) -> None:
         self._ends: dict[int, ref[Callable[[], None]]] = {}
 
     def given_up(self) -> bool:
-        """Whether a backward that was seen here earlier raised; told once. Call it inside the running one."""
+        """Returns, once, that a backward seen here earlier raised. Call it inside the running one."""
         number = _run_number()
         if number == NO_BACKWARD or number in self._ends:
             return False
         # A backward that raised has dropped its end without calling it; one that this one runs within still holds its own.
-        going_on = {other: end for other, end in self._ends.items() if end() is not None}
-        raised = len(going_on) < len(self._ends)
+        unfinished = {other: end for other, end in self._ends.items() if end() is not None}
+        raised = len(unfinished) < len(self._ends)
 
         def end() -> None:
             del self._ends[number]
 
         Variable._execution_engine.queue_callback(end)
-        self._ends = going_on | {number: ref(end)}
+        self._ends = unfinished | {number: ref(end)}
         return raised
 
 
 def _run_number() -> int:
-    """Of the running backward."""
+    """Returns the number of the running backward."""
     return torch._C._current_graph_task_id()
 
 

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import svite_scale
 
 
-class Heard:
-    """A packed linear layer whose window is the step to come, and what it should have heard."""
+class Recorded:
+    """A packed linear layer whose window is the step to come, and what it should have recorded."""
 
     def __init__(self, window: int = 1) -> None:
         torch.manual_seed(0)
@@ -35,7 +35,7 @@ class Heard:
     def check(self) -> None:
         layer = self.topology.layers["1"]
         self.topology.growth.end_step()
-        steps = self.topology.growth.num_steps
+        steps = self.topology.growth.recorded_steps
         torch.testing.assert_close(self.topology.growth.gather(layer).view(3, 5) * steps, self.expected.abs())
 
 
@@ -52,61 +52,61 @@ def raising(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_backward_that_raised_doesnt_count_nor_what_came_before_it_in_its_step(window: int) -> None:
-    heard = Heard(window)
+    recorded = Recorded(window)
     if window == 2:
-        heard.count(torch.randn(2, 6))
-        heard.topology.step()
-    before = heard.expected.clone()
-    heard.count(torch.randn(2, 6))
+        recorded.count(torch.randn(2, 6))
+        recorded.topology.step()
+    before = recorded.expected.clone()
+    recorded.count(torch.randn(2, 6))
     for _ in range(2):
         with pytest.raises(MemoryError):
-            heard.model[1](raising(heard.model[0](torch.randn(2, 6)))).sum().backward()
-    heard.expected = before
-    heard.count(torch.randn(2, 6))
-    heard.count(torch.randn(3, 6))
-    heard.check()
+            recorded.model[1](raising(recorded.model[0](torch.randn(2, 6)))).sum().backward()
+    recorded.expected = before
+    recorded.count(torch.randn(2, 6))
+    recorded.count(torch.randn(3, 6))
+    recorded.check()
 
 
 def test_a_backward_within_another_one_is_no_sign_that_that_was_given_up() -> None:
-    heard = Heard()
+    recorded = Recorded()
     x = torch.randn(2, 6, requires_grad=True)
-    hidden = checkpoint(heard.model[0], x, use_reentrant=True)
-    heard.model[1](hidden).square().sum().div(2).backward()
+    hidden = checkpoint(recorded.model[0], x, use_reentrant=True)
+    recorded.model[1](hidden).square().sum().div(2).backward()
     with torch.no_grad():
-        heard.expected += heard.model(x).T @ heard.model[0](x)
-    heard.count(torch.randn(2, 6))
-    heard.check()
+        recorded.expected += recorded.model(x).T @ recorded.model[0](x)
+    recorded.count(torch.randn(2, 6))
+    recorded.check()
 
 
-def test_gradients_of_inputs_alone_or_of_other_weights_arent_heard() -> None:
-    heard = Heard()
+def test_gradients_of_inputs_alone_or_of_other_weights_are_not_recorded() -> None:
+    recorded = Recorded()
     x = torch.randn(2, 6, requires_grad=True)
-    heard.count(torch.randn(2, 6))
-    torch.autograd.grad(heard.loss(x), x)
-    heard.loss(x).backward(inputs=[x])
-    others = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in heard.model.named_parameters()}
-    functional_call(heard.model, others, (x,)).square().sum().backward()
-    heard.check()
+    recorded.count(torch.randn(2, 6))
+    torch.autograd.grad(recorded.loss(x), x)
+    recorded.loss(x).backward(inputs=[x])
+    others = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in recorded.model.named_parameters()}
+    functional_call(recorded.model, others, (x,)).square().sum().backward()
+    recorded.check()
 
 
-def test_gradients_of_the_weights_are_heard_however_they_are_asked_for_and_in_evaluation_too() -> None:
-    heard = Heard()
-    heard.model.eval()
-    heard.count(torch.randn(2, 6))
+def test_gradients_of_the_weights_are_recorded_however_they_are_asked_for_and_in_evaluation_too() -> None:
+    recorded = Recorded()
+    recorded.model.eval()
+    recorded.count(torch.randn(2, 6))
     x = torch.randn(2, 6)
-    torch.autograd.grad(heard.loss(x), [heard.model[1].values])
+    torch.autograd.grad(recorded.loss(x), [recorded.model[1].values])
     with torch.no_grad():
-        heard.expected += heard.model(x).T @ heard.model[0](x)
-    own = dict(heard.model.named_parameters())
-    (functional_call(heard.model, own, (x,)).square().sum() / 2).backward()
+        recorded.expected += recorded.model(x).T @ recorded.model[0](x)
+    own = dict(recorded.model.named_parameters())
+    (functional_call(recorded.model, own, (x,)).square().sum() / 2).backward()
     with torch.no_grad():
-        heard.expected += heard.model(x).T @ heard.model[0](x)
-    heard.check()
+        recorded.expected += recorded.model(x).T @ recorded.model[0](x)
+    recorded.check()
 
 
-def test_what_was_heard_for_nothing_is_forgotten_on_request() -> None:
-    heard = Heard()
-    heard.loss(torch.randn(2, 6)).backward()
-    heard.topology.zero_grad()
-    heard.count(torch.randn(2, 6))
-    heard.check()
+def test_zero_grad_forgets_the_gradients_of_the_step() -> None:
+    recorded = Recorded()
+    recorded.loss(torch.randn(2, 6)).backward()
+    recorded.topology.zero_grad()
+    recorded.count(torch.randn(2, 6))
+    recorded.check()
