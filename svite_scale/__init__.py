@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from svite_scale.models.token_selector import insert_token_selectors
     from svite_scale.sparsity.dense import to_dense
     from svite_scale.sparsity.options import Method, TopologyOptions
+    from svite_scale.sparsity.packing import sparsify
     from svite_scale.sparsity.parameter_groups import parameter_groups
-    from svite_scale.sparsity.sparsify import sparsify
     from svite_scale.train.ema import Ema
 
 __version__ = "0.1.0"
@@ -65,7 +65,7 @@ _HOMES = {
     "insert_token_selectors": "models.token_selector",
     "pack_units": "models.structure",
     "parameter_groups": "sparsity.parameter_groups",
-    "sparsify": "sparsity.sparsify",
+    "sparsify": "sparsity.packing",
     "to_dense": "sparsity.dense",
 }
 

@@ -14,7 +14,7 @@ from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors
 from svite_scale.options import in_section, options_of
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
-from svite_scale.sparsity.sparsify import pack_weights, prunable_layers, sparsify
+from svite_scale.sparsity.packing import pack_weights, prunable_layers, sparsify
 
 
 class SparseModel(NamedTuple):

@@ -17,7 +17,7 @@ from svite_scale.models.token_selector import TokenSelector, require_vision_tran
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
-from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
+from svite_scale.sparsity.packing import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
 """The submodule of a block that holds the units, by their kind."""

@@ -239,7 +239,7 @@ class Trainer:
         self.batches = self.remaining_batches()
         self.tracker.rewind(self.step)
         self.progress.rewind(self.step)
-        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
+        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, with other data")
         # Saved again, so that a restart skips the same data and knows the number of rollbacks.
         self.save(last=last)
         self.average.restart()

@@ -18,7 +18,7 @@ from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
 from svite_scale.sparsity.layers.base import sparse_layers
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
 
 

@@ -21,8 +21,8 @@ from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
 from svite_scale.options import options_of
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.parameter_groups import parameter_groups
-from svite_scale.sparsity.sparsify import sparsify
 from tests.cost.costs import count
 from tests.sparsity.packing import packed_layers
 

@@ -57,6 +57,28 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     assert run_python(script) == [svite_scale.__version__]
 
 
+def test_public_names_import_no_engine_and_leave_cuda_alone() -> None:
+    heavy = {"deepspeed", "timm", "mlflow", "accelerate", "matplotlib"}
+    script = (
+        "import sys, svite_scale, torch\n"
+        "assert all(getattr(svite_scale, name) for name in svite_scale.__all__)\n"
+        f"print(*sorted({heavy} & set(sys.modules)))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert run_python(script) == ["", "False"]
+
+
+def test_reading_a_config_imports_no_heavy_library() -> None:
+    heavy = {"torch", "timm", "numpy", "deepspeed", "mlflow"}
+    script = (
+        "import sys\n"
+        "from svite_scale.config.load import read_config\n"
+        "read_config('configs/quickstart.yaml')\n"
+        f"print(*sorted({heavy} & set(sys.modules)))"
+    )
+    assert run_python(script) == [""]
+
+
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
 def test_a_name_is_the_same_at_each_use(name: str) -> None:
     """A function in a module of its own name would be replaced by the module."""
