@@ -16,7 +16,7 @@ from svite_scale.sparsity.dense import copied, to_dense
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.layers.plain_layer import refuse_wrapped
 from svite_scale.sparsity.module_names import unwrapped
-from svite_scale.sparsity.sparsify import prunable_layers
+from svite_scale.sparsity.packing import prunable_layers
 
 
 @dataclass(frozen=True)
