@@ -39,8 +39,8 @@ def bytes_per_rank(
         ema: whether an average of the weights is kept.
 
     Returns:
-        ``values`` (used by forward), ``master values`` (the optimizer's own copy, if it has one), ``mask``, ``gradients`` (all of
-        them, as just before the optimizer's step), ``moments``, ``statistics``; and ``ema``, if there is one.
+        ``values`` (used by forward), ``master values`` (the optimizer's own copy, if it has one), ``mask``, ``gradients``
+        (all of them, as just before the optimizer's step), ``moments``, ``statistics``; and ``ema``, if there is one.
     """
     sharded = parallel.backend not in ("single", "ddp")
     # A rank keeps the average of the values that its optimizer steps.

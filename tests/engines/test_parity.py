@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
-from tests.engines.engines import SHARED, build_backend, decay_groups, mask_digests, small_vit
-from tests.ranks import run_on_ranks
+from tests.engines.engines import SHARED, build_backend, mask_digests, small_vit
+from tests.ranks import run_on_ranks_once
 
 STEPS, BATCH = 20, 24
 DEFAULTS = TopologyOptions()
@@ -57,7 +57,7 @@ class Result:
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
     options = {} if name == "AdamW" else {"decoupled_weight_decay": True}
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(decay_groups(model), lr=1e-2, **options)
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameter_groups(model, 0.05), lr=1e-2, **options)
     return optimizer
 
 
@@ -107,9 +107,8 @@ def train(run: Run) -> Result:
     return result
 
 
-@lru_cache
 def results_of(run: Run) -> list[Result]:
-    return run_on_ranks(run.world_size, train, run)
+    return run_on_ranks_once(run.world_size, train, run)
 
 
 def assert_parity(run: Run, tolerance: float) -> None:

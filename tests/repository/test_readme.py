@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_readme_links_lead_to_files() -> None:
     links = [part.split(")")[0] for part in README.split("](")[1:]]
     assert links
     assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
 
 
-def test_its_configs_are_configs(tmp_path: Path) -> None:
+def test_readme_configs_are_valid(tmp_path: Path) -> None:
     blocks = [part.split("```")[0] for part in README.split("```yaml")[1:]]
     assert len(blocks) == 3
     for block in blocks:

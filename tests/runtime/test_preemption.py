@@ -15,14 +15,8 @@ from svite_scale.runtime.signals import SAME_SIGNAL_S
 from tests.command_line import ROOT
 from tests.jobs import DEADLINE_S, Fault, Job, eventually
 from tests.runs import losses_of, metrics_of
-from tests.tiny import write_config_file
 
 DDP = "parallel.backend=ddp"
-
-
-@pytest.fixture
-def config_path(digits: Path, tmp_path: Path) -> Path:
-    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
 
 
 @pytest.mark.parametrize(("kind", "rank", "world_size"), [("SIGTERM", 1, 3), ("SIGUSR1", 0, 1)])

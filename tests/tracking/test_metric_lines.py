@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from svite_scale.tracking.metric_lines import MetricLines
+from tests.runs import json_lines
 from tests.small_disk import fill
-
-
-def lines_of(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_lines_wait_until_a_full_disk_has_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -22,12 +18,12 @@ def test_lines_wait_until_a_full_disk_has_room(small_disk: Path, caplog: pytest.
     long = "x" * 10_000
     for step in (2, 3):
         lines.append({"step": step, "text": long})
-        assert lines_of(lines.path) == [{"step": 1}], "no part of a line"
+        assert json_lines(lines.path) == [{"step": 1}], "no part of a line"
     assert len(caplog.messages) == 1
     assert "metrics.jsonl doesn't take lines ([Errno 28] No space left on device); they wait" in caplog.messages[0]
     (small_disk / "filler").unlink()
     lines.append({"step": 4})
-    assert [line["step"] for line in lines_of(lines.path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in json_lines(lines.path)] == [1, 2, 3, 4]
     lines.close()
     assert len(caplog.messages) == 1
 
@@ -49,9 +45,9 @@ def test_cut_leaves_complete_lines_up_to_a_step(tmp_path: Path, rest: str) -> No
     with lines.path.open("a") as file:
         file.write(rest)
     lines.cut(3)
-    assert lines_of(lines.path) == kept
+    assert json_lines(lines.path) == kept
     lines.append({"step": 5})
-    assert lines_of(lines.path)[-1] == {"step": 5}
+    assert json_lines(lines.path)[-1] == {"step": 5}
 
 
 def test_cut_removes_waiting_lines_too(tmp_path: Path) -> None:
@@ -61,7 +57,7 @@ def test_cut_removes_waiting_lines_too(tmp_path: Path) -> None:
     lines.cut(2)
     lines.path.parent.mkdir()
     lines.close()
-    assert lines_of(lines.path) == [{"step": 1}, {"step": 2}]
+    assert json_lines(lines.path) == [{"step": 1}, {"step": 2}]
 
 
 def test_cut_leaves_the_file_unchanged_when_the_disk_is_full(small_disk: Path) -> None:

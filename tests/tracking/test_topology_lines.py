@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_on_ranks
-from tests.runs import ENGINES, State, resumed_run, run
+from tests.runs import ENGINES, State, json_lines, resumed_run, run
 from tests.tiny import tiny_config
 from tests.train.test_units import UNITS
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "topology.jsonl").read_text().splitlines()]
+    return json_lines(run_dir / "topology.jsonl")
 
 
 def assert_end_of(state: State, line: dict[str, Any]) -> None:

@@ -79,12 +79,6 @@ MISTAKES = {
 }
 
 
-@pytest.fixture
-def config_path(digits: Path, tmp_path: Path) -> Path:
-    """The tiny run's config, whose run directory is ``tmp_path / "run"``."""
-    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
-
-
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was() -> Iterator[None]:
     """A command of one rank joins a group of one and leaves it, and uses all cores."""
