@@ -35,7 +35,7 @@ from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 

@@ -108,10 +108,10 @@ def optimizer_section(arguments: argparse.Namespace) -> None:
 
 
 def update_section(arguments: argparse.Namespace) -> None:
-    """A whole prune-and-grow update of DeiT-Base, and how much longer the step takes whose gradients it hears."""
+    """A whole prune-and-grow update of DeiT-Base, and how much longer the step takes whose gradients are recorded."""
     run = Run(arguments.density, ModelConfig(name="deit_base_patch16_224"))
     topology = attach(run.model, run.optimizer, total_steps=10_000, update_every=2)
-    seconds: dict[str, list[float]] = {"step": [], "heard step": [], "update": []}
+    seconds: dict[str, list[float]] = {"step": [], "recorded step": [], "update": []}
     images, labels = torch.randn(1, 3, 224, 224), torch.zeros(1, dtype=torch.int64)
     for turn in range(2 * (WARMUP + arguments.rounds)):
         start = time.perf_counter()
@@ -119,13 +119,13 @@ def update_section(arguments: argparse.Namespace) -> None:
         stepped = time.perf_counter()
         update = topology.step()
         if turn >= 2 * WARMUP:
-            seconds["heard step" if update else "step"].append(stepped - start)
+            seconds["recorded step" if update else "step"].append(stepped - start)
             if update:
                 seconds["update"].append(time.perf_counter() - stepped)
     print(f"\n{'update of DeiT-Base':24} {'median s':>10} {'longest s':>10}")
     print(f"{'prune and grow':24} {statistics.median(seconds['update']):10.3f} {max(seconds['update']):10.3f}")
-    heard = statistics.median(a - b for a, b in zip(seconds["heard step"], seconds["step"], strict=True))
-    print(f"{'hearing gradients':24} {heard:10.3f}")
+    recorded = statistics.median(a - b for a, b in zip(seconds["recorded step"], seconds["step"], strict=True))
+    print(f"{'recording gradients':24} {recorded:10.3f}")
 
 
 def print_pair(name: str, seconds: Mapping[str, list[float]]) -> None:

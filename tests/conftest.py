@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from svite_scale.sparsity.kernels import expand
 from tests.small_disk import mounted
-from tests.tiny import write_digits
+from tests.tiny import write_config_file, write_digits
 
 # On tensors as small as these a second thread costs time.
 torch.set_num_threads(1)
@@ -20,8 +20,19 @@ torch.set_num_threads(1)
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-SLOW_IMPORTS = {"Cluster", "Job", "Server", "forked", "in_processes", "kill_at_random", "run_command", "run_on_ranks"}
-SLOW_IMPORTS |= {"multiprocessing", "subprocess"}
+SLOW_IMPORTS = {
+    "Cluster",
+    "Job",
+    "Server",
+    "forked",
+    "in_processes",
+    "kill_at_random",
+    "multiprocessing",
+    "run_command",
+    "run_on_ranks",
+    "run_on_ranks_once",
+    "subprocess",
+}
 """What starts processes: a file of tests that imports one of these is slow."""
 
 SLOW_FIXTURES = {"saved", "small_disk"}
@@ -64,6 +75,12 @@ def _starts_processes_only_if_slow(request: pytest.FixtureRequest) -> Iterator[N
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``train-*.tar`` and ``val-*.tar``."""
     return write_digits(Path(tmp_path_factory.mktemp("digits")))
+
+
+@pytest.fixture
+def config_path(digits: Path, tmp_path: Path) -> Path:
+    """The tiny run's config, whose run directory is ``tmp_path / "run"``."""
+    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
             atexit.register(close_all)
         ranks = _started[world_size] = Ranks(world_size)
     return ranks.run(function, *args)
+
+
+@cache
+def run_on_ranks_once(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """As :func:`run_on_ranks`, but calls with equal arguments share one result."""
+    return run_on_ranks(world_size, function, *args)
 
 
 def close_all() -> None:

@@ -114,8 +114,12 @@ def assert_same_state(left: list[State], right: list[State]) -> None:
         np.testing.assert_array_equal(statistic, theirs[name], err_msg=name)
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return json_lines(run_dir / "metrics.jsonl")
 
 
 def losses_of(run_dir: Path) -> list[float]:

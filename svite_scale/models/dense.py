@@ -21,7 +21,7 @@ from svite_scale.models.matrix_products import MatrixProducts, matrix_products
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.layers.base import SparseLayer
-from svite_scale.sparsity.sparsify import PACKED_TYPE
+from svite_scale.sparsity.packing import PACKED_TYPE
 
 FIELDS = {
     "num_classes": "num_classes",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.format.patterns import check_contents, largest_label
 from svite_scale.data.loader import EvalData, TrainData
@@ -20,6 +22,7 @@ from svite_scale.options import in_section
 from svite_scale.runtime.world import World
 from svite_scale.sparsity.allocation.layer_plan import plan_density
 from svite_scale.sparsity.topology.engine import TopologyEngine
+from svite_scale.tracking.tracker import Tracker
 from svite_scale.train.optimizer import build_optimizer
 
 
@@ -87,3 +90,24 @@ def build_topology(config: Config, backend: Backend, steps_per_epoch: float, tot
     schedule, options = config.update_schedule(steps_per_epoch, total_steps), config.topology_options()
     with in_section("sparsity"):
         return TopologyEngine(backend.model, backend.access, schedule, options, group=dist.group.WORLD)
+
+
+def open_tracker(config: Config, resumed_step: int | None, world: World) -> Tracker:
+    """Opens the files of the run directory, and MLflow, on the main rank.
+
+    Args:
+        config: of the run.
+        resumed_step: the step after which the run resumes; None for a new run.
+        world: this rank's.
+
+    Raises:
+        RunError: the run directory can't be written, or MLflow can't be used.
+    """
+    return Tracker(
+        config.tracking,
+        Path(config.run_dir),
+        resumed_step,
+        config_text=to_yaml(config),
+        parameters=flatten_config(to_dict(config)),
+        enabled=world.is_main,
+    )

@@ -12,7 +12,6 @@ import torch
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
 from svite_scale.checkpoint.state import RunState
-from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
@@ -25,8 +24,7 @@ from svite_scale.runtime.signals import Preempted
 from svite_scale.runtime.world import World
 from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.tracking.progress import Progress
-from svite_scale.tracking.tracker import Tracker
-from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data
+from svite_scale.train.build import build_sparse_model, build_topology, fingerprint, open_data, open_tracker
 from svite_scale.train.cadence import Cadence
 from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate
@@ -117,7 +115,7 @@ class Trainer:
         """
         started = time.perf_counter()
         with (
-            self.open_tracker() as self.tracker,
+            open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
             Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
@@ -142,26 +140,6 @@ class Trainer:
                 self.tracker.status = "KILLED"
                 raise Preempted(self.step)
             self.finish(started)
-
-    def open_tracker(self) -> Tracker:
-        """Opens the files of the run directory, and MLflow, on the main rank."""
-        return Tracker(
-            self.config.tracking,
-            self.run_dir,
-            self.resumed_step,
-            config_text=to_yaml(self.config),
-            parameters=flatten_config(to_dict(self.config)),
-            enabled=self.world.is_main,
-        )
-
-    def begin(self) -> None:
-        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
-        self.batches = self.remaining_batches()
-        if self.resumed_step is None:
-            self.tracker.log_topology(self.step, self.topology.unit_masks())
-        if self.tracker.ui_command:
-            self.progress.write(f"watch the run with: {self.tracker.ui_command}")
-        self.average.restart()
 
     def train_step(self) -> TopologyUpdate | None:
         """Takes one optimizer step, and then the topology update if one is due. A collective.
@@ -194,47 +172,6 @@ class Trainer:
             batch = next(self.batches)
             self.activity.enter("compute")
             yield batch
-
-    def remaining_batches(self) -> Iterator[Batch]:
-        """Returns the stream of batches for the steps that are left."""
-        offset = self.guard.data_offset
-        return self.train_data.batches(self.step + offset, self.last_step + offset)
-
-    def evaluate(self) -> dict[str, float]:
-        """Evaluates the weights, and their moving average if the config asks for it. A collective."""
-        parts = self.backend, self.eval_data, self.eval_transform, self.activity
-        self.evaluation = evaluate(*parts)
-        if self.ema and self.config.train.eval_ema:
-            with self.ema.in_place_of_weights():
-                self.evaluation |= evaluate(*parts, prefix="eval_ema_")
-        return self.evaluation
-
-    def save(self, *, last: bool) -> None:
-        """Saves a checkpoint. A collective; ``last`` waits until it is on the disk."""
-        self.activity.enter("checkpoint")
-        self.checkpoint.save(self.step, last=last)
-
-    def load(self) -> int:
-        """Loads the newest checkpoint and returns its step. A collective."""
-        model, batch_size = self.config.model, self.config.micro_batch_size(self.world.size)
-        shape = (batch_size, model.in_channels, model.image_size, model.image_size)
-        self.backend.init_optimizer_state(torch.zeros(shape, device=self.device))
-        return self.checkpoint.load_newest()
-
-    def roll_back(self, loss: float, *, last: bool) -> None:
-        """Returns to the newest checkpoint after the loss spiked, and leaves out the data since then. A collective."""
-        self.activity.enter("checkpoint")
-        spiked_at, counted = self.step, self.guard.state_dict()
-        self.step = self.checkpoint.load_newest()
-        self.guard.load_state_dict(counted)
-        self.guard.roll_back(spiked_at, self.step)
-        self.batches = self.remaining_batches()
-        self.tracker.rewind(self.step)
-        self.progress.rewind(self.step)
-        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
-        # Saved again, so that a restart skips the same data and knows the number of rollbacks.
-        self.save(last=last)
-        self.average.restart()
 
     def reduce_metrics(self, update: TopologyUpdate | None) -> dict[str, float]:
         """Returns the metrics since the last line, over all ranks. A collective.
@@ -270,6 +207,56 @@ class Trainer:
             self.tracker.log_topology(update.step, update.unit_masks)
         self.tracker.log(self.step, metrics)
         self.progress.show(metrics)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates the weights, and their moving average if the config asks for it. A collective."""
+        parts = self.backend, self.eval_data, self.eval_transform, self.activity
+        self.evaluation = evaluate(*parts)
+        if self.ema and self.config.train.eval_ema:
+            with self.ema.in_place_of_weights():
+                self.evaluation |= evaluate(*parts, prefix="eval_ema_")
+        return self.evaluation
+
+    def save(self, *, last: bool) -> None:
+        """Saves a checkpoint. A collective; ``last`` waits until it is on the disk."""
+        self.activity.enter("checkpoint")
+        self.checkpoint.save(self.step, last=last)
+
+    def load(self) -> int:
+        """Loads the newest checkpoint and returns its step. A collective."""
+        model, batch_size = self.config.model, self.config.micro_batch_size(self.world.size)
+        shape = (batch_size, model.in_channels, model.image_size, model.image_size)
+        self.backend.init_optimizer_state(torch.zeros(shape, device=self.device))
+        return self.checkpoint.load_newest()
+
+    def roll_back(self, loss: float, *, last: bool) -> None:
+        """Returns to the newest checkpoint after the loss spiked, and leaves out the data since then. A collective."""
+        self.activity.enter("checkpoint")
+        spiked_at, counted = self.step, self.guard.state_dict()
+        self.step = self.checkpoint.load_newest()
+        self.guard.load_state_dict(counted)
+        self.guard.roll_back(spiked_at, self.step)
+        self.batches = self.remaining_batches()
+        self.tracker.rewind(self.step)
+        self.progress.rewind(self.step)
+        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, with other data")
+        # Saved again, so that a restart skips the same data and knows the number of rollbacks.
+        self.save(last=last)
+        self.average.restart()
+
+    def remaining_batches(self) -> Iterator[Batch]:
+        """Returns the stream of batches for the steps that are left."""
+        offset = self.guard.data_offset
+        return self.train_data.batches(self.step + offset, self.last_step + offset)
+
+    def begin(self) -> None:
+        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
+        self.batches = self.remaining_batches()
+        if self.resumed_step is None:
+            self.tracker.log_topology(self.step, self.topology.unit_masks())
+        if self.tracker.ui_command:
+            self.progress.write(f"watch the run with: {self.tracker.ui_command}")
+        self.average.restart()
 
     def finish(self, started: float) -> None:
         """Writes the summary of a run that started at a time of ``time.perf_counter()``. A collective."""

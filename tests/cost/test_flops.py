@@ -40,13 +40,13 @@ def deit(size: str, density: float) -> Config:
 
 
 @pytest.mark.parametrize("size", DENSE)
-def test_dense_deits_cost_what_arithmetic_says(size: str) -> None:
+def test_dense_deit_costs_what_arithmetic_says(size: str) -> None:
     cost = count(deit(size, 1.0))
     assert (cost.dense_macs, cost.params_dense) == DENSE[size]
     assert (cost.sparse_macs, cost.params_active, cost.saving) == (cost.dense_macs, cost.params_dense, 0.0)
 
 
-def test_deit_tiny_with_a_third_removed_saves_what_the_paper_says() -> None:
+def test_sparse_deit_tiny_saves_what_the_paper_says() -> None:
     cost = count(deit("tiny", 0.7))
     assert (cost.dense_macs, cost.params_dense) == DENSE["tiny"]
     assert 100 * cost.saving == pytest.approx(25.56, abs=0.05)
@@ -77,7 +77,7 @@ WITH_HEADS = [name for name in MODELS if name != "differential attention"]
 
 @pytest.mark.usefixtures("unfused_attention")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
+def test_flops_are_half_of_what_torch_counts(name: str) -> None:
     """torch counts a multiply and an add as two operations."""
     config = MODELS[name]
     cost = count(Config(run_dir="unused", model=config))
@@ -90,7 +90,7 @@ def test_the_count_is_half_of_what_torch_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sparse_counts_are_the_set_bits_times_the_rows_that_layers_see(name: str) -> None:
+def test_sparse_flops_are_active_weights_times_the_tokens_of_each_layer(name: str) -> None:
     model, plan = build_sparse(MODELS[name], SparsityConfig(density=0.5), seed=0)
     cost = model_cost(MODELS[name], model, plan)
     seen: dict[str, int] = {}
@@ -137,7 +137,7 @@ def test_layers_kept_dense_cost_what_torch_counts() -> None:
     assert cost.params_active == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_masks_and_densities_reach_the_count(tmp_path: Path) -> None:
+def test_flops_follow_masks_and_densities_of_the_config(tmp_path: Path) -> None:
     model, plan = build_sparse(MODELS["class token"], SparsityConfig(), seed=0)
     halves = {f"{entry.name}.weight": torch.arange(entry.numel).view(entry.shape) % 2 for entry in plan}
     save_file(halves, tmp_path / "masks")
@@ -170,7 +170,7 @@ STRUCTURES = {
 @pytest.mark.usefixtures("unfused_attention")
 @pytest.mark.parametrize("name", WITH_HEADS)
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str, structure: str) -> None:
+def test_absent_heads_and_neurons_cost_nothing(name: str, structure: str) -> None:
     sparsity = SparsityConfig(structured=STRUCTURES[structure])
     cost = count(Config(run_dir="unused", model=MODELS[name], sparsity=sparsity))
     model, _ = build_sparse(MODELS[name], sparsity, seed=0)
@@ -189,7 +189,7 @@ def test_absent_heads_and_neurons_cost_nothing_that_torch_would_count(name: str,
 @pytest.mark.usefixtures("unfused_attention")
 @pytest.mark.parametrize("name", ["deit_tiny_structured_s30", "deit_small_structured_s40", "deit_base_structured_s40"])
 @pytest.mark.parametrize("keep", [None, 0.9, 0.7, 0.5])
-def test_each_layer_of_the_shipped_configs_costs_what_torch_counts(name: str, keep: float | None) -> None:
+def test_shipped_configs_cost_what_torch_counts_layer_by_layer(name: str, keep: float | None) -> None:
     """Heads, neurons and tokens together, at full size, on the meta device; and before a later block too."""
     config = read_config(CONFIGS / f"{name}.yaml")
     sparsity = replace(config.sparsity, tokens=TokensConfig(keep=keep, blocks=(0, 6)) if keep else TokensConfig())

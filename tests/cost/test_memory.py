@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from svite_scale.config.schema import SparsityConfig
@@ -19,6 +19,7 @@ from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
+from tests.engines.engines import adamw
 from tests.ranks import run_on_ranks
 from tests.runs import chunks_of
 
@@ -60,12 +61,12 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_plan_of_an_engine(name: str) -> None:
+def test_predicted_bytes_are_those_of_arithmetic_on_each_engine(name: str) -> None:
     parallel, precision, world_size, expected = PLANS[name]
     assert bytes_per_rank(parallel, precision, world_size, SIZE) == expected
 
 
-def test_an_average_of_the_weights_is_kept_as_the_optimizer_keeps_them() -> None:
+def test_ema_takes_as_many_bytes_as_the_optimizers_weights() -> None:
     for name, (parallel, precision, world_size, expected) in PLANS.items():
         planned = bytes_per_rank(parallel, precision, world_size, SIZE, ema=True)
         replicated = parallel.backend in ("single", "ddp")
@@ -103,17 +104,13 @@ def held(engine: str) -> dict[str, int]:
     }
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
-
-
 def local_bytes(tensor: Tensor) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.numel() * local.element_size()
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)])
-def test_engines_hold_what_the_plan_says(engine: str, world_size: int) -> None:
+def test_engines_hold_the_predicted_bytes(engine: str, world_size: int) -> None:
     """FSDP2 cuts each parameter by itself, and the ends differ: only the ranks' sum is the plan's."""
     model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
     mask_bytes = sum(-(-layer.numel // 8) for layer in plan if layer.is_packed)

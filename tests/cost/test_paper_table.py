@@ -13,7 +13,7 @@ from tests.command_line import ROOT, run_here
 SCRIPT = ROOT / "launch" / "plan.py"
 
 
-def test_the_table_has_every_config_and_agrees_with_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paper_table_has_every_config_and_agrees_with_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--paper", script=SCRIPT)
     assert (answer.status, answer.err) == (0, "")
     rows = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines()[1:]}
@@ -31,7 +31,7 @@ def test_the_table_has_every_config_and_agrees_with_the_paper(capsys: pytest.Cap
     assert float(saved.rstrip("%")) == pytest.approx(49.32, abs=0.15)
 
 
-def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paper_table_names_a_config_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "configs/nothing.yaml", script=SCRIPT)
     assert answer.status == 2
     assert answer.err.startswith("config error: ")
@@ -48,7 +48,7 @@ def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -
         ("{method: rigl}", r"^sparsity.method = 'rigl': is no method"),
     ],
 )
-def test_what_no_run_could_do_has_no_row(tmp_path: Path, text: str, message: str) -> None:
+def test_paper_table_refuses_a_config_that_no_run_takes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.yaml").write_text(f"run_dir: r\nsparsity: {text}\n")
     with pytest.raises(ConfigError, match=message):
         paper_table([tmp_path / "own.yaml"])

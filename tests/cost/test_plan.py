@@ -40,7 +40,7 @@ def absent_biases(config: Config) -> int:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_has_a_plan_that_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_of_each_shipped_config_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, "--config", str(path), "--dry-run", "--ranks", "4")
     assert (answer.status, answer.err) == (0, "")
     config = read_config(path)
@@ -85,7 +85,7 @@ def test_every_shipped_config_has_a_plan_that_adds_up(path: Path, capsys: pytest
     assert (number(moments["packed"]), number(moments["dense"])) == (8 * -(-active // 4), 8 * -(-dense // 4))
 
 
-def test_the_number_of_ranks_shares_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_divides_bytes_by_the_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "quickstart.yaml")
     totals = []
     for arguments in ([], ["--ranks", "2"], ["--ranks", "4"]):
@@ -97,7 +97,7 @@ def test_the_number_of_ranks_shares_the_bytes(capsys: pytest.CaptureFixture[str]
     assert totals[0] == pytest.approx(4 * totals[2], rel=1e-3)
 
 
-def test_a_plan_for_ranks_that_cant_share_the_batch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_refuses_ranks_that_cannot_share_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "quickstart.yaml")
     answer = run_here(capsys, "--config", config, "--dry-run", "--ranks", "3", "train.global_batch_size=128")
     assert (answer.status, answer.out) == (2, "")
@@ -111,7 +111,7 @@ def test_a_plan_for_ranks_that_cant_share_the_batch_is_refused(capsys: pytest.Ca
         assert answer.err == f"config error: --ranks = {ranks}: is no number of processes; use at least 1\n"
 
 
-def test_a_dry_run_needs_no_shards_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_needs_no_shards_and_leaves_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "deit_tiny_s30.yaml")
     answer = run_here(capsys, "--config", config, "--dry-run", f"run_dir={tmp_path}/run", "parallel.backend=single")
     assert answer.status == 0
@@ -122,7 +122,7 @@ def test_a_dry_run_needs_no_shards_and_leaves_nothing(tmp_path: Path, capsys: py
 QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"), "--dry-run", "parallel.backend=single")
 
 
-def test_layers_kept_dense_are_marked_and_dont_count(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_marks_layers_kept_dense_and_leaves_them_out(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, *QUICKSTART, 'sparsity.keep_dense=["patch_embed.*", head]')
     assert (answer.status, answer.err) == (0, "")
     *layers, total = rows(answer.out, ROW)
@@ -134,7 +134,7 @@ def test_layers_kept_dense_are_marked_and_dont_count(capsys: pytest.CaptureFixtu
     assert total["density"] == "0.3000"
 
 
-def test_raised_layers_are_marked_and_named_on_the_main_rank(
+def test_dry_run_marks_layers_whose_density_was_raised(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     raising = [*QUICKSTART, "sparsity.density=0.001", "sparsity.distribution=uniform"]
@@ -146,11 +146,11 @@ def test_raised_layers_are_marked_and_named_on_the_main_rank(
     assert answer.status == 0
     raised = [layer for layer in rows(answer.out, ROW) if layer["rest"] == "  raised to one weight"]
     assert [(layer["name"], layer["active"]) for layer in raised] == [("head", "1")]
-    assert caplog.messages == ["layers with a share of the density below one weight keep one each (1): head"]
+    assert caplog.messages == ["layers whose part of the density is below one weight keep one each (1): head"]
     assert number(rows(answer.out, ROW)[-1]["active"]) == round(0.001 * number(rows(answer.out, ROW)[-1]["total"]))
 
 
-def test_a_plan_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run_here(capsys, *QUICKSTART, "sparsity.density=1.0", 'sparsity.densities={"*.mlp.*": 0.25, "*": 0.5}')
     assert answer.status == 0
     *layers, _ = rows(answer.out, ROW)
@@ -158,7 +158,7 @@ def test_a_plan_shows_densities_by_pattern(capsys: pytest.CaptureFixture[str]) -
     assert {layer["density"] for layer in layers if ".mlp." not in layer["name"]} == {"0.5000"}
 
 
-def test_a_plan_shows_the_tokens_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_shows_the_tokens_that_pass(capsys: pytest.CaptureFixture[str]) -> None:
     """The quick start's model has 16 patches and a class token."""
     answer = run_here(capsys, *QUICKSTART, "sparsity.tokens.keep=0.7", "sparsity.tokens.blocks=[0, 2]")
     assert (answer.status, answer.err) == (0, "")

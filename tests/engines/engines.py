@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -16,10 +15,12 @@ from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.models.dense import blocks, build_dense
 from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
-from svite_scale.sparsity.sparsify import PACKED_TYPE, prunable_layers, random_mask, replace_module
+from svite_scale.sparsity.packing import PACKED_TYPE, prunable_layers, random_mask, replace_module
+from svite_scale.sparsity.parameter_groups import parameter_groups
+from tests.runs import ENGINES
 from tests.sparsity.packing import packed_layers
 
-SHARED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+SHARED = tuple(kind for kind in ENGINES if kind != "single")
 """The engines that run on several ranks."""
 
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
@@ -102,18 +103,9 @@ def build_backend(
     return TorchBackend(kind, model, optimizer_of, options)
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW in two groups: weight decay on matrices and packed values, none on the rest, which stands first."""
-    return torch.optim.AdamW(decay_groups(model), lr=1e-3)
-
-
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups without and with weight decay."""
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.endswith(".values") or parameter.dim() > 1].append(parameter)
-    return [{"params": groups[decays], "weight_decay": 0.05 if decays else 0.0} for decays in groups if groups[decays]]
+def adamw(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and packed values."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay=0.05), lr)
 
 
 def mask_digests(backend: Backend) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.parameter_groups import parameter_groups
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
-from tests.engines.engines import SHARED, build_backend, decay_groups, mask_digests, small_vit
-from tests.ranks import run_on_ranks
+from tests.engines.engines import SHARED, build_backend, mask_digests, small_vit
+from tests.ranks import run_on_ranks_once
 
 STEPS, BATCH = 20, 24
 DEFAULTS = TopologyOptions()
@@ -57,7 +57,7 @@ class Result:
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
     options = {} if name == "AdamW" else {"decoupled_weight_decay": True}
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(decay_groups(model), lr=1e-2, **options)
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(parameter_groups(model, 0.05), lr=1e-2, **options)
     return optimizer
 
 
@@ -107,9 +107,8 @@ def train(run: Run) -> Result:
     return result
 
 
-@lru_cache
 def results_of(run: Run) -> list[Result]:
-    return run_on_ranks(run.world_size, train, run)
+    return run_on_ranks_once(run.world_size, train, run)
 
 
 def assert_parity(run: Run, tolerance: float) -> None:
@@ -148,12 +147,12 @@ SPLIT = [("fsdp2", 1), ("zero3", 1), ("ddp", 2), ("fsdp2", 4), ("zero1", 3), ("z
 
 
 @pytest.mark.parametrize(("kind", "world_size"), SPLIT)
-def test_the_global_batch_split_over_ranks(kind: str, world_size: int) -> None:
+def test_ranks_with_a_split_batch_train_like_one(kind: str, world_size: int) -> None:
     assert_parity(Run(kind, world_size, split=True), 1e-3)
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_split_and_accumulated_over_micro_batches(kind: str) -> None:
+def test_ranks_with_micro_batches_train_like_one(kind: str) -> None:
     assert_parity(Run(kind, 2, split=True, accumulation=3), 1e-3)
 
 
@@ -163,7 +162,7 @@ def test_another_optimizer_without_clipping(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_activation_checkpointing(kind: str) -> None:
+def test_activation_checkpointing_trains_alike(kind: str) -> None:
     assert_parity(Run(kind, 2, checkpointing=True), 1e-5)
 
 
@@ -184,7 +183,7 @@ def test_a_mixed_method_over_a_window_with_warm_up(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_the_same_split_over_three_ranks_in_micro_batches(kind: str) -> None:
+def test_three_ranks_with_micro_batches_train_like_one(kind: str) -> None:
     assert_parity(Run(kind, 3, split=True, accumulation=2, options=MIXED), 1e-3)
 
 

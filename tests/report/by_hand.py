@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,3 @@ def unit_masks(checkpoint: Path) -> dict[str, np.ndarray[Any, Any]]:
             unit = "heads" if ".attn." in name else "neurons"
             masks[f"{name.removesuffix('.mask')}.{unit}"] = unpacked(tensor, NUM_UNITS[unit])
     return masks
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

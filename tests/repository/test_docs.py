@@ -18,6 +18,11 @@ from svite_scale.config.validate import validate
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+FILES = [
+    f"/{path.relative_to(ROOT)}"
+    for folder in ("svite_scale", "launch", "configs", "examples", "benchmarks", "tests", "docs")
+    for path in (ROOT / folder).rglob("*.*")
+]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 KEYS = field_names()
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key} - {"model"}  # which is also a variable on the pages
@@ -71,6 +76,13 @@ def test_yaml_blocks_are_configs(page: Path, tmp_path: Path) -> None:
         config = read_config(path)
         if config.distillation.teacher is None and config.sparsity.masks is None:  # their files aren't here
             validate(config, world_size=1)
+
+
+@each_page
+def test_files_that_a_page_mentions_exist(page: Path) -> None:
+    for text in code(page):
+        for name in re.findall(r"(?<![\w/.-])((?:[a-z_]+/)*\w+\.(?:py|sbatch)|configs/[\w/]+\.yaml)(?!\w)", text):
+            assert any(path.endswith(f"/{name}") for path in FILES), name
 
 
 def commands(page: Path) -> Iterator[tuple[str, str]]:

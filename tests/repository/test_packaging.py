@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_file_beside_the_modules_is_package_data() -> None:
+def test_package_data_names_every_file_beside_the_modules() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     data = {

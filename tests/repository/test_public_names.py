@@ -13,7 +13,7 @@ import svite_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
-    *("sparsify", "attach", "to_dense", "parameter_groups", "Ema"),
+    *("sparsify", "pack_units", "insert_token_selectors", "attach", "to_dense", "parameter_groups", "Ema"),
     *("Method", "TopologyOptions", "SviteScaleError", "OptionError", "SparsifyError", "TopologyError", "MaskError"),
     "__version__",
 }
@@ -55,6 +55,28 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     heavy = {"torch", "timm", "deepspeed", "pydantic", "numpy"}
     script = f"import sys, svite_scale; print(svite_scale.__version__, *sorted({heavy} & set(sys.modules)))"
     assert run_python(script) == [svite_scale.__version__]
+
+
+def test_public_names_import_no_engine_and_leave_cuda_alone() -> None:
+    heavy = {"deepspeed", "timm", "mlflow", "accelerate", "matplotlib"}
+    script = (
+        "import sys, svite_scale, torch\n"
+        "assert all(getattr(svite_scale, name) for name in svite_scale.__all__)\n"
+        f"print(*sorted({heavy} & set(sys.modules)))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert run_python(script) == ["", "False"]
+
+
+def test_reading_a_config_imports_no_heavy_library() -> None:
+    heavy = {"torch", "timm", "numpy", "deepspeed", "mlflow"}
+    script = (
+        "import sys\n"
+        "from svite_scale.config.load import read_config\n"
+        "read_config('configs/quickstart.yaml')\n"
+        f"print(*sorted({heavy} & set(sys.modules)))"
+    )
+    assert run_python(script) == [""]
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))

@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import Fault, Job, eventually
-from tests.tiny import write_config_file
 
 TIMEOUT_S = 6
 OVERRIDES = ("parallel.backend=ddp", "train.global_batch_size=15", f"guard.hang_timeout_s={TIMEOUT_S}")
-
-
-@pytest.fixture
-def config_path(digits: Path, tmp_path: Path) -> Path:
-    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
 
 
 FAULTS = {

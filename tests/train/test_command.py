@@ -79,12 +79,6 @@ MISTAKES = {
 }
 
 
-@pytest.fixture
-def config_path(digits: Path, tmp_path: Path) -> Path:
-    """The tiny run's config, whose run directory is ``tmp_path / "run"``."""
-    return write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
-
-
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was() -> Iterator[None]:
     """A command of one rank joins a group of one and leaves it, and uses all cores."""
@@ -209,7 +203,7 @@ def test_command_trains_then_refuses_the_run_directory_then_resumes(
     answer = run_here(capsys, *start)
     assert answer.status == 2
     assert answer.err == (
-        f"config error: run_dir = '{run_dir}': holds a run already; add --resume to go on with it, or name another\n"
+        f"config error: run_dir = '{run_dir}': holds a run already; add --resume to continue it, or name another\n"
     )
 
     newest = f"{run_dir}/checkpoints/step-00000005"

@@ -18,17 +18,13 @@ from svite_scale.sparsity import bits
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.train.ema import Ema
-from tests.engines.engines import build_backend, decay_groups, small_vit, units_vit
+from tests.engines.engines import adamw, build_backend, small_vit, units_vit
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, assert_same_state, loaded, metrics_of, resumed_run, run
 from tests.sparsity.packing import packed_layers
 from tests.tiny import tiny_config
 
 STEPS, UPDATE_EVERY, BATCH, DECAY = 7, 3, 4, 0.8
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(decay_groups(model), lr=1e-2)
 
 
 def images(step: int) -> Tensor:
@@ -95,7 +91,7 @@ class Averages:
 
 
 def averaged(kind: str, bf16: bool) -> Averages:
-    backend = build_backend(kind, small_vit(), adamw, micro_batch_size=BATCH, bf16=bf16)
+    backend = build_backend(kind, small_vit(), lambda module: adamw(module, lr=1e-2), micro_batch_size=BATCH, bf16=bf16)
     topology = topology_of(backend, UPDATE_EVERY)
     ema = Ema(backend.wrapped, topology, DECAY)
     twin = Twin(dense_weights(backend)[0])
@@ -168,7 +164,7 @@ def test_ema_equals_timms_of_the_dense_model(kind: str, world_size: int, bf16: b
 def grown_units(kind: str) -> set[str]:
     """What came at updates; checks the averages after each. Runs on every rank."""
     model = units_vit()
-    backend = build_backend(kind, model, adamw, micro_batch_size=BATCH)
+    backend = build_backend(kind, model, lambda module: adamw(module, lr=1e-2), micro_batch_size=BATCH)
     topology = topology_of(backend, update_every=1)
     ema = Ema(model, topology, DECAY)
     came: set[str] = set()
