@@ -6,7 +6,8 @@ Three lines in a training loop of your own::
     topology = svite_scale.attach(model, optimizer, total_steps=100_000, update_every=1_000)  # after
     topology.step()                                                                     # after each optimizer step
 
-:func:`to_dense` returns an ordinary dense model of equal output. A whole run starts from a config:
+:func:`pack_units` and :func:`insert_token_selectors` make heads, neurons and tokens sparse, also before an engine wraps the
+model. :func:`to_dense` returns an ordinary dense model of equal output. A whole run starts from a config:
 ``deepspeed launch/train.py --config configs/deit_base_s70.yaml``.
 
 The names below are imported at their first use, so ``import svite_scale`` needs neither torch nor timm.
@@ -18,12 +19,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svite_scale.cost.flops import count_flops
     from svite_scale.engines.attach import attach
     from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
+    from svite_scale.models.structure import pack_units
+    from svite_scale.models.token_selector import insert_token_selectors
     from svite_scale.sparsity.dense import to_dense
     from svite_scale.sparsity.options import Method, TopologyOptions
+    from svite_scale.sparsity.packing import sparsify
     from svite_scale.sparsity.parameter_groups import parameter_groups
-    from svite_scale.sparsity.sparsify import sparsify
     from svite_scale.train.ema import Ema
 
 __version__ = "0.1.0"
@@ -39,6 +43,9 @@ __all__ = [
     "TopologyOptions",
     "__version__",
     "attach",
+    "count_flops",
+    "insert_token_selectors",
+    "pack_units",
     "parameter_groups",
     "sparsify",
     "to_dense",
@@ -54,8 +61,11 @@ _HOMES = {
     "TopologyError": "errors",
     "TopologyOptions": "sparsity.options",
     "attach": "engines.attach",
+    "count_flops": "cost.flops",
+    "insert_token_selectors": "models.token_selector",
+    "pack_units": "models.structure",
     "parameter_groups": "sparsity.parameter_groups",
-    "sparsify": "sparsity.sparsify",
+    "sparsify": "sparsity.packing",
     "to_dense": "sparsity.dense",
 }
 

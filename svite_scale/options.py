@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import wraps
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -88,7 +88,6 @@ def in_section(name: str) -> Iterator[None]:
         raise ConfigError(dotted, error.value, error.problem, error.remedy) from error
 
 
-@cache
 def field_hints(kind: Any) -> dict[str, Any]:
     """Returns the resolved type hint of each field of a dataclass, with its bounds, by name."""
     hints = get_type_hints(kind, include_extras=True)

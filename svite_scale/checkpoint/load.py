@@ -155,7 +155,7 @@ def _tensor(name: str, entry: object) -> TensorStorageMetadata:
         raise PlainPickleError(f"{name} has no properties")
     # The others are torch's defaults, and nobody looks at them.
     dtype = properties.state[0] if isinstance(properties.state, tuple) and properties.state else None
-    if not isinstance(dtype, type) or dtype.maker not in DTYPES:
+    if not isinstance(dtype, type) or not issubclass(dtype, Made) or dtype.maker not in DTYPES:
         raise PlainPickleError(f"{name} has no dtype")
     size, chunks = _size(state.get("size")), state.get("chunks")
     if not isinstance(chunks, list):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Collection
 from io import BytesIO
-from pickletools import code2op
+from pickletools import opcodes
 from typing import Any, ClassVar
 
 INSTRUCTIONS = {
@@ -15,6 +15,9 @@ INSTRUCTIONS = {
     *("SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
 }
 """The instructions of a pickle that make plain data and objects."""
+
+NAMES = {ord(opcode.code): opcode.name for opcode in opcodes}
+"""Names of all instructions, by code."""
 
 
 class PlainPickleError(ValueError):
@@ -77,13 +80,12 @@ class _Instructions(dict[int, Callable[[Any], None]]):
     """The unpickler's method of each instruction, by its code."""
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
-        name = code2op[chr(code)].name if chr(code) in code2op else code
-        raise PlainPickleError(f"it has the instruction {name}, which has no place in it")
+        raise PlainPickleError(f"it has the instruction {NAMES.get(code, code)}, which has no place in it")
 
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as the pickle asks for
     dispatch = _Instructions(
-        {code: method for code, method in pickle._Unpickler.dispatch.items() if code2op[chr(code)].name in INSTRUCTIONS}
+        {code: method for code, method in pickle._Unpickler.dispatch.items() if NAMES[code] in INSTRUCTIONS}
     )
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(PlainDict())
 

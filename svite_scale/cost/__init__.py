@@ -1,1 +1,1 @@
-"""What a run will cost: multiply-accumulates, bytes of state on each rank, and the paper's table."""
+"""The costs of a run: multiply-accumulates, bytes of state on each rank, and the paper's table."""

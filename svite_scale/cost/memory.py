@@ -1,4 +1,4 @@
-"""Bytes of training state that a rank holds under each engine, from sizes alone."""
+"""Bytes of training state on each rank, by engine, computed from sizes alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MOMENTS = 2 * FP32
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the bytes depend on.
+    """The sizes of a model that the bytes depend on.
 
     Attributes:
-        trainable: trainable elements: active weights, biases, norms, embeddings.
-        mask_bytes: bytes of all packed masks together.
-        statistics_bytes: bytes of the topology's statistics together: a bit per weight, and one per active weight.
+        trainable: number of trainable elements: active weights, biases, norms, embeddings.
+        mask_bytes: of all packed masks together.
+        statistics_bytes: of the topology's statistics together: a bit per weight, and one per active weight.
     """
 
     trainable: int
@@ -29,22 +29,21 @@ class ModelSize:
 def bytes_per_rank(
     parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize, *, ema: bool = False
 ) -> dict[str, int]:
-    """Persistent bytes by kind on one rank, without padding, buckets and activations.
+    """Returns the persistent bytes on one rank, by kind, without padding, buckets and activations.
 
     Args:
         parallel: the engine.
-        precision: ``fp32`` or ``bf16``; in the latter ZeRO keeps bf16 weights beside the fp32 master values.
-        world_size: ranks that share the state.
+        precision: ``fp32`` or ``bf16``. In bf16 ZeRO keeps bf16 weights beside the fp32 master values.
+        world_size: number of ranks that share the state.
         size: of the model.
         ema: whether an average of the weights is kept.
 
     Returns:
-        ``values`` (what forward computes with), ``master values`` (what the optimizer steps, where that is another copy),
-        ``mask``, ``gradients`` (when all are there, just before the optimizer's step), ``moments``, ``statistics``;
-        and ``ema``, if there is one.
+        ``values`` (used by forward), ``master values`` (the optimizer's own copy, if it has one), ``mask``, ``gradients``
+        (all of them, as just before the optimizer's step), ``moments``, ``statistics``; and ``ema``, if there is one.
     """
     sharded = parallel.backend not in ("single", "ddp")
-    # The average is kept of the values that the rank's optimizer steps.
+    # A rank keeps the average of the values that its optimizer steps.
     average = {"ema": -(-size.trainable // (world_size if sharded else 1)) * FP32} if ema else {}
     return _engine_bytes(parallel, precision, world_size, size) | average
 

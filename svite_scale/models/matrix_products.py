@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from svite_scale.sparsity.sparsify import prunable_layers
+from svite_scale.sparsity.packing import prunable_layers
 
 
 @dataclass(frozen=True)

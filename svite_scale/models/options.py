@@ -107,7 +107,7 @@ class DistillationConfig:
     """Its weights: a local ``.safetensors``, or a ``.pth`` of a state dict."""
     kind: Literal["soft", "hard"] = "hard"
     """``soft`` compares with all that the teacher says, ``hard`` with its first guess."""
-    alpha: Density = 0.5
+    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """The teacher's fraction of the loss; the labels have the rest."""
     temperature: Annotated[float, Field(gt=0.0)] = 3.0
     """Divides both models' logits, for ``kind: soft``."""

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from svite_scale.models.dense import build_dense, check_model
-from svite_scale.models.options import ModelConfig, SparseModelOptions
+from svite_scale.models.options import ModelConfig, SparseModelOptions, StructuredConfig, TokensConfig
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors
-from svite_scale.options import in_section
+from svite_scale.options import in_section, options_of
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
-from svite_scale.sparsity.sparsify import pack_weights, prunable_layers, sparsify
+from svite_scale.sparsity.packing import pack_weights, prunable_layers, sparsify
 
 
 class SparseModel(NamedTuple):
@@ -54,11 +54,13 @@ def _make_sparse(model: nn.Module, sparsity: SparseModelOptions, seed: int) -> l
         layers = sparsify(model, 1.0)
     else:
         order = list(prunable_layers(model))
-        in_units = pack_units(model, sparsity.structured, seed)
+        with in_section("sparsity.structured"):
+            in_units = pack_units(model, **options_of(StructuredConfig, sparsity.structured), seed=seed)
         with in_section("sparsity"):
             rest = pack_weights(model, sparsity, seed, packed_otherwise={entry.name for entry in in_units})
         layers = sorted([*in_units, *rest], key=lambda entry: order.index(entry.name))
     if sparsity.tokens.keep is not None:
         # Last, so that all other weights are drawn as without selectors.
-        insert_token_selectors(model, sparsity.tokens)
+        with in_section("sparsity.tokens"):
+            insert_token_selectors(model, **options_of(TokensConfig, sparsity.tokens))
     return layers

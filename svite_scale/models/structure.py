@@ -9,38 +9,54 @@ import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from svite_scale.errors import ConfigError
+from svite_scale.errors import OptionError
 from svite_scale.models.options import StructuredConfig
 from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
-from svite_scale.models.token_selector import TokenSelector, refuse_other_models
+from svite_scale.models.token_selector import TokenSelector, require_vision_transformer
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
-from svite_scale.sparsity.sparsify import random_mask, refuse_shared, replace_module
+from svite_scale.sparsity.packing import random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
-"""By what is made sparse, the submodule of a block that holds it."""
+"""The submodule of a block that holds the units, by their kind."""
 
 DROPOUTS = {"heads": ("attn_drop", "proj_drop"), "neurons": ("drop1", "drop2")}
-"""The dropouts in it."""
+"""The dropouts of that submodule."""
 
 
-def pack_units(model: nn.Module, structured: StructuredConfig, seed: int) -> list[LayerPlan]:
-    """Replaces each block's attention and MLP by packed ones, in place, where fewer than all their units are active: all of
-    them, or none on an error. The model may have token selectors already, or get them later.
+def pack_units(
+    model: nn.Module,
+    *,
+    heads: float = StructuredConfig.heads,
+    neurons: float = StructuredConfig.neurons,
+    grow: str = StructuredConfig.grow,
+    seed: int = 0,
+) -> list[LayerPlan]:
+    """Packs the heads and neurons of each block of a VisionTransformer, in place: all blocks, or none on an error.
 
-    ``int(density * units)`` units of each layer are active, drawn from (seed, layer name), the same on every rank.
+    Call it before any engine wraps the model, on every rank with the same arguments: the active units then agree without
+    communication, since they are a function of (seed, layer name). Absent units have no weights and no biases. Active units
+    keep their initial values. ``sparsify`` and ``insert_token_selectors`` may come before it or after it.
+
+    Args:
+        model: timm's VisionTransformer; on the meta device only shapes are planned and packed.
+        heads: fraction of each block's heads that is active, in (0, 1]: ``int(heads * number of heads)`` of them.
+        neurons: the same of the hidden neurons of each block's MLP.
+        grow: score of an absent unit: ``candidate`` tries one with weights of its own; ``paper`` is the reference's.
+        seed: of the first active units and of candidates.
 
     Returns:
-        One entry per weight that became smaller, named as in the dense model.
+        One entry per weight that became smaller, named as in the dense model; empty if ``heads`` and ``neurons`` are 1.
 
     Raises:
-        ConfigError: the model is no VisionTransformer of timm, or a layer can't be
-            packed, or would keep no unit.
-        TopologyError: a weight is shared.
+        OptionError: a value is out of range, the model is no VisionTransformer of timm, or a layer can't be packed, or would
+            keep no unit; it is a ValueError too.
+        TopologyError: an engine has wrapped the model already, or a weight is shared.
     """
-    densities = {field: getattr(structured, field) for field in PARTS if getattr(structured, field) < 1.0}
+    options = StructuredConfig(heads=heads, neurons=neurons, grow=grow)  # type: ignore[arg-type]
+    densities = {field: getattr(options, field) for field in PARTS if getattr(options, field) < 1.0}
     chosen: list[tuple[str, str, Any, Tensor]] = []
     for index, block in enumerate(_blocks(model, densities)):
         for field, density in densities.items():
@@ -53,30 +69,34 @@ def pack_units(model: nn.Module, structured: StructuredConfig, seed: int) -> lis
     # Nothing can fail any more, and nothing was changed yet.
     for field, name, dense, active in chosen:
         packed_type = PackedAttention if field == "heads" else PackedMlp
-        replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=structured.grow))
+        replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=options.grow))
     return plan
 
 
 def _blocks(model: nn.Module, densities: Mapping[str, float]) -> list[nn.Module]:
-    """The transformer blocks, in which something is to be packed; none where nothing is."""
+    """Returns the transformer blocks in which something is to be packed; none if nothing is."""
     for field, density in densities.items():
-        refuse_other_models(model, f"sparsity.structured.{field}", density)
+        require_vision_transformer(model, field, density)
     return [block for block in cast(Any, model).blocks if not isinstance(block, TokenSelector)] if densities else []
 
 
 def count_active(field: str, density: float, num_units: int) -> int:
-    """``int(num_units * density)``, as the paper's code has it."""
+    """Returns ``int(num_units * density)``, as the paper's code has it.
+
+    Raises:
+        OptionError: that is 0.
+    """
     active = int(num_units * density)
     if not active:
-        raise ConfigError(f"sparsity.structured.{field}", density, f"keeps none of {num_units} {field}", "raise it")
+        raise OptionError(field, density, f"keeps none of {num_units} {field}", "raise it")
     return active
 
 
 def check_packable(field: str, density: float, module: Any, name: str) -> int:
-    """How many units there are.
+    """Checks that the heads or neurons of a module can be packed, and returns their number.
 
     Raises:
-        ConfigError: the module isn't one that can be packed, or holds packed weights.
+        OptionError: they can't, or the module holds packed weights.
     """
     problem = None
     if module is None:
@@ -96,36 +116,36 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     if problem is None and any(getattr(module, dropout).p for dropout in DROPOUTS[field]):
         problem = f"has dropout ({' or '.join(DROPOUTS[field])}), which the scores of units know nothing of"
     if problem is not None:
-        raise ConfigError(f"sparsity.structured.{field}", density, f"can't pack {name}, which {problem}", "leave it at 1.0")
+        raise OptionError(field, density, f"can't pack {name}, which {problem}", "leave it at 1.0")
     return module.num_heads if field == "heads" else module.fc1.out_features
 
 
 def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
-    """Bool ``[units]``, on the CPU though the model be on meta."""
+    """Returns the first active units, bool ``[units]``, on the CPU even if the model is on the meta device."""
     with torch.device("cpu"):
         return random_mask(num_units, num_active, seed, name)
 
 
 def _lost(module: nn.Module) -> str | None:
-    """What the packed module wouldn't do."""
+    """Returns what the packed module would not do; None if nothing is lost."""
     losses = {"": changed_call(module)} | {child: lost_in_packing(getattr(module, child)) for child in _children(module)}
     lost = [f"{child} {loss.problem}".lstrip() for child, loss in losses.items() if loss is not None]
     return f"would lose what was done to it ({', '.join(lost)})" if lost else None
 
 
 def _moving(dense: Attention | Mlp) -> list[nn.Parameter]:
-    """What will follow the units."""
+    """Returns the parameters that hold a part of each unit."""
     first, last = (getattr(dense, child) for child in _children(dense))
     return [parameter for parameter in (first.weight, first.bias, last.weight) if parameter is not None]
 
 
 def _children(dense: nn.Module) -> tuple[str, str]:
-    """The layer whose rows belong to units, and the one whose columns do."""
+    """Returns the names of the layer whose rows belong to units, and of the one whose columns do."""
     return ("qkv", "proj") if isinstance(dense, Attention) else ("fc1", "fc2")
 
 
 def _plan(name: str, dense: nn.Module, active: Tensor) -> list[LayerPlan]:
-    """What is left of each weight of a layer."""
+    """Returns the plan of each weight of a layer."""
     num_units, num_active = active.numel(), int(active.count_nonzero())
     plan = []
     for child in _children(dense):

@@ -1,19 +1,20 @@
-"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+; DESIGN section 5)."""
+"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+)."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from svite_scale.errors import ConfigError, OptionError
+from svite_scale.errors import OptionError
 from svite_scale.models.options import TokensConfig
 from svite_scale.sparsity.access import Annealed
+from svite_scale.sparsity.layers.plain_layer import refuse_wrapped
 
 
 class TokenSelector(nn.Module, Annealed):
@@ -134,68 +135,93 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 def insert_token_selectors(
-    model: nn.Module, tokens: TokensConfig, generator: torch.Generator | None = None
+    model: nn.Module,
+    *,
+    keep: float,
+    blocks: Sequence[int] = TokensConfig.blocks,
+    mode: str = TokensConfig.mode,
+    temperature: float = TokensConfig.temperature,
+    final_temperature: float = TokensConfig.final_temperature,
+    generator: torch.Generator | None = None,
 ) -> list[TokenSelector]:
-    """Puts a selector before each block that ``tokens.blocks`` names, in place; call it before an engine wraps the model.
+    """Puts a token selector before each of the given blocks of a VisionTransformer, in place.
+
+    Call it before any engine wraps the model, and once for all blocks. ``sparsify`` and ``pack_units`` may come before it or
+    after it. The temperature falls with each ``topology.step()`` of an attached topology engine; in a loop without one, call
+    ``selector.anneal(step / total_steps)`` before each step.
 
     A selector becomes an item ``selector<i>`` of ``model.blocks``, right before the item ``<i>``. All other names stay, and
     timm's loop over the items, with activation checkpointing or without, calls it like a block. It belongs to no block, so
     FSDP2 gathers it with the root's parameters and ZeRO-3 by itself.
 
     Args:
-        model: timm's VisionTransformer; its weights stay as they are, the selectors' are drawn from torch's global generator.
-        tokens: ``keep`` must not be None.
-        generator: see :class:`TokenSelector`.
+        model: timm's VisionTransformer; its weights stay as they are. The selectors' weights are drawn from torch's global
+            generator.
+        keep: tokens that pass, class, distillation and register tokens among them: up to 1 a fraction of those that reach the
+            selector, rounded half up; above 1 a count.
+        blocks: indices of blocks, ascending; 0 is after the embedding.
+        mode: ``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does.
+        temperature: of the Gumbel softmax at the start of training.
+        final_temperature: the same at the end.
+        generator: of the noise; see :class:`TokenSelector`.
 
     Returns:
         The selectors in order.
 
     Raises:
-        ConfigError: ``tokens.keep`` is None, the model is no VisionTransformer, there is no such block, or not so
-            many tokens, or no patch token would be left.
-        ValueError: the model has selectors already; or a generator, where activation checkpointing would draw other noise from
-            it for the backward.
+        OptionError: a value is out of range, the model is no VisionTransformer, there is no such block, or not so many tokens,
+            or no patch token would be left; it is a ValueError too.
+        TopologyError: an engine has wrapped the model already.
+        ValueError: the model has selectors already; or a generator is given, though activation checkpointing would draw other
+            noise from it for the backward.
     """
+    options = TokensConfig(
+        keep=keep,
+        blocks=tuple(blocks),
+        mode=mode,  # type: ignore[arg-type]
+        temperature=temperature,
+        final_temperature=final_temperature,
+    )
+    if keep is None:
+        raise OptionError("keep", keep, "lets all tokens pass", "say how many pass, 0.9 say")
+    vit = require_vision_transformer(model, "keep", keep)
     if token_selectors(model):
         raise ValueError("the model has token selectors already; name the blocks of all of them in one call")
-    if tokens.keep is None:
-        raise ConfigError("sparsity.tokens.keep", None, "lets all tokens pass", "say how many pass, 0.9 say")
-    vit = refuse_other_models(model, "sparsity.tokens.keep", tokens.keep)
     if generator is not None and vit.grad_checkpointing:
         raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
     depth, num_tokens = len(vit.blocks), vit.patch_embed.num_patches + vit.num_prefix_tokens
-    if not set(tokens.blocks) <= set(range(depth)):
-        raise ConfigError(
-            "sparsity.tokens.blocks", list(tokens.blocks), f"the model has {depth} blocks", f"use 0 to {depth - 1}"
-        )
+    if not set(options.blocks) <= set(range(depth)):
+        raise OptionError("blocks", list(options.blocks), f"the model has {depth} blocks", f"use 0 to {depth - 1}")
     items: OrderedDict[str, nn.Module] = OrderedDict()
     for index, block in enumerate(vit.blocks):
-        if index in tokens.blocks:
-            kept = kept_tokens(tokens, num_tokens, vit.num_prefix_tokens)
+        if index in options.blocks:
+            kept = kept_tokens(keep, num_tokens, vit.num_prefix_tokens)
             items[f"selector{index}"] = TokenSelector(
                 vit.embed_dim,
                 kept,
                 vit.num_prefix_tokens,
-                mode=tokens.mode,
-                temperature=tokens.temperature,
-                final_temperature=tokens.final_temperature,
+                mode=mode,
+                temperature=temperature,
+                final_temperature=final_temperature,
                 generator=generator,
             )
-            num_tokens = kept if tokens.mode == "gather" else num_tokens
+            num_tokens = kept if mode == "gather" else num_tokens
         items[str(index)] = block
     vit.blocks = nn.Sequential(items)
     return token_selectors(model)
 
 
-def refuse_other_models(model: nn.Module, field: str, value: object) -> VisionTransformer:
-    """The model, if it is timm's VisionTransformer, whose blocks are alike and take any tokens, in any number.
+def require_vision_transformer(model: nn.Module, field: str, value: object) -> VisionTransformer:
+    """Returns the model if it is timm's VisionTransformer, whose blocks are alike and take any tokens, in any number.
 
     Raises:
-        ConfigError: it isn't; ``field`` asks for what only such a model can have.
+        OptionError: it isn't; ``field`` asks for what only such a model can have.
+        TopologyError: an engine has wrapped the model already.
     """
+    refuse_wrapped(model)
     if isinstance(model, VisionTransformer):
         return model
-    raise ConfigError(
+    raise OptionError(
         field,
         value,
         f"needs the blocks of timm's VisionTransformer, which take any tokens; those of a {type(model).__name__} have other "
@@ -204,26 +230,21 @@ def refuse_other_models(model: nn.Module, field: str, value: object) -> VisionTr
     )
 
 
-def kept_tokens(tokens: TokensConfig, num_tokens: int, num_prefix: int) -> int:
-    """Tokens that pass a selector which ``num_tokens`` reach, ``num_prefix`` prefix tokens among both.
+def kept_tokens(keep: float, num_tokens: int, num_prefix: int) -> int:
+    """Returns the number of tokens that pass a selector. ``num_tokens`` reach it; ``num_prefix`` prefix tokens are in both.
 
     Raises:
-        ConfigError: there aren't so many, or no patch token would be left.
+        OptionError: there aren't so many, or no patch token would be left.
     """
-    keep = cast(float, tokens.keep)
     kept = math.floor(keep * num_tokens + 0.5) if keep <= 1 else int(keep)
     if kept > num_tokens:
-        raise ConfigError("sparsity.tokens.keep", keep, f"only {num_tokens} tokens reach the selector", "lower it")
+        raise OptionError("keep", keep, f"only {num_tokens} tokens reach the selector", "lower it")
     if kept <= num_prefix:
-        raise ConfigError(
-            "sparsity.tokens.keep",
-            keep,
-            f"keeps {kept} of {num_tokens} tokens, and the {num_prefix} prefix tokens always stay, so no patch would",
-            "raise it",
-        )
+        problem = f"keeps {kept} of {num_tokens} tokens, and the {num_prefix} prefix tokens always stay, so no patch would"
+        raise OptionError("keep", keep, problem, "raise it")
     return kept
 
 
 def token_selectors(model: nn.Module) -> list[TokenSelector]:
-    """The selectors of a model, wrapped by an engine or not, in order."""
+    """Returns the selectors of a model, wrapped by an engine or not, in order."""
     return [module for module in model.modules() if isinstance(module, TokenSelector)]

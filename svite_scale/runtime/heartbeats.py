@@ -72,11 +72,13 @@ class Heartbeats:
         return [beat for beat in self._present() if now - self._beat_at[beat.rank] > limit]
 
     def stuck(self, now: float, limit: float) -> list[Beat]:
-        """Returns the beats of the ranks that hold up all others: those with the least progress, if ``limit`` seconds old."""
+        """Returns the beats of the ranks that hold up all others: those with the least progress, if none of them has made any
+        for more than ``limit`` seconds. One rank that hangs and those that wait for it may be in the same phase.
+        """
         present = self._present()
         behind = min((beat.progress for beat in present), default=0)
         ranks = [beat for beat in present if beat.progress == behind]
-        return [beat for beat in ranks if now - self._progress_at[beat.rank] > limit]
+        return ranks if all(now - self._progress_at[beat.rank] > limit for beat in ranks) else []
 
     @property
     def timed(self) -> bool:

@@ -3,7 +3,7 @@
 A prunable weight is stored as its active ``values`` and a bit ``mask``, two ordinary parameters of its module, so that any
 engine shards, gathers, reduces and optimizes active weights only.
 
-- :func:`~svite_scale.sparsity.sparsify.sparsify` packs a dense model in place.
+- :func:`~svite_scale.sparsity.packing.sparsify` packs a dense model in place.
 - :class:`~svite_scale.sparsity.topology.engine.TopologyEngine` prunes and grows on a schedule, through a
   :class:`~svite_scale.sparsity.access.ParameterAccess` that the engine in use provides.
 - :func:`~svite_scale.sparsity.update.prune_and_grow` is the decision itself, a pure function.
@@ -16,15 +16,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# Pure functions by their names, imported when they are asked for: the options of this room are read without torch.
+# Imported at their first use, so that the options of this room are read without torch.
 _HOMES = {
     "bits": "svite_scale.sparsity.bits",
     "cosine": "svite_scale.sparsity.topology.schedule",
     "erk": "svite_scale.sparsity.allocation.distributions",
     "prune_and_grow": "svite_scale.sparsity.update",
+    "sparsify": "svite_scale.sparsity.packing",
     "uniform": "svite_scale.sparsity.allocation.distributions",
 }
-__all__ = ["bits", "cosine", "erk", "prune_and_grow", "uniform"]
+__all__ = ["bits", "cosine", "erk", "prune_and_grow", "sparsify", "uniform"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,1 +1,1 @@
-"""Where a run's numbers go: lines of JSON, MLflow, and a progress bar."""
+"""Tracking a run: lines of JSON, MLflow, and a progress bar."""

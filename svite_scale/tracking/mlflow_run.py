@@ -1,4 +1,4 @@
-"""The run in MLflow."""
+"""A run in MLflow."""
 
 from __future__ import annotations
 
@@ -15,42 +15,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from svite_scale.errors import RunError
+from svite_scale.tracking.backlog import Backlog, first_line
 from svite_scale.tracking.options import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 QUIET = {
-    # A training job should speak to nobody it wasn't told to.
+    # A training job should connect to nobody without being told to.
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A server that doesn't answer holds up training while it is asked; MLflow's own patience is many minutes.
+    # While a server doesn't answer, it holds up training. MLflow's own timeouts add up to many minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
-"""What MLflow's environment says where the user's says nothing."""
+"""MLflow's environment variables, where the user sets none."""
 
-AT_ONCE = 1000
-"""Metrics that MLflow takes in one request."""
+MAX_METRICS = 1000
+"""Most metrics that MLflow takes in one request."""
 
-PARAMS_AT_ONCE = 100
-"""The same of parameters."""
+MAX_PARAMS = 100
+"""Most parameters that it takes in one request."""
 
 RETRY_S = 60.0
-"""Seconds in which MLflow isn't asked again after it hasn't answered, for each question holds up training."""
-
-RETRY_RATIO = 10
-"""The same as a multiple of how long the question took."""
+"""Shortest pause in seconds after a request that failed, because each request holds up training."""
 
 BUSY_S = 5.0
-"""Longest wait for a SQLite file that another process writes to. MLflow would wait for one that it can't open or write to for
-the better part of a minute, or two."""
+"""Longest wait in seconds for a SQLite file that another process writes to. MLflow itself would wait a minute or two."""
 
 LOCK_S = 120.0
-"""Longest wait for others that start at the same time. MLflow makes a database in seconds, so one of them hangs then."""
+"""Longest wait in seconds for other runs that start at the same time. MLflow makes a database in seconds, so one of them
+hangs then."""
 
 ATTEMPTS = 5
 RACE = re.compile("already exists|UNIQUE constraint")
-"""What MLflow says where somebody else makes the same database or experiment at the same time."""
+"""Errors of MLflow when another run makes the same database or experiment at the same time."""
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 
@@ -60,33 +58,34 @@ logger = logging.getLogger("svite_scale")
 
 
 class MlflowRun:
-    """By default it is in a SQLite file beside the run directories, which needs no server.
+    """A run in MLflow, by default in a SQLite file beside the run directories, which needs no server.
 
-    What a server or file doesn't take waits in memory, and is sent with what comes next: training goes on, whatever MLflow, its
-    server or its database do. A run or an experiment that was deleted there is begun anew.
+    Training continues whatever MLflow, its server or its database do: metrics wait in memory until they are taken. A run or an
+    experiment that was deleted there is made again.
 
     Attributes:
-        uri: where it is.
-        run_id: MLflow's name for the run; None as long as MLflow couldn't be reached.
+        uri: MLflow's address.
+        run_id: MLflow's name for the run; None until MLflow is reached.
     """
 
     def __init__(
         self, options: TrackingConfig, parameters: Mapping[str, object], run_dir: Path, *, resumed: bool = False
     ) -> None:
-        """Goes on with the run that the run directory names, or makes one.
+        """Resumes the run that the run directory names, or makes one.
 
         Args:
             options: of tracking.
             parameters: of the run, by dotted names.
             run_dir: of the run.
-            resumed: the run has trained before, so that a mistake in the config isn't likely: what fails is tried again later.
+            resumed: the run has trained before, so a mistake in the config isn't likely: a failure is no error, but waits.
 
         Raises:
-            RunError: no server answers, or MLflow refuses the address or the experiment's name, at a run's first start.
+            RunError: this is the run's first start, and no server answers, or MLflow refuses the address or the experiment's
+                name.
         """
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        # They print what is raised too, with its traceback, and each time that a server is asked again.
+        # They would print each failure with a traceback, and each retry.
         for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._options, self._parameters = options, parameters
@@ -94,48 +93,33 @@ class MlflowRun:
         self._id_file = run_dir / "mlflow_run_id"
         self.uri = options.uri or f"sqlite:///{self._parent / 'mlflow.db'}"
         self._database, self._inode, self._times_lost = database_of(self.uri), 0, 0
-        self._waiting: list[tuple[str, float, int, int]] = []
-        self._ask_at = 0.0
-        self._is_told = False
+        self._backlog: Backlog[tuple[str, float, int, int]] = Backlog("MLflow", "metrics", self._send, RETRY_S)
         self.run_id: str | None = None
-        is_first_start, asked_at = not resumed and not self._id_file.exists(), time.monotonic()
+        is_first_start, started = not resumed and not self._id_file.exists(), time.monotonic()
         try:
             self._connect()
-        except Exception as error:  # MLflow lets through what its database and its network raise
+        except Exception as error:  # MLflow passes on what its database and network raise
             if is_first_start:
                 self._refuse_mistakes(error)
-            self._put_off(error, asked_at)
+            self._backlog.postpone(error, started)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics after an optimizer step."""
+        """Logs metrics after an optimizer step."""
         now = int(time.time() * 1000)
-        self._waiting += [(name, float(value), now, step) for name, value in metrics.items()]
-        asked_at = time.monotonic()
-        if asked_at < self._ask_at:
-            return
-        try:
-            self._send()
-        except Exception as error:
-            self._put_off(error, asked_at)
+        self._backlog.add((name, float(value), now, step) for name, value in metrics.items())
 
     def end(self, status: Status) -> None:
-        """Sends what waits, and how the run has ended."""
+        """Sends what waits, and the status with which the run ends; warns if that fails."""
+        self._backlog.close()
+        if self._backlog.waiting:
+            return
         try:
-            client = self._send()
-            client.set_terminated(self.run_id, status)
+            self._send().set_terminated(self.run_id, status)
         except Exception as error:
-            lost = f"lacks the last {len(self._waiting)} metrics" if self._waiting else f"doesn't know that the run is {status}"
-            logger.warning("MLflow %s: %s", lost, first_line(error))
-
-    def _put_off(self, error: Exception, asked_at: float) -> None:
-        now = time.monotonic()
-        self._ask_at = now + max(RETRY_S, RETRY_RATIO * (now - asked_at))
-        if not self._is_told:
-            logger.warning("MLflow doesn't take metrics (%s); they wait until it does, and the run goes on", first_line(error))
-        self._is_told = True
+            logger.warning("MLflow doesn't know that the run is %s: %s", status, first_line(error))
 
     def _send(self) -> MlflowClient:
-        """Sends what waits, to a new run where the old one is gone."""
+        """Sends what waits, to a new run if the old one is gone."""
         if self._is_lost():
             self._times_lost += 1
             self.run_id = None
@@ -148,18 +132,17 @@ class MlflowRun:
                 raise
             client = self._connect()
             self._send_to(client)
-        self._is_told = False
         return client
 
     def _send_to(self, client: MlflowClient) -> None:
         from mlflow.entities import Metric
 
-        while self._waiting:
-            client.log_batch(self.run_id, [Metric(*metric) for metric in self._waiting[:AT_ONCE]])
-            del self._waiting[:AT_ONCE]
+        while waiting := self._backlog.waiting:
+            client.log_batch(self.run_id, [Metric(*metric) for metric in waiting[:MAX_METRICS]])
+            del waiting[:MAX_METRICS]
 
     def _connect(self) -> MlflowClient:
-        """Finds the run, or makes one, as often as others get in between."""
+        """Finds the run or makes one; tries again if another run gets in between."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with only_one(self._database):
@@ -168,7 +151,7 @@ class MlflowRun:
             except Exception as error:
                 if attempt == ATTEMPTS or not RACE.search(str(error)):
                     raise
-                time.sleep(random.SystemRandom().uniform(0.1, 1.0))  # not the generators that belong to training
+                time.sleep(random.SystemRandom().uniform(0.1, 1.0))  # not a generator of training
         raise AssertionError("unreachable")
 
     def _find_or_create(self) -> MlflowClient:
@@ -184,16 +167,16 @@ class MlflowRun:
         self.run_id = self._create(client)
         self._id_file.write_text(f"{self.run_id}\n")
         if known is not None:
-            logger.warning("MLflow has no run %s any more; it goes on as a new one, %s", repr(known[:40]), self.run_id)
+            logger.warning("MLflow has no run %s any more; it continues as a new one, %s", repr(known[:40]), self.run_id)
         return client
 
     def _is_lost(self) -> bool:
-        """Whether the SQLite file isn't the one that MLflow has opened."""
+        """Returns whether the SQLite file isn't the one that MLflow has opened."""
         return self.run_id is not None and inode_of(self._database) != self._inode
 
     def _address(self) -> str:
-        """Where MLflow is to look. It keeps files open by their addresses, also when they are gone: another way to write the
-        address opens what is there now.
+        """Returns the address for MLflow, which keeps a file open by its address even if the file is gone. The same path,
+        written in another way, makes it open the new file.
         """
         if self._database is None or not self._times_lost:
             return self.uri
@@ -201,7 +184,7 @@ class MlflowRun:
         return self.uri.replace(str(self._database), os.path.join(folder, *["."] * self._times_lost, name), 1)
 
     def _is_gone(self, client: MlflowClient, run_id: str | None) -> bool:
-        """Whether MLflow answers, and has no such run."""
+        """Returns whether MLflow has no such run. An error if it doesn't answer."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None or not RUN_ID.fullmatch(run_id):
@@ -218,12 +201,12 @@ class MlflowRun:
 
         run_id: str = client.create_run(self._experiment(client), run_name=self._run_dir.name).info.run_id
         params = [Param(key, str(value)) for key, value in self._parameters.items()]
-        for first in range(0, len(params), PARAMS_AT_ONCE):
-            client.log_batch(run_id, params=params[first : first + PARAMS_AT_ONCE])
+        for first in range(0, len(params), MAX_PARAMS):
+            client.log_batch(run_id, params=params[first : first + MAX_PARAMS])
         return run_id
 
     def _experiment(self, client: MlflowClient) -> str:
-        """The experiment of the config, made where it isn't there; under another name where it was deleted."""
+        """Returns the experiment's id, and makes it if it is missing; under another name if it was deleted."""
         wanted = name = self._options.experiment
         number = 1
         while (found := client.get_experiment_by_name(name)) is not None and found.lifecycle_stage == "deleted":
@@ -233,30 +216,30 @@ class MlflowRun:
             logger.warning("MLflow's experiment %r is deleted, but keeps its name; the run goes into %r", wanted, name)
         if found is not None:
             return str(found.experiment_id)
-        # Artifacts go beside the SQLite file; a server of the user's own has its own place for them.
+        # Artifacts go beside the SQLite file. A server has its own place for them.
         location = None if self._options.uri else (self._parent / "mlartifacts").as_uri()
         return str(client.create_experiment(name, location))
 
     def _refuse_mistakes(self, error: Exception) -> None:
-        """Ends a start where the config has to be mended: its server doesn't answer, or MLflow refuses a name."""
+        """Raises an error if the config has to be corrected: its server doesn't answer, or MLflow refuses a name."""
         experiment, uri = self._options.experiment, self._options.uri
         if "experiment name" in str(error).lower():
             problem = f"tracking.experiment = {experiment!r}: MLflow refuses it ({first_line(error)}); name another"
             raise RunError(problem) from error
         if self._database is None:
-            # Its address may be a mistake; a file that is locked or damaged isn't one of the config.
+            # An address may be a mistake in the config. A locked or damaged file isn't.
             remedy = "start the server or correct the address, or set tracking.mlflow=false"
             raise RunError(f"tracking.uri = {uri!r}: MLflow can't be used ({first_line(error)}); {remedy}") from error
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of a SQLite address; None for another one."""
+    """Returns the file of a SQLite address; None for another address."""
     scheme, _, path = uri.partition(":///")
     return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
 
 
 def check_writable(database: Path | None) -> None:
-    """Looks whether a SQLite file, which may be new, can be written to now.
+    """Checks that a SQLite file, which may be new, can be written to now.
 
     Raises:
         sqlite3.Error: it can't.
@@ -267,7 +250,7 @@ def check_writable(database: Path | None) -> None:
 
 
 def inode_of(path: Path | None) -> int:
-    """By which a file is known; 0 where there is none."""
+    """Returns the number that identifies a file; 0 if there is none."""
     try:
         return 0 if path is None else path.stat().st_ino
     except OSError:
@@ -276,9 +259,9 @@ def inode_of(path: Path | None) -> int:
 
 @contextmanager
 def only_one(database: Path | None) -> Iterator[None]:
-    """Keeps other runs waiting that come to the same SQLite file: MLflow doesn't expect two to make one.
+    """Locks a SQLite file against other runs: MLflow doesn't expect two of them to make it.
 
-    Where there can't be a lock, on some file systems of networks say, or another run doesn't let go of it, it does without.
+    Does without where a lock can't be had, as on some network file systems, or where another run keeps it too long.
     """
     if database is None:
         yield
@@ -296,6 +279,7 @@ def only_one(database: Path | None) -> Iterator[None]:
 
 
 def wait_for_lock(descriptor: int) -> None:
+    """Locks a file, or gives up after :data:`LOCK_S`."""
     end = time.monotonic() + LOCK_S
     while time.monotonic() < end:
         try:
@@ -306,9 +290,3 @@ def wait_for_lock(descriptor: int) -> None:
             return
         else:
             return
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message that says something."""
-    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Where the metrics go."""
+"""The options of tracking."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from svite_scale.options import options
 
 @options
 class TrackingConfig:
-    """MLflow, beside the run directory's own ``metrics.jsonl``."""
+    """MLflow, beside ``metrics.jsonl`` in the run directory."""
 
     mlflow: bool = True
     uri: str | None = None

@@ -14,14 +14,14 @@ SHOWN = {
     "samples_per_second": "samples/s",
     "density": "density",
 }
-"""Metrics beside the bar, and what they are called there."""
+"""Metrics beside the bar, and their names there."""
 
 LOG_INTERVAL_S = 30.0
-"""Seconds between two lines of progress where the output is a file."""
+"""Seconds between two lines of progress when the output is a file."""
 
 
 class Progress:
-    """Steps done, time left, and the latest metrics; silent on all ranks but the main one."""
+    """A bar with steps done, time left, and the latest metrics. Silent on all ranks but the main one."""
 
     def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
         self.enabled = enabled
@@ -32,7 +32,7 @@ class Progress:
         self.shown: dict[str, str] = {}
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Counts one optimizer step."""
         self.bar.update()
 
     def rewind(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl``, ``topology.jsonl`` and ``summary.json`` in the run directory, and MLflow."""
+"""Writes a run's numbers: ``metrics.jsonl``, ``topology.jsonl`` and ``summary.json`` in the run directory, and MLflow."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Metrics = Mapping[str, float]
 
 
 class Tracker:
-    """Writes one run's metrics on the main rank; on the others it does nothing.
+    """Writes one run's metrics on the main rank; does nothing on the others. A context: leaving it ends the run in MLflow.
 
-    ``metrics.jsonl`` holds one JSON object per logged step; ``topology.jsonl``, where heads or neurons are sparse, one for the
-    start and one per topology update.
+    ``metrics.jsonl`` holds one JSON object per logged step. ``topology.jsonl`` holds one for the start and one per topology
+    update, if heads or neurons are sparse.
 
     Attributes:
-        status: the status that MLflow gives the run when this is left, unless an error leaves it, which makes it ``FAILED``.
+        status: of the run in MLflow at the end; ``FAILED`` if an error leaves the context.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Tracker:
         Args:
             options: of tracking.
             run_dir: where the files go.
-            resumed_step: lines after this step are cut from the files there; None for a new run, whose files replace them.
+            resumed_step: lines after this step are removed from existing files; None for a new run, whose files replace them.
             config_text: the resolved config as YAML, which is written into ``config.yaml`` beside the metrics.
             parameters: the same by dotted names, for MLflow.
             enabled: whether this is the main rank.
 
         Raises:
-            RunError: the run directory can't be written, or MLflow not be used at a first start.
+            RunError: the run directory can't be written; or this is the run's first start, and MLflow can't be used.
         """
         self.run_dir, self._enabled = run_dir, enabled
         self.status: Status = "FINISHED"
@@ -71,18 +71,18 @@ class Tracker:
 
     @property
     def ui_command(self) -> str | None:
-        """What shows the run in a browser; None without MLflow."""
+        """The command that shows the run in a browser; None without MLflow."""
         return f"mlflow ui --backend-store-uri {self._mlflow.uri}" if self._mlflow else None
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """One line of metrics after an optimizer step."""
+        """Logs metrics after an optimizer step."""
         if self._enabled:
             self._metrics.append({"step": step, **metrics})
         if self._mlflow:
             self._mlflow.log(step, metrics)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged after a step to which the run has gone back. MLflow keeps it beside what is logged anew.
+        """Removes what was logged after a step to which the run has rolled back. MLflow keeps it beside what is logged again.
 
         Raises:
             RunError: the run directory can't be written.
@@ -95,7 +95,7 @@ class Tracker:
                 raise self._error(error) from error
 
     def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
-        """One line of which heads and neurons are active after an optimizer step; none where the model has no such layers.
+        """Logs which heads and neurons are active after an optimizer step; nothing if the model has no such layers.
 
         Args:
             step: 0 at the start.

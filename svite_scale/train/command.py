@@ -13,7 +13,7 @@ from svite_scale.runtime.signals import StopSignals
 from svite_scale.runtime.world import World
 
 FIRST_RANK_SPEAKS_S = 30.0
-"""After a mistake in the config the first rank of a machine has so long to start and say so."""
+"""Seconds that the other ranks of a machine wait after a mistake in the config, for the first one to start and report it."""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -23,13 +23,13 @@ def main(arguments: argparse.Namespace) -> int:
         arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
 
     Returns:
-        The exit status: 0, 2 after a mistake in the config, 85 where a signal stopped the run and it has saved, 1 after any
-        other error, which is printed where it happens.
+        The exit status: 0; 2 after a mistake in the config; 85 if a signal stopped the run and it has saved; 1 after any other
+        error, which is printed when it happens.
     """
     failure = Failure(_explain)
     try:
         failure.world = world = World.from_environment()
-        # All ranks build the same model; the main one says what is to be said of it.
+        # All ranks warn of the same things, so only the main one does.
         logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
         config = read_config(arguments.config, arguments.overrides)
         # What follows takes seconds to import, and the answer about a typing error shouldn't wait for it.
@@ -44,13 +44,13 @@ def main(arguments: argparse.Namespace) -> int:
     except BaseException as error:
         status = failure.report(error)
         if status == EXIT_CONFIG and failure.world.local_rank > 0 and not _has_joined():
-            # The launcher ends this machine's ranks when one of them ends, and the first may not have spoken yet.
+            # The launcher ends all ranks of the machine when one ends, perhaps before the first has reported.
             time.sleep(FIRST_RANK_SPEAKS_S)
         return status
 
 
 def _explain(error: BaseException) -> BaseException:
-    """Returns a DataError in the place of torch's error about a loader process."""
+    """Returns a DataError instead of torch's error about a loader process."""
     if isinstance(error, SviteScaleError):
         return error
     from svite_scale.data.batches import explain_loader_error
@@ -59,7 +59,7 @@ def _explain(error: BaseException) -> BaseException:
 
 
 def _has_joined() -> bool:
-    """Whether this rank is in the process group."""
+    """Returns whether this rank has joined the process group."""
     import torch.distributed as dist
 
     return dist.is_initialized()

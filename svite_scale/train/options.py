@@ -64,7 +64,7 @@ class GuardConfig:
 
     hang_timeout_s: Annotated[float | None, Field(ge=1.0, le=86_400.0)] = 600.0
     """Seconds from a rank's last sign of life, or the last progress of the slowest rank, to the end of all processes. Must be
-    longer than any one phase: a topology update, a save, a batch of evaluation. Null waits for ever."""
+    longer than any one phase: a micro-batch with a topology update, a save, a batch of evaluation. Null waits for ever."""
     max_nonfinite_steps: Annotated[int | None, Field(ge=1)] = 10
     """Steps whose loss or gradient isn't finite are skipped; so many in a row stop the run. Costs a wait for the gradient's
     norm in each step, and with FSDP2, unless gradients are clipped, a scalar all-reduce. Null doesn't look, but DeepSpeed does,

@@ -27,7 +27,7 @@ from svite_scale.train.trainer import Trainer
 
 
 def dry_run(config: Config, world_size: int, world: World) -> int:
-    """Checks the config and prints its plan for that many ranks."""
+    """Checks the config, and prints its plan for a number of ranks. Returns the exit status."""
     if world_size < 1:
         raise ConfigError("--ranks", world_size, "is no number of processes", "use at least 1")
     sparse = validate(config, world_size)
@@ -37,15 +37,18 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
 
 
 def train(config: Config, world: World, signals: StopSignals, failure: Failure, *, resume: bool, auto_resume: bool) -> int:
-    """Checks all that can be checked, then joins the process group and trains.
+    """Checks everything that can be checked, then joins the process group and trains. Every rank calls it.
 
     Args:
         config: of the run.
-        world: this rank.
-        signals: that ask the run to stop.
-        failure: is told of an error.
-        resume: go on from the newest checkpoint, which must be there.
-        auto_resume: go on if the run has ever saved, else start anew, over what a run left that never did.
+        world: of this rank.
+        signals: the signals that ask the run to stop.
+        failure: reports an error.
+        resume: resume from the newest checkpoint, which must exist.
+        auto_resume: resume if the run has ever saved. Else start it, over the files of a run that never saved.
+
+    Returns:
+        The exit status.
     """
     validate(config, world.size)
     device = ranks.local_device(world)
@@ -57,7 +60,7 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
             resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
         return supervise(config, world, device, store, signals, failure, resume=resume)
     finally:
-        # After an error other ranks may be anywhere, and to leave the group would wait for them.
+        # Leaving the group waits for the other ranks, and after an error they may be anywhere.
         if world.size == 1:
             ranks.stop()
 
@@ -72,7 +75,7 @@ def supervise(
     *,
     resume: bool,
 ) -> int:
-    """Trains under the watchdog, until this rank has left the process group; after an error, until that is told."""
+    """Trains under the watchdog; returns the exit status once this rank has left the process group."""
     activity, timeout = Activity(), config.guard.hang_timeout_s
     watchdog = None if timeout is None else Watchdog(store, world, activity, timeout)
 
@@ -97,19 +100,20 @@ def supervise(
         except DivergedError:
             status = EXIT_FAILED
         activity.leave(status or EXIT_FAILED)
-        # Together, for when one rank has left, some launchers end the others, and so does the store.
+        # All ranks together: when one has left, some launchers end the others, and the store is gone.
         dist.barrier()
         ranks.stop()
         return status
 
 
 def has_saved(run_dir: Path) -> bool:
-    """Whether a run has ever saved, whatever became of its checkpoints. What a save left that was cut off has another name."""
+    """Returns whether a run has ever saved, whatever became of its checkpoints. An interrupted save doesn't count."""
     metrics = run_dir / METRICS
     return holds_checkpoint(run_dir) or (metrics.exists() and b'"checkpoint_seconds"' in metrics.read_bytes())
 
 
 def holds_checkpoint(run_dir: Path) -> bool:
+    """Returns whether a run directory has a checkpoint, valid or not."""
     return bool(CheckpointDirectory(run_dir / CHECKPOINTS).named())
 
 
@@ -117,7 +121,7 @@ def check_run_dir(config: Config, resume: bool) -> None:
     """Refuses to write over another run.
 
     Raises:
-        ConfigError: the directory holds a run, and this isn't to resume it; or can't be read.
+        ConfigError: the directory holds a run and ``resume`` is false, or it can't be read.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -125,4 +129,4 @@ def check_run_dir(config: Config, resume: bool) -> None:
     except OSError as error:
         raise ConfigError("run_dir", config.run_dir, f"can't be read ({error})", "restore it, or name another") from error
     if holds_run and not resume:
-        raise ConfigError("run_dir", config.run_dir, "holds a run already", "add --resume to go on with it, or name another")
+        raise ConfigError("run_dir", config.run_dir, "holds a run already", "add --resume to continue it, or name another")

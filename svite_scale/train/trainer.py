@@ -11,7 +11,7 @@ import torch
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
@@ -94,7 +94,7 @@ class Trainer:
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
-            RunState(
+            RunParts(
                 self.backend,
                 self.topology,
                 self.ema,
@@ -239,7 +239,7 @@ class Trainer:
         self.batches = self.remaining_batches()
         self.tracker.rewind(self.step)
         self.progress.rewind(self.step)
-        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, and on with other data")
+        self.progress.write(f"loss {loss:.4g} at step {spiked_at} is a spike: back to step {self.step}, with other data")
         # Saved again, so that a restart skips the same data and knows the number of rollbacks.
         self.save(last=last)
         self.average.restart()

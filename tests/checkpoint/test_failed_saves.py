@@ -23,7 +23,7 @@ TWO = ("parallel.backend=ddp", "checkpoint.every_steps=4", "checkpoint.backgroun
 
 
 def train(config: Config, after_step: Callable[[int], bool]) -> str:
-    """Trains on every rank; ``after_step`` does something after a step, on the main one, and asks to stop or not.
+    """Trains on every rank. The main rank calls ``after_step`` after each step; it returns whether to stop.
 
     Returns:
         The message of the error that a checkpoint ended the run with; empty where none did.
@@ -44,7 +44,7 @@ def train(config: Config, after_step: Callable[[int], bool]) -> str:
 
 
 def breaks(config: Config, stops: bool) -> str:
-    """``checkpoints/`` vanishes after step 6; the run is asked to stop there, or goes on to the end."""
+    """``checkpoints/`` vanishes after step 6; the run is asked to stop there, or continues to the end."""
     checkpoints = Path(config.run_dir) / "checkpoints"
 
     def after_step(step: int) -> bool:
@@ -93,7 +93,7 @@ def test_a_run_continues_and_loses_no_metric_when_the_disk_is_full(small_disk: P
     assert (main[0], other) == ("", ("", []))
     unwritten = [line for line in main[1] if "metrics.jsonl" in line]
     assert len(unwritten) == 1
-    assert unwritten[0].startswith(f"{run_dir}/metrics.jsonl can't be written ([Errno 28] No space left on device)")
+    assert unwritten[0].startswith(f"{run_dir}/metrics.jsonl doesn't take lines ([Errno 28] No space left on device)")
     unsaved = [line for line in main[1] if "can't save" in line]
     assert len(unsaved) == 3
     assert all(line.endswith("the run continues (checkpoint.on_error is continue)") for line in unsaved)

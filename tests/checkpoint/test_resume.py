@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that never stopped; and a checkpoint belongs to no engine."""
+"""A resumed run equals one that never stopped, on any engine."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BF16 = [(engine, 2, "bf16") for engine in ("fsdp2", "zero1", "zero3")]
 
 
 @pytest.mark.parametrize(("engine", "world_size", "precision"), FP32 + BF16)
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+def test_a_resumed_run_equals_one_that_never_stopped(
     tmp_path: Path, digits: Path, engine: str, world_size: int, precision: str
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -98,7 +98,7 @@ def postponed(config: Config, resume: bool) -> State:
     return state_of(trainer)
 
 
-def test_a_postponed_update_is_counted_in_the_metrics_and_comes_after_a_resume(tmp_path: Path, digits: Path) -> None:
+def test_a_postponed_update_is_counted_and_happens_after_a_resume(tmp_path: Path, digits: Path) -> None:
     """By a window of two steps after the fourth, and so the fifth, after which the run stops, is already heard for it."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     ended = run_on_ranks(1, postponed, config_of(digits, straight, "single", END, "sparsity.grow_window=2"), False)
@@ -115,7 +115,7 @@ TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero2", 2), ("zero3", 3)])
-def test_a_run_stopped_within_a_growth_window_and_a_warm_up_goes_on_with_both_and_draws_the_same_tokens(
+def test_a_run_resumes_within_a_growth_window_and_a_warm_up_and_draws_the_same_tokens(
     tmp_path: Path, digits: Path, engine: str, world_size: int
 ) -> None:
     """And the temperature of the token selector is that of the step."""
@@ -145,13 +145,13 @@ def noise_seeds(config: Config) -> list[int]:
     return seeds
 
 
-def test_every_rank_step_and_micro_batch_has_noise_of_its_own(tmp_path: Path, digits: Path) -> None:
+def test_every_rank_step_and_micro_batch_has_its_own_noise(tmp_path: Path, digits: Path) -> None:
     ranks = run_on_ranks(2, noise_seeds, config_of(digits, tmp_path / "run", "ddp", 3, *TOKENS))
     assert [len(seeds) for seeds in ranks] == [3 * 2, 3 * 2], "3 steps of 2 micro-batches"
     assert len({seed for seeds in ranks for seed in seeds}) == 12
 
 
-def test_a_growth_window_goes_on_under_another_engine_on_another_number_of_ranks(tmp_path: Path, digits: Path) -> None:
+def test_a_growth_window_resumes_on_another_engine_and_number_of_ranks(tmp_path: Path, digits: Path) -> None:
     source, straight = tmp_path / "source", tmp_path / "straight"
     saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP, *WINDOW))
     assert_same_state(saved, run_on_ranks(2, loaded, config_of(digits, source, "zero3", END, *WINDOW)))
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_an_older_version_loads_by_its_names(tmp_path: Path, dig
     assert_same_state(ended, resumed)
 
 
-def test_frozen_layers_of_an_older_checkpoint_are_known_by_name(tmp_path: Path) -> None:
+def test_the_frozen_layers_of_an_older_checkpoint_are_read(tmp_path: Path) -> None:
     older = {"steps": 7, "last_update": 4, "postponed": 0, "retry_step": 0, "heard_steps": 2, "heard_ranks": 3}
     sections = {"counts": {}, "optimizer_scalars": {}, "config": {}, "versions": {}}
     (tmp_path / "run.json").write_text(json.dumps({"topology": {**older, "frozen/a.b": 1}, **sections}))
@@ -225,7 +225,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Pat
 
 
 @pytest.mark.parametrize(("engine", "world_size", "other", "other_size"), PAIRS)
-def test_a_run_goes_on_under_another_engine(
+def test_a_run_resumes_on_another_engine(
     tmp_path: Path, digits: Path, uninterrupted: Path, engine: str, world_size: int, other: str, other_size: int
 ) -> None:
     """The losses of 20 steps and two updates are those of the run that never stopped; and given equal scores, so are masks."""
@@ -275,7 +275,7 @@ def masks_after_an_update(config: Config) -> dict[str, bytes]:
     return masks
 
 
-def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> None:
+def test_a_state_is_the_same_when_another_engine_loads_it(tmp_path: Path, digits: Path) -> None:
     """From 2 ranks of FSDP2 to one process and to 3 ranks of ZeRO-3, from there back to FSDP2, and on with training."""
     source, straight, back = tmp_path / "source", tmp_path / "straight", tmp_path / "back"
     saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP))
@@ -301,7 +301,7 @@ def test_what_one_engine_saved_another_loads(tmp_path: Path, digits: Path) -> No
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2", "zero1", "zero3"])
-def test_a_run_goes_on_whose_first_steps_were_all_skipped(tmp_path: Path, digits: Path, engine: str) -> None:
+def test_a_run_resumes_when_its_first_steps_were_all_skipped(tmp_path: Path, digits: Path, engine: str) -> None:
     """Such a checkpoint holds no moments, for optimizers make them at the first step that they take."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     world_size = 1 if engine == "single" else 2

@@ -15,8 +15,8 @@ from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.models.dense import blocks, build_dense
 from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
+from svite_scale.sparsity.packing import PACKED_TYPE, prunable_layers, random_mask, replace_module
 from svite_scale.sparsity.parameter_groups import parameter_groups
-from svite_scale.sparsity.sparsify import PACKED_TYPE, prunable_layers, random_mask, replace_module
 from tests.runs import ENGINES
 from tests.sparsity.packing import packed_layers
 

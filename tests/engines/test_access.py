@@ -14,7 +14,7 @@ from svite_scale.engines.backend import Backend
 from svite_scale.engines.moments import elementwise
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.sparsify import random_mask
+from svite_scale.sparsity.packing import random_mask
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks
 from tests.sparsity.packing import packed_layers

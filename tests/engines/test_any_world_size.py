@@ -18,8 +18,8 @@ from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity import sharding
 from svite_scale.sparsity.layers.packed import PackedLinear
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.packing import random_mask
 from svite_scale.sparsity.sharding import chunk_numel, padded, rank_chunk, rank_numel
-from svite_scale.sparsity.sparsify import random_mask
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests import reference
@@ -80,7 +80,6 @@ def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
         update_every=3,
         stop_fraction=1.0,
         drop_fraction=case.fraction,
-        final_drop_fraction=0.0,
         drop_schedule="constant",
     )
     options = TopologyOptions(grow_window=case.window, grow_by="magnitude" if case.by_magnitude else "gradient")
@@ -138,7 +137,7 @@ def gathered(numel: int, in_one_go: int) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize(("numel", "in_one_go"), [(1, 8), (23, 8), (24, 1), (41, 7), (40, 100)])
-def test_what_is_gathered_piece_by_piece_is_the_whole(world_size: int, numel: int, in_one_go: int) -> None:
+def test_gather_equal_in_pieces_returns_the_whole(world_size: int, numel: int, in_one_go: int) -> None:
     for whole in run_on_ranks(world_size, gathered, numel, in_one_go):
         assert whole == list(range(numel))
 

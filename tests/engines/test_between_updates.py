@@ -151,6 +151,6 @@ def keep_dense(model: nn.Module) -> None:
     layer.register_forward_hook(lambda module, *_: setattr(module, "kept", module.dense_weight()))
 
 
-def test_a_dense_weight_that_stays_is_noticed() -> None:
+def test_the_watch_notices_a_dense_weight_that_stays() -> None:
     (seen,) = run_on_ranks(1, watched, "single", True, keep_dense)
     assert seen.after_forward == [1] * STEPS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svite_scale.engines.backend import Backend
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sparsify import PACKED_TYPE, random_mask, replace_module
+from svite_scale.sparsity.packing import PACKED_TYPE, random_mask, replace_module
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests import reference
@@ -262,7 +262,7 @@ def test_the_topology_is_that_of_the_reference(outcomes: list[Outcome]) -> None:
         assert outcome.masks == after
 
 
-def test_values_follow_exactly(outcomes: list[Outcome]) -> None:
+def test_values_follow_their_positions_exactly(outcomes: list[Outcome]) -> None:
     """But for the sign of a zero, which the all-reduce in ZeRO-1 and 2's reading loses."""
     masks = expected_masks(crafted_scores())
     for update, scores in enumerate(crafted_scores()):

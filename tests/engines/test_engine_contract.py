@@ -17,8 +17,8 @@ from svite_scale.engines.access import access_for
 from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.errors import OptionError, TopologyError
 from svite_scale.sparsity.options import TopologyOptions
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.sharding import rank_chunk
-from svite_scale.sparsity.sparsify import sparsify
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import adamw, build_backend, small_vit
 from tests.ranks import run_on_ranks

@@ -25,7 +25,9 @@ def collectives_of_a_step(kind: str, clip: float | None, skip_nonfinite: bool) -
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("kind", SHARED)
-def test_looking_costs_one_all_reduce_under_fsdp2_without_clipping_and_else_nothing(kind: str, clip: float | None) -> None:
+def test_the_guard_costs_one_all_reduce_under_fsdp2_without_clipping_and_nothing_elsewhere(
+    kind: str, clip: float | None
+) -> None:
     looking, blind = (run_on_ranks(2, collectives_of_a_step, kind, clip, look)[0] for look in (True, False))
     added = Counter({"gloo:all_reduce": 1}) if kind == "fsdp2" and clip is None else Counter()
     assert looking - blind == added, (looking, blind)

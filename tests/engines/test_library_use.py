@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -247,6 +248,32 @@ def refused_engines() -> tuple[str, str, str]:
     svite_scale.sparsify(model, DENSITY, distribution="uniform")
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
     return no_zero, before_sharding, refusal(model, torch.optim.AdamW(trainable(model)))
+
+
+def too_late() -> list[str]:
+    """The errors of what comes before an engine, where DDP or FSDP2 has wrapped the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    errors = []
+    for wrap in (DistributedDataParallel, fully_shard):
+        model = wrap(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2))
+        for make_sparse, options in (
+            (svite_scale.sparsify, {"density": 0.5}),
+            (svite_scale.pack_units, {"heads": 0.5}),
+            (svite_scale.insert_token_selectors, {"keep": 0.5}),
+        ):
+            with pytest.raises(TopologyError) as error:
+                make_sparse(model, **options)
+            errors.append(str(error.value))
+    return errors
+
+
+def test_a_model_is_made_sparse_before_an_engine_wraps_it() -> None:
+    for errors in run_on_ranks(2, too_late):
+        ddp, fsdp2 = set(errors[:3]), set(errors[3:])
+        assert len(ddp) == len(fsdp2) == 1
+        assert ddp.pop().startswith("a DistributedDataParallel has wrapped the model already; make the model sparse first")
+        assert "is sharded already" in fsdp2.pop()
 
 
 def test_what_cant_be_attached_is_refused_with_a_remedy() -> None:

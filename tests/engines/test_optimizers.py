@@ -139,6 +139,6 @@ def test_an_unknown_kind_of_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize("thing", [[], object(), nn.Linear(2, 2)])
-def test_what_holds_no_optimizer_is_refused(thing: Any) -> None:
+def test_an_object_without_an_optimizer_is_refused(thing: Any) -> None:
     with pytest.raises(TopologyError, match=rf"{type(thing).__name__} is no torch optimizer and holds none"):
         Loop(lambda parameters: thing)

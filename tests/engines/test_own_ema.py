@@ -169,7 +169,7 @@ def test_a_compiled_model_keeps_its_names() -> None:
     assert Loop("compiled").ema.state_dict().keys() == Loop("single").ema.state_dict().keys()
 
 
-def test_training_goes_on_with_a_saved_average(tmp_path: Path) -> None:
+def test_training_resumes_with_a_saved_average(tmp_path: Path) -> None:
     straight, stopped = Loop("single"), Loop("single")
     train(straight)
     train(stopped, steps=4)

@@ -147,12 +147,12 @@ SPLIT = [("fsdp2", 1), ("zero3", 1), ("ddp", 2), ("fsdp2", 4), ("zero1", 3), ("z
 
 
 @pytest.mark.parametrize(("kind", "world_size"), SPLIT)
-def test_the_global_batch_split_over_ranks(kind: str, world_size: int) -> None:
+def test_ranks_with_a_split_batch_train_like_one(kind: str, world_size: int) -> None:
     assert_parity(Run(kind, world_size, split=True), 1e-3)
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_split_and_accumulated_over_micro_batches(kind: str) -> None:
+def test_ranks_with_micro_batches_train_like_one(kind: str) -> None:
     assert_parity(Run(kind, 2, split=True, accumulation=3), 1e-3)
 
 
@@ -162,7 +162,7 @@ def test_another_optimizer_without_clipping(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_activation_checkpointing(kind: str) -> None:
+def test_activation_checkpointing_trains_alike(kind: str) -> None:
     assert_parity(Run(kind, 2, checkpointing=True), 1e-5)
 
 
@@ -183,7 +183,7 @@ def test_a_mixed_method_over_a_window_with_warm_up(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_the_same_split_over_three_ranks_in_micro_batches(kind: str) -> None:
+def test_three_ranks_with_micro_batches_train_like_one(kind: str) -> None:
     assert_parity(Run(kind, 3, split=True, accumulation=2, options=MIXED), 1e-3)
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import insert_token_selectors
 from tests.engines.engines import SHARED, adamw, build_backend, small_vit
 from tests.engines.test_parity import batch
@@ -54,8 +53,7 @@ def train(run: Run) -> Result:
     # A selector before the last block would learn nothing: see docs/tokens.md.
     model = small_vit(checkpointing=run.checkpointing, depth=3)
     # Of 5 tokens 4, and of these 3.
-    tokens = TokensConfig(keep=0.8, blocks=(0, 1), mode=run.mode)  # type: ignore[arg-type]
-    selectors = insert_token_selectors(model, tokens)
+    selectors = insert_token_selectors(model, keep=0.8, blocks=(0, 1), mode=run.mode)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "norm" not in name:
             # At timm's initial size the selectors' gradients are as small as Adam's eps.
@@ -119,7 +117,7 @@ def test_two_ranks_are_as_one(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
-def test_two_ranks_are_as_one_in_mask_mode(kind: str) -> None:
+def test_two_ranks_train_like_one_in_mask_mode(kind: str) -> None:
     assert_parity(Run(kind, 2, mode="mask"), 1e-5)
 
 
@@ -137,7 +135,7 @@ def test_bf16_is_close_to_fp32(kind: str, world_size: int) -> None:
 def fsdp2_units() -> set[str]:
     """Runs on every rank."""
     model = small_vit()
-    insert_token_selectors(model, TokensConfig(keep=0.8))
+    insert_token_selectors(model, keep=0.8)
     build_backend("fsdp2", model, adamw)
     return {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
@@ -150,7 +148,7 @@ def test_blocks_stay_the_units_that_fsdp2_gathers() -> None:
 def gradients(sharded: bool) -> dict[str, list[float]]:
     """Runs on every rank: the selectors' gradients of one batch, in a loop that may shard every item of ``model.blocks``."""
     model = small_vit(checkpointing=True, depth=3)
-    insert_token_selectors(model, TokensConfig(keep=0.8, blocks=(0, 1)))
+    insert_token_selectors(model, keep=0.8, blocks=(0, 1))
     if sharded:
         for module in (*model.blocks, model):
             fully_shard(module)

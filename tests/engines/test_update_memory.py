@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from tests.engines.engines import adamw, build_backend
@@ -66,6 +66,6 @@ def test_no_rank_takes_more_than_three_dense_copies_of_its_largest_layer(kind: s
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
-def test_nor_at_other_densities(density: float) -> None:
+def test_no_rank_takes_more_than_three_dense_copies_at_other_densities(density: float) -> None:
     for taken in run_on_ranks(2, transient, "fsdp2", density, "svite"):
         assert DENSE_COPY < taken <= 3 * DENSE_COPY

@@ -172,7 +172,7 @@ def test_on_ranks_lookahead_follows_or_is_refused() -> None:
     run_on_ranks(2, check_on_ranks)
 
 
-def test_slow_weights_of_a_grown_unit_begin_with_what_it_is_born_with() -> None:
+def test_slow_weights_of_a_grown_unit_start_at_its_initial_rows() -> None:
     model = units_vit()
     optimizer: Any = lookahead(model)
     topology = svite_scale.attach(model, optimizer, total_steps=100, update_every=UPDATE_EVERY)

@@ -199,7 +199,7 @@ def test_the_papers_scores_are_those_of_its_code() -> None:
             assert torch.equal(active_units(layer), before[name])
 
 
-def test_the_papers_grown_units_begin_at_0() -> None:
+def test_grown_units_start_at_0_when_grow_is_paper() -> None:
     """By chance, since the paper's score lets no other neuron come than was dropped."""
     packed = packed_vit(grow="paper")
     topology, optimizer = engine_of(packed, TopologyOptions(method="set", seed=METHOD_SEED))

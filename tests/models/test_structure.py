@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
 from svite_scale.sparsity.layers.base import sparse_layers
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.models.unit_twins import MODEL, TINY, active_units, packed_vit
 
 
@@ -63,9 +64,9 @@ def test_differential_attention_is_refused() -> None:
         ({"neurons": 0.0}, r"neurons = 0.0: is not above 0.0; use a number above 0.0 and up to 1.0$"),
     ],
 )
-def test_structured_options_are_checked_when_they_are_made(options: dict[str, object], message: str) -> None:
+def test_an_argument_that_is_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=f"^{message}"):
-        StructuredConfig(**options)  # type: ignore[arg-type]
+        pack_units(build_dense(MODEL), **options)
 
 
 def test_a_gated_mlp_is_refused() -> None:
@@ -86,24 +87,26 @@ def test_a_gated_mlp_is_refused() -> None:
     ],
 )
 def test_dropout_is_refused_where_it_is(structured: dict[str, float], part: str, dropout: str) -> None:
+    (field,) = structured
     model = build_dense(MODEL)
     getattr(getattr(model.blocks[1], part), dropout).p = 0.1
     with pytest.raises(
-        ConfigError, match=rf"= 0.5: can't pack blocks.1.{part}, which has dropout \(.*{dropout}.*\), .*; leave"
+        OptionError, match=rf"^{field} = 0.5: can't pack blocks.1.{part}, which has dropout \(.*{dropout}.*\), .*; leave"
     ):
-        pack_units(model, StructuredConfig(**structured), 0)
+        pack_units(model, **structured, seed=0)
     other = {"heads": 1.0, "neurons": 0.5} if "heads" in structured else {"heads": 0.5, "neurons": 1.0}
-    pack_units(model, StructuredConfig(**other), 0)
+    pack_units(model, **other, seed=0)
 
 
 @pytest.mark.parametrize(("structured", "part"), [({"heads": 0.5}, "attn"), ({"neurons": 0.5}, "mlp")])
 def test_weights_packed_one_by_one_are_not_packed_by_units_too(structured: dict[str, float], part: str) -> None:
+    (field,) = structured
     model = build_dense(MODEL)
     sparsify(model, 0.5)
     with pytest.raises(
-        ConfigError, match=rf"= 0.5: can't pack blocks.0.{part}, which holds layers packed by weights, .*; leave"
+        OptionError, match=rf"^{field} = 0.5: can't pack blocks.0.{part}, which holds layers packed by weights, .*; leave"
     ):
-        pack_units(model, StructuredConfig(**structured), 0)
+        pack_units(model, **structured, seed=0)
 
 
 def frozen(model: VisionTransformer, name: str) -> VisionTransformer:
@@ -141,13 +144,13 @@ def test_a_model_that_is_refused_is_left_as_it_was(
     model = spoil(build_dense(MODEL))
     before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
     with pytest.raises(SviteScaleError, match=message):
-        pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
+        pack_units(model, heads=0.5, neurons=0.5, seed=0)
     assert {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()} == before
 
 
 def test_a_frozen_bias_that_no_unit_owns_stays_frozen() -> None:
     model = frozen(build_dense(MODEL), "blocks.0.mlp.fc2.bias")
-    pack_units(model, StructuredConfig(heads=0.5, neurons=0.5), 0)
+    pack_units(model, heads=0.5, neurons=0.5, seed=0)
     assert not model.get_parameter("blocks.0.mlp.fc2.bias").requires_grad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm.layers
@@ -11,16 +12,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svite_scale.config.schema import Config, SparsityConfig
-from svite_scale.cost.flops import model_cost
+from svite_scale.cost.flops import count_flops
 from svite_scale.errors import ConfigError, OptionError
 from svite_scale.models.dense import blocks, build_dense
-from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
+from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_selector import insert_token_selectors, token_selectors
+from svite_scale.options import options_of
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.parameter_groups import parameter_groups
-from svite_scale.sparsity.sparsify import sparsify
 from tests.cost.costs import count
 from tests.sparsity.packing import packed_layers
 
@@ -65,7 +67,7 @@ def test_the_dense_method_has_them_too() -> None:
 
 def test_a_model_with_selectors_can_be_made_sparse_and_they_stay_dense() -> None:
     model = build_dense(MODEL)
-    (selector,) = insert_token_selectors(model, TokensConfig(keep=0.5))
+    (selector,) = insert_token_selectors(model, keep=0.5)
     plan = sparsify(model, 0.3)
     assert not [entry.name for entry in plan if "selector" in entry.name]
     assert selector.weight.shape == (1, 24)
@@ -77,8 +79,8 @@ def test_heads_and_neurons_are_the_same_before_and_after() -> None:
         torch.manual_seed(3)
         model = build_dense(MODEL)
         steps = [
-            lambda model: pack_units(model, StructuredConfig(heads=0.7, neurons=0.5), 3),
-            lambda model: insert_token_selectors(model, TokensConfig(keep=0.5, blocks=(0, 2))),
+            lambda model: pack_units(model, heads=0.7, neurons=0.5, seed=3),
+            lambda model: insert_token_selectors(model, keep=0.5, blocks=(0, 2)),
         ]
         for step in reversed(steps) if selectors_first else steps:
             step(model)
@@ -91,10 +93,10 @@ def test_heads_and_neurons_are_the_same_before_and_after() -> None:
 
 def test_a_second_call_is_refused() -> None:
     model = build_dense(MODEL)
-    insert_token_selectors(model, TokensConfig(keep=0.5))
+    insert_token_selectors(model, keep=0.5)
     names = set(model.state_dict())
     with pytest.raises(ValueError, match="the model has token selectors already; name the blocks of all of them in one call"):
-        insert_token_selectors(model, TokensConfig(keep=0.5, blocks=(1,)))
+        insert_token_selectors(model, keep=0.5, blocks=(1,))
     assert set(model.state_dict()) == names
 
 
@@ -133,11 +135,11 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_a_generator_of_ones_own_is_refused_under_activation_checkpointing() -> None:
-    tokens, generator = TokensConfig(keep=0.5), torch.Generator()
-    (selector,) = insert_token_selectors(build_dense(MODEL), tokens, generator)
+    generator = torch.Generator()
+    (selector,) = insert_token_selectors(build_dense(MODEL), keep=0.5, generator=generator)
     assert selector.generator is generator
     with pytest.raises(ValueError, match="leave generator out"):
-        insert_token_selectors(build_dense(replace(MODEL, activation_checkpointing=True)), tokens, generator)
+        insert_token_selectors(build_dense(replace(MODEL, activation_checkpointing=True)), keep=0.5, generator=generator)
 
 
 def test_weight_decay_applies_to_the_scores_as_to_any_matrix() -> None:
@@ -173,15 +175,20 @@ def test_what_does_not_fit_the_model_is_refused(sparsity: SparsityConfig, messag
     assert str(caught.value) == message
 
 
-def test_selectors_without_a_number_of_tokens_are_refused() -> None:
-    with pytest.raises(ConfigError) as caught:
-        insert_token_selectors(build_dense(MODEL), TokensConfig())
-    assert str(caught.value) == "sparsity.tokens.keep = None: lets all tokens pass; say how many pass, 0.9 say"
+@pytest.mark.parametrize(("sparsity", "message"), REFUSED)
+def test_an_argument_that_does_not_fit_the_model_is_refused_by_its_own_name(sparsity: SparsityConfig, message: str) -> None:
+    """In a loop of one's own there are no sections of a config."""
+    model = build_dense(MODEL)
+    with pytest.raises(OptionError) as caught:
+        insert_token_selectors(model, **options_of(TokensConfig, sparsity.tokens))
+    assert f"sparsity.tokens.{caught.value}" == message
+    assert not token_selectors(model)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"keep": None}, "keep = None: lets all tokens pass; say how many pass, 0.9 say"),
         ({"keep": 3.7}, "keep = 3.7: is no whole number of tokens; round it, or use a fraction of at most 1"),
         ({"keep": 0.0}, "keep = 0.0: is not above 0.0; use a number above 0.0 or null"),
         (
@@ -189,16 +196,17 @@ def test_selectors_without_a_number_of_tokens_are_refused() -> None:
             "blocks = [1, 0]: doesn't name blocks in ascending order, each once; use for example [0]",
         ),
         ({"keep": 0.5, "mode": "masks"}, "mode = 'masks': is not one of gather, mask; use one of gather, mask"),
+        ({"keep": 0.5, "temperature": "hot"}, "temperature = 'hot': is not a number; use a number above 0.0"),
     ],
 )
-def test_token_options_are_checked_when_they_are_made(options: dict[str, object], message: str) -> None:
+def test_an_argument_that_is_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError) as caught:
-        TokensConfig(**options)  # type: ignore[arg-type]
+        insert_token_selectors(build_dense(MODEL), **options)
     assert str(caught.value) == message
 
 
 def test_a_count_may_be_an_int() -> None:
-    (selector,) = insert_token_selectors(build_dense(MODEL), TokensConfig(keep=9))
+    (selector,) = insert_token_selectors(build_dense(MODEL), keep=9)
     assert selector.num_tokens == 9
 
 
@@ -212,7 +220,7 @@ def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
 def test_the_cost_is_what_torch_counts(name: str) -> None:
     """With all weights, so that tokens alone make the difference; torch counts a multiply and an add as two operations."""
     sparsity = SparsityConfig(tokens=TokensConfig(keep=0.6, blocks=(1, 2)))
-    model, plan = build_sparse(MODELS[name][0], sparsity, seed=0)
+    model, _ = build_sparse(MODELS[name][0], sparsity, seed=0)
     timm.layers.set_fused_attn(False)
     try:
         counters = []
@@ -227,7 +235,7 @@ def test_the_cost_is_what_torch_counts(name: str) -> None:
             counters.append(counter.get_total_flops())
     finally:
         timm.layers.set_fused_attn(True)
-    cost = model_cost(MODELS[name][0], model, plan)
+    cost = count_flops(model, MODELS[name][0].image_size)
     assert [2 * cost.sparse_macs, 2 * cost.dense_macs] == pytest.approx(counters, rel=1e-3)
     selecting = sum(selector.weight.numel() for selector in token_selectors(model))
     assert cost.params_active == cost.params_dense + selecting == sum(parameter.numel() for parameter in model.parameters())

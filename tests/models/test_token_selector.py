@@ -11,7 +11,6 @@ from scipy import stats
 from torch import Tensor
 
 from svite_scale.errors import OptionError
-from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_selector import TokenSelector, kept_tokens
 
 
@@ -41,12 +40,12 @@ def scores_by_hand(selector: TokenSelector, x: Tensor) -> list[list[float]]:
 
 @pytest.mark.parametrize(("share", "kept"), [(0.95, 187), (0.9, 177), (0.7, 138), (0.5, 99), (1.0, 197)])
 def test_shares_of_197_tokens_are_the_papers_counts(share: float, kept: int) -> None:
-    assert kept_tokens(TokensConfig(keep=share), 197, 1) == kept
+    assert kept_tokens(share, 197, 1) == kept
 
 
 @pytest.mark.parametrize("keep", [2.0, 99.0, 197.0])
 def test_above_one_keep_is_a_count(keep: float) -> None:
-    assert kept_tokens(TokensConfig(keep=keep), 197, 1) == keep
+    assert kept_tokens(keep, 197, 1) == keep
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -12,6 +12,7 @@ from svite_scale.config.load import to_dict
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig, TokensConfig
+from svite_scale.models.token_selector import token_selectors
 from tests.cost.costs import count
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tokens.md").read_text()
@@ -36,12 +37,11 @@ def test_the_saving_of_the_page_is_what_is_counted() -> None:
     assert f"save {100 * cost.saving:.2f}%" in PAGE
 
 
-def test_the_loop_of_the_page_runs() -> None:
-    names: dict[str, Any] = {
-        "model": build_dense(ModelConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, embed_dim=16, num_heads=2)),
-        "step": 3,
-        "total_steps": 4,
-    }
+def test_the_loop_of_the_page_runs_and_anneals() -> None:
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "num_heads": 2}
+    model = build_dense(ModelConfig(name="vit_tiny_patch16_224", **sizes))  # type: ignore[arg-type]
+    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     exec(PAGE.split("```python")[1].split("```")[0], names)
     assert names["model"](torch.randn(2, 3, 32, 32)).shape == (2, 1000)
-    assert names["selectors"][0].temperature == pytest.approx(2.575)
+    (selector,) = token_selectors(model)
+    assert selector.temperature == pytest.approx(10 - 9.9 / 100_000, rel=1e-12)

@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.models.dense import build_dense
-from svite_scale.models.options import ModelConfig, StructuredConfig
+from svite_scale.models.options import ModelConfig
 from svite_scale.models.structure import pack_units
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from tests import reference
@@ -32,7 +32,7 @@ def packed_vit(
 ) -> VisionTransformer:
     torch.manual_seed(SEED)
     model = build()
-    pack_units(model, StructuredConfig(heads=heads, neurons=neurons, grow=grow), SEED)  # type: ignore[arg-type]
+    pack_units(model, heads=heads, neurons=neurons, grow=grow, seed=SEED)
     return model.double()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.figures import DARK_BLUE, DIMMED, OLD_NAMES, Curve, curves, dimmed, layer_densities, unit_histories
+from svite_scale.report.figures import DARK_BLUE, DIMMED, Curve, curves, dimmed, layer_densities, unit_histories
 from svite_scale.report.read import evaluation_images, load_model, read_run
 from tests.report.by_hand import NUM_UNITS, tensors, unit_masks, unpacked
 from tests.runs import json_lines
@@ -84,8 +84,7 @@ def test_layer_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None
     ("name", "expected"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["ever_active"])]
 )
 def test_curves_have_every_line_with_the_metric(saved: Saved, name: str, expected: list[str]) -> None:
-    read = json_lines(saved(name) / "metrics.jsonl")
-    lines = [{OLD_NAMES.get(key, key): value for key, value in line.items()} for line in read]
+    lines = json_lines(saved(name) / "metrics.jsonl")
     found = {curve.name: curve for curve in curves(read_run(saved(name)).metrics)}
     assert list(found) == [*expected, "drop_fraction"]
     for metric, curve in found.items():

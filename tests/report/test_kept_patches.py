@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
 from svite_scale.models.dense import build_dense
-from svite_scale.models.options import ModelConfig, TokensConfig
+from svite_scale.models.options import ModelConfig
 from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
 from svite_scale.report.figures import compose, kept_patches, named_selectors, tokens_passed
 
@@ -16,12 +18,12 @@ SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_si
 """25 patches."""
 
 
-def vit(name: str, **tokens: object) -> VisionTransformer:
+def vit(name: str, **tokens: Any) -> VisionTransformer:
     """With selectors where ``tokens`` says so."""
     torch.manual_seed(0)
     model = build_dense(ModelConfig(name=name, **SIZES))  # type: ignore[arg-type]
     if tokens:
-        insert_token_selectors(model, TokensConfig(**tokens))  # type: ignore[arg-type]
+        insert_token_selectors(model, **tokens)
     return model.eval()
 
 

@@ -89,7 +89,7 @@ def assert_gone(job: Job) -> None:
         time.sleep(0.1)
 
 
-def test_a_full_shm_is_told_in_a_line_with_the_remedy(config_path: Path, shards: Path) -> None:
+def test_a_full_shm_is_one_line_with_a_remedy(config_path: Path, shards: Path) -> None:
     """The training loader has its processes when it fills up; the first evaluation's can't be started."""
     if os.geteuid() != 0 or subprocess.run([*SMALL_SHM, "true"], capture_output=True).returncode:
         pytest.skip("a /dev/shm to fill can't be had here")
@@ -116,18 +116,18 @@ def ended_hanging(config_path: Path, shards: Path, fault: str, *more: str) -> En
     return ended
 
 
-def test_the_cause_is_told_before_a_way_out_that_hangs(config_path: Path, shards: Path) -> None:
+def test_an_error_is_reported_before_the_way_out_hangs(config_path: Path, shards: Path) -> None:
     err = ended_hanging(config_path, shards, "closing").err
     assert err.index("failed: KeyError: 'a mistake of ours'") < err.index("leaving): no progress")
 
 
-def test_a_run_that_is_done_but_does_not_end_is_ended(config_path: Path, shards: Path) -> None:
+def test_the_watchdog_ends_a_run_that_is_done_but_does_not_exit(config_path: Path, shards: Path) -> None:
     err = ended_hanging(config_path, shards, "group", "train.max_steps=4").err
     assert (config_path.parent / "run" / "summary.json").exists()
     assert "failed" not in err
 
 
-def test_another_rank_speaks_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_rank_reports_on_a_new_line(capsys: pytest.CaptureFixture[str]) -> None:
     """The main rank's bar may stand on the line."""
     failure = Failure(explain_loader_error)
     failure.world = World(rank=1, size=2, local_rank=1, local_size=2)
@@ -143,7 +143,7 @@ def test_another_rank_speaks_on_a_line_of_its_own(capsys: pytest.CaptureFixture[
         (DivergedError("too often"), "error: too often\n", 1),
     ],
 )
-def test_a_mistake_of_the_user_is_one_line(
+def test_a_mistake_of_the_user_is_reported_in_one_line(
     error: Exception, line: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failure = Failure(explain_loader_error)
@@ -152,7 +152,7 @@ def test_a_mistake_of_the_user_is_one_line(
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(0), RuntimeError("a\nb")], ids=repr)
-def test_whatever_else_ends_a_run_has_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_other_error_is_reported_with_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     failure, activity = Failure(explain_loader_error), Activity()
     activity.enter("compute")
     with pytest.raises(type(error)), reporting(lambda found: failure.report(found, activity)):
@@ -163,12 +163,12 @@ def test_whatever_else_ends_a_run_has_its_traceback(error: BaseException, capsys
     assert re.search(rf"^error: rank 0 on \S+ \(after step 0, compute\) failed: {type(error).__name__}:", err, re.M)
 
 
-def test_a_run_that_was_told_to_stop_has_not_failed() -> None:
+def test_a_preempted_run_is_not_reported_as_failed() -> None:
     with pytest.raises(Preempted), reporting(lambda _: pytest.fail("this is no error")):
         raise Preempted(3)
 
 
-def test_a_process_ends_whatever_its_threads_and_handlers_wait_for() -> None:
+def test_a_process_ends_when_its_threads_and_exit_handlers_hang() -> None:
     program = (
         "import atexit, sys, threading, time\n"
         "from svite_scale.runtime.ending import run_process\n"

@@ -55,8 +55,10 @@ def test_ranks_with_the_least_progress_are_stuck_after_the_limit(recorded: Heart
     assert ranks_of(recorded.stuck(10.0, 10.0)) == []
     recorded.record(beat(0, 2, 5), 11.0)
     recorded.record(beat(2, 4, 6), 11.0)
-    assert ranks_of(recorded.stuck(15.1, 10.0)) == [1], "now it is behind, since 5 s"
-    assert ranks_of(recorded.stuck(15.0, 10.0)) == []
+    assert ranks_of(recorded.stuck(15.1, 10.0)) == [], "rank 1 is behind since 5 s, but rank 0 came to its phase at 11 s"
+    assert ranks_of(recorded.stuck(21.1, 10.0)) == [0, 1], "either of them may be the one that hangs"
+    recorded.record(beat(0, 3, 6), 22.0)
+    assert ranks_of(recorded.stuck(22.1, 10.0)) == [1]
 
 
 def test_finished_rank_is_neither_silent_nor_stuck(recorded: Heartbeats) -> None:

@@ -38,12 +38,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_path: Path, k
     assert stopped == losses_of(straight), "as if it had never stopped"
 
 
-def test_a_signal_during_the_last_steps_comes_too_late(config_path: Path) -> None:
+def test_a_signal_during_the_last_steps_stops_nothing(config_path: Path) -> None:
     ended = Job(2, config_path, DDP, "train.max_steps=5", fault=Fault(0, 5, "SIGTERM")).wait()
     assert [one.status for one in ended] == [0, 0], ended
 
 
-def test_no_evaluation_delays_the_end(config_path: Path) -> None:
+def test_a_stopping_run_skips_its_evaluation(config_path: Path) -> None:
     """Each fourth step ends an epoch, and is evaluated as a rule."""
     (ended,) = Job(1, config_path, fault=Fault(0, 7, "SIGTERM")).wait()
     assert ended.err.endswith("saved after step 8; resume with --resume\n")

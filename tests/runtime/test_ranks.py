@@ -50,14 +50,14 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], World]] = {
 
 
 @pytest.mark.parametrize("launcher", ENVIRONMENTS)
-def test_every_launcher_is_understood(launcher: str) -> None:
+def test_world_reads_the_environment_of_every_launcher(launcher: str) -> None:
     environment, expected = ENVIRONMENTS[launcher]
     world = World.from_environment(environment)
     assert world == expected
     assert world.is_main == (expected.rank == 0)
 
 
-def test_the_processs_own_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_reads_the_own_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENTS["torchrun"][0].items():
         monkeypatch.setenv(name, value)
     assert World.from_environment() == World(5, 8, 1, 4)
@@ -77,7 +77,7 @@ BROKEN: dict[str, tuple[dict[str, str], str, object]] = {
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
-def test_half_an_environment_is_refused_by_the_variables_name(mistake: str) -> None:
+def test_world_names_the_variable_when_the_environment_is_incomplete(mistake: str) -> None:
     environment, field, value = BROKEN[mistake]
     with pytest.raises(ConfigError) as refusal:
         World.from_environment(environment)
@@ -85,7 +85,7 @@ def test_half_an_environment_is_refused_by_the_variables_name(mistake: str) -> N
     assert "\n" not in str(refusal.value)
 
 
-def test_the_device_is_the_ranks_own_gpu_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_device_is_the_ranks_gpu_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ranks.local_device(World(3, 4, 3, 4)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -97,7 +97,7 @@ def test_the_device_is_the_ranks_own_gpu_or_the_cpu(monkeypatch: pytest.MonkeyPa
             ranks.local_device(world)
 
 
-def test_a_world_of_one_has_a_group_of_one_and_leaves_it() -> None:
+def test_a_world_of_one_joins_and_leaves_a_group_of_one() -> None:
     """In a process of its own, for a process group is global."""
     script = (
         "import torch, torch.distributed as dist\n"
@@ -119,7 +119,7 @@ def environment_world() -> tuple[World, int, int]:
     return World.from_environment(), dist.get_rank(), dist.get_world_size()
 
 
-def test_real_ranks_find_themselves() -> None:
+def test_world_matches_the_process_group_on_real_ranks() -> None:
     for rank, (world, group_rank, group_size) in enumerate(run_on_ranks(2, environment_world)):
         assert world == World(rank, 2, rank, 2)
         assert (group_rank, group_size) == (rank, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.sparsity.topology.statistics import TopologyUpdate

@@ -90,7 +90,7 @@ def test_many_processes_may_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["can't be made", "others may write"])
-def test_a_cache_that_wont_do_is_left_alone(kind: str, tmp_path: Path, compiler: tuple[str, Path]) -> None:
+def test_an_unsafe_cache_folder_is_not_used(kind: str, tmp_path: Path, compiler: tuple[str, Path]) -> None:
     cc, log = compiler
     cache, temporary = tmp_path / "cache", tmp_path / "tmp"
     temporary.mkdir()
@@ -106,7 +106,7 @@ def test_a_cache_that_wont_do_is_left_alone(kind: str, tmp_path: Path, compiler:
 
 
 @pytest.mark.parametrize("kind", ["others may write", "a link"])
-def test_a_library_that_others_could_write_is_compiled_anew(kind: str, tmp_path: Path, compiler: tuple[str, Path]) -> None:
+def test_a_library_that_others_could_write_is_compiled_again(kind: str, tmp_path: Path, compiler: tuple[str, Path]) -> None:
     """Left, say, from a time when they could write to the folder. One that was compiled under a lax umask is none."""
     cc, log = compiler
     environment = {"CC": cc, "XDG_CACHE_HOME": str(tmp_path)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.layers.packed import PackedLayer
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.sparsity.packing import CASES, Twin, case_of, twin_of
 
 SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -137,7 +137,7 @@ def test_what_is_written_reaches_the_active_weights(write: str) -> None:
     assert torch.equal(twin.packed.bias, twin.dense.bias)  # type: ignore[arg-type]
 
 
-def test_a_convolution_is_drawn_anew_as_torchs_own() -> None:
+def test_reset_parameters_of_a_convolution_draws_as_torch_does() -> None:
     twin, _ = case_of("conv, groups")
     for layer in (twin.dense, twin.packed):
         torch.manual_seed(5)

@@ -19,7 +19,7 @@ DENSITY = st.floats(0.001, 1.0)
 
 @pytest.mark.parametrize("density", [0.3, 0.4, 0.5, 0.6, 0.7])
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_erk_on_deit(size: str, density: float) -> None:
+def test_erk_on_deit_has_its_closed_form(size: str, density: float) -> None:
     shapes = deit_shapes(size)
     densities = erk(shapes, density)
     assert densities == pytest.approx(reference.erk_densities(shapes, density), abs=1e-9)
@@ -34,7 +34,7 @@ def test_erk_on_deit(size: str, density: float) -> None:
 
 @pytest.mark.parametrize("density", [0.3, 0.4, 0.5, 0.6, 0.7])
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_er_on_deit(size: str, density: float) -> None:
+def test_er_on_deit_has_its_closed_form(size: str, density: float) -> None:
     shapes = deit_shapes(size)
     densities = er(shapes, density)
     assert densities == pytest.approx(reference.er_densities(shapes, density), abs=1e-9)
@@ -42,14 +42,14 @@ def test_er_on_deit(size: str, density: float) -> None:
 
 
 def test_deit_tiny_at_30_percent_sparsity_has_4_02_million_parameters() -> None:
-    """The paper's number (DESIGN section 9)."""
+    """The paper's table gives 4.02 M."""
     shapes = deit_shapes("tiny")
     assert sum(math.prod(shape) for shape in shapes.values()) + UNPRUNED["tiny"] == 5_717_416
     active = sum(counts(shapes, erk(shapes, 0.7)).values())
     assert active + UNPRUNED["tiny"] == 4_023_054
 
 
-def test_erk_by_hand() -> None:
+def test_erk_has_its_values_by_hand() -> None:
     # Sums over products: 3/2, 2/4 of 4, 10/25 of 25. At density 0.4 the budget is 12.4 of 31, and the scale
     # 12.4 / (3 + 4 + 10) = 0.7294 puts the first above 1; then (12.4 - 2) / 14 = 0.742857.
     densities = erk({"a": (1, 2), "b": (2, 2), "c": (5, 5)}, 0.4)
@@ -108,7 +108,7 @@ def test_no_layer_loses_density_where_the_whole_gains_some(
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @given(shapes=SHAPES)
-def test_density_1_is_dense(distribution: str, shapes: dict[str, list[int]]) -> None:
+def test_distributions_at_density_1_are_dense(distribution: str, shapes: dict[str, list[int]]) -> None:
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     assert counts(shapes, DISTRIBUTIONS[distribution](shapes, 1.0)) == numel
 
@@ -152,7 +152,7 @@ def test_a_greater_density_has_no_fewer_weights(shapes: dict[str, list[int]], de
     assert all(before[name] <= after[name] + 1 for name in shapes)
 
 
-def test_counts_by_hand() -> None:
+def test_counts_have_their_values_by_hand() -> None:
     # Shares 2.5, 2.5, 2.7, 0.1 of a budget of 7.8: floors 2, 2, 2 and the least 1 leave one, for the largest remainder.
     shapes = {"a": (1, 5), "b": (1, 5), "c": (1, 9), "d": (1, 10)}
     assert counts(shapes, {"a": 0.5, "b": 0.5, "c": 0.3, "d": 0.01}) == {"a": 2, "b": 2, "c": 3, "d": 1}
@@ -160,14 +160,14 @@ def test_counts_by_hand() -> None:
     assert counts(shapes, {"a": 0.5, "b": 0.5, "c": 1.0, "d": 1.0}) == {"a": 3, "b": 2, "c": 9, "d": 10}
 
 
-def test_raised_layers_are_paid_for_by_the_largest() -> None:
+def test_counts_take_extra_weights_from_the_largest_layers() -> None:
     # Shares 0.2, 0.2, 0.2, 0.2, 3, 4 of a budget of 8 (7.8): 4 raised and 7 are three too many.
     shapes = {"a": (1, 2), "b": (1, 2), "c": (1, 2), "d": (1, 2), "e": (1, 30), "f": (1, 40)}
     densities = {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.1, "e": 0.1, "f": 0.1}
     assert counts(shapes, densities) == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 2, "f": 2}
 
 
-def test_dense_layers_pay_last() -> None:
+def test_counts_take_extra_weights_from_dense_layers_last() -> None:
     shapes = {"a": (1, 20), "b": (1, 9), "c": (1, 10)}
     # Shares 20, 2.7 and 0.1 of a budget of 23 (22.8): the raised c's comes out of the remainder.
     assert counts(shapes, {"a": 1.0, "b": 0.3, "c": 0.01}) == {"a": 20, "b": 2, "c": 1}
@@ -202,6 +202,6 @@ def test_a_density_out_of_range_is_refused(distribution: str, density: float) ->
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_no_layer_is_refused(distribution: str) -> None:
+def test_distributions_refuse_an_empty_model(distribution: str) -> None:
     with pytest.raises(ValueError, match="no layer"):
         DISTRIBUTIONS[distribution]({}, 0.5)

@@ -133,7 +133,7 @@ def stepped_by_engines() -> list[list[bool]]:
     return found
 
 
-def test_zero_tells_what_it_steps() -> None:
+def test_zero_access_knows_the_parameters_it_steps() -> None:
     for found in run_on_ranks(2, stepped_by_engines):
         assert found == [[True, False]] * 2
 
@@ -227,7 +227,7 @@ def thawed_under_ddp(*, anew: bool) -> str | None:
     return None
 
 
-def test_what_ddp_doesnt_average_is_named_and_wrapping_anew_helps() -> None:
+def test_a_layer_that_ddp_doesnt_average_is_named_and_wrapping_again_helps() -> None:
     for message in run_on_ranks(2, partial(thawed_under_ddp, anew=False)):
         assert message.startswith("2.values: it differs between ranks")
     assert run_on_ranks(2, partial(thawed_under_ddp, anew=True)) == [None, None]

@@ -18,7 +18,7 @@ def test_a_longer_layer_begins_with_the_numbers_of_a_shorter_one() -> None:
     assert torch.equal(hashed_uniform(1, 2, "fc", 1000)[:10], hashed_uniform(1, 2, "fc", 10))
 
 
-def test_chunks_join() -> None:
+def test_gathered_chunks_are_the_whole() -> None:
     expected = reference.hashed_uniform(0, 0, "fc", range(CHUNK - 2, CHUNK + 3))
     assert hashed_uniform(0, 0, "fc", CHUNK + 3)[-5:].tolist() == expected
 

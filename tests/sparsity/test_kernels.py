@@ -51,7 +51,7 @@ def test_a_weight_as_large_as_a_layers(path: Kernels, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("numel", [1, 9, 513])
-def test_float64_too(numel: int) -> None:
+def test_float64_moves_the_same_bits(numel: int) -> None:
     packed = packed_of(numel, 0.4, torch.float64, seed=4)
     assert_same_bits(expand(packed.values, packed.mask, packed.dense.shape), packed.expanded)
     assert_same_bits(compress(packed.dense, packed.mask, packed.values.numel()), packed.values)

@@ -101,7 +101,7 @@ def test_one_submodel_may_move_alone_and_each_may_have_an_engine() -> None:
     assert moved(model, before) == ALL
 
 
-def test_a_layer_has_one_engine_until_that_lets_go_of_it() -> None:
+def test_a_layer_has_one_engine_until_it_is_detached() -> None:
     model = towers()
     image, _ = attach(model.image, update_every=1, grown_warmup_steps=1)
     for overlapping in (model, model.image, model.image[0]):
@@ -163,7 +163,7 @@ def wrapped_names() -> list[list[str]]:
     return [list(sparse_layers(model)) for model in models]
 
 
-def test_what_engines_add_to_names_is_left_out() -> None:
+def test_layer_names_leave_out_what_engines_add() -> None:
     (found,) = run_on_ranks(1, wrapped_names)
     own = [f"module.{name}" for name in ALL]
     assert found == [ALL, ALL, ALL, ALL, own, ALL]

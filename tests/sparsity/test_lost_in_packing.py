@@ -123,7 +123,7 @@ REMOVED: dict[str, tuple[Callable[[nn.Linear], object], Callable[[nn.Linear], ob
 
 
 @pytest.mark.parametrize("what", REMOVED)
-def test_once_it_is_taken_off_as_the_remedy_says_the_layer_is_packed(what: str) -> None:
+def test_a_layer_is_packed_after_the_remedy(what: str) -> None:
     do, undo = REMOVED[what]
     net = model()
     do(net[2])
@@ -135,7 +135,7 @@ def test_once_it_is_taken_off_as_the_remedy_says_the_layer_is_packed(what: str) 
     assert torch.equal(dense, weight * (dense != 0))
 
 
-def test_what_was_set_on_a_layer_and_on_its_weight_is_carried_over() -> None:
+def test_attributes_of_a_layer_and_of_its_weight_are_copied() -> None:
     net = model()
     net[2].stage = "late"
     net[2].weight.no_decay = True

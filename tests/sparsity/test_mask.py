@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from svite_scale.errors import MaskError, TopologyError
 from svite_scale.sparsity.mask import Mask
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.sparsity.packing import packed_layers
 
 REMEDY = r"a mask's bits can't be averaged; svite_scale\.Ema is an average that follows the topology"

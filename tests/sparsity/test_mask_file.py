@@ -17,7 +17,7 @@ from svite_scale.errors import SparsifyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation import mask_file
 from svite_scale.sparsity.allocation.mask_file import MaskFile
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.sparsity.packing import packed_layers
 
 DTYPES = [

@@ -22,7 +22,7 @@ from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, bat
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 
 
-def test_the_method_of_the_page_drops_what_matters_least_to_the_loss() -> None:
+def test_the_method_of_the_page_drops_by_sensitivity() -> None:
     names: dict[str, Any] = {}
     exec(PAGE.split("```python")[1].split("```")[0], names)
     packed = PackedTrainer(names["options"])

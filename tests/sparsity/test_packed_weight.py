@@ -79,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_dense_masked_product(case: str) -
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "empty" not in case])
-def test_gradcheck(case: str) -> None:
+def test_products_pass_gradcheck(case: str) -> None:
     """Of first and of second derivatives."""
     twin, x = case_of(case)
     parameters = {name: parameter for name, parameter in twin.packed.named_parameters() if name != "mask"}

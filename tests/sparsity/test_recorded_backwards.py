@@ -51,7 +51,7 @@ def raising(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_a_backward_that_raised_doesnt_count_nor_what_came_before_it_in_its_step(window: int) -> None:
+def test_a_backward_that_raises_discards_its_step(window: int) -> None:
     recorded = Recorded(window)
     if window == 2:
         recorded.count(torch.randn(2, 6))
@@ -67,7 +67,7 @@ def test_a_backward_that_raised_doesnt_count_nor_what_came_before_it_in_its_step
     recorded.check()
 
 
-def test_a_backward_within_another_one_is_no_sign_that_that_was_given_up() -> None:
+def test_a_backward_within_another_one_discards_nothing() -> None:
     recorded = Recorded()
     x = torch.randn(2, 6, requires_grad=True)
     hidden = checkpoint(recorded.model[0], x, use_reentrant=True)

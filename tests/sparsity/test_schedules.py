@@ -17,7 +17,7 @@ def is_update(schedule: UpdateSchedule, step: int) -> bool:
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.5), (50, 0.2525), (100, 0.005), (101, 0.005), (10**9, 0.005), (-1, 0.5)])
-def test_cosine_by_hand(step: int, rate: float) -> None:
+def test_cosine_has_its_values_by_hand(step: int, rate: float) -> None:
     assert cosine(0.5, step, 100) == pytest.approx(rate, rel=1e-12)
 
 
@@ -75,7 +75,7 @@ def test_updates_are_the_multiples_between_start_and_stop(total: int, every: int
 
 
 @pytest.mark.parametrize("step", [1, 10, 79, 80])
-def test_the_rate_falls_until_the_stop(step: int) -> None:
+def test_the_drop_fraction_falls_until_the_stop(step: int) -> None:
     schedule = UpdateSchedule(total_steps=100, update_every=1, drop_fraction=0.4, final_drop_fraction=0.1)
     assert schedule.drop_fraction_at(step) == pytest.approx(reference.cosine_rate(0.4, 0.1, step, 80))
 
@@ -83,7 +83,7 @@ def test_the_rate_falls_until_the_stop(step: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "rates"), [("cosine", [0.4, 0.25, 0.1]), ("linear", [0.4, 0.25, 0.1]), ("constant", [0.4] * 3)]
 )
-def test_the_rate_falls_from_the_start(shape: str, rates: list[float]) -> None:
+def test_the_drop_fraction_falls_from_the_start(shape: str, rates: list[float]) -> None:
     final = {} if shape == "constant" else {"final_drop_fraction": 0.1}
     schedule = UpdateSchedule(total_steps=100, update_every=1, start_step=20, drop_fraction=0.4, drop_schedule=shape, **final)
     assert [schedule.drop_fraction_at(step) for step in (20, 50, 80)] == pytest.approx(rates)

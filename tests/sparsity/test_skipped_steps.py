@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity.options import TopologyOptions
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from svite_scale.sparsity.topology.engine import TopologyEngine
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 
@@ -44,7 +44,7 @@ def backward(model: nn.Module, step: int, scale: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("skipped", [4, 5])
 @pytest.mark.parametrize("grow_by", ["gradient", "magnitude"])
-def test_its_gradient_is_left_out_of_the_mean(grow_by: str, skipped: int) -> None:
+def test_a_skipped_step_is_left_out_of_the_mean(grow_by: str, skipped: int) -> None:
     model, topology = listening(grow_by)
     gradients = []
     for step in (4, 5, 6):
@@ -68,7 +68,7 @@ def test_its_gradient_is_left_out_of_the_mean(grow_by: str, skipped: int) -> Non
     assert topology.postponed == 0
 
 
-def test_an_update_due_with_it_waits_for_another_window() -> None:
+def test_an_update_due_at_a_skipped_step_waits_for_another_window() -> None:
     model, topology = listening("gradient")
     before = topology.access.read(next(iter(topology.layers.values())).mask).clone()
     for step in (4, 5, 6):
@@ -134,7 +134,9 @@ def test_every_update_has_a_whole_window_and_no_warm_up_is_cut_short(
         ),
     ],
 )
-def test_the_warning_says_why(step: int, poison: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_postponed_update_warns_with_the_reason(
+    step: int, poison: float, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model, topology = listening("gradient")
     with caplog.at_level("WARNING", logger="svite_scale"):
         for each in (4, 5, 6):

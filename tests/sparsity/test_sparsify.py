@@ -21,7 +21,7 @@ from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation.distributions import counts, erk
 from svite_scale.sparsity.hashing import hashed_uniform
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLinear
-from svite_scale.sparsity.sparsify import random_mask, sparsify
+from svite_scale.sparsity.packing import random_mask, sparsify
 from tests.sparsity.deit import UNPRUNED, deit_shapes
 from tests.sparsity.packing import packed_layers
 
@@ -225,7 +225,7 @@ def test_raised_layers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
         assert [entry.raised for entry in plan] == [True, False, True]
         (record,) = caplog.records
         assert (record.name, record.levelname) == ("svite_scale", "WARNING")
-        assert record.getMessage() == "layers with a share of the density below one weight keep one each (2): 0, 2"
+        assert record.getMessage() == "layers whose part of the density is below one weight keep one each (2): 0, 2"
         caplog.clear()
         sparsify(model(), 0.5, distribution="uniform")
         assert not caplog.records

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sparsify import random_mask, sparsify
+from svite_scale.sparsity.packing import random_mask, sparsify
 from tests.sparsity.packing import packed_layers
 
 # The package's name sparsify is the function's.
@@ -44,7 +44,7 @@ def test_a_tied_bias_is_refused() -> None:
         sparsify(nn.ModuleDict({"first": first, "second": second}), 0.5)
 
 
-def test_weights_tied_among_dense_modules_are_no_matter() -> None:
+def test_weights_tied_among_dense_modules_are_allowed() -> None:
     first, second = nn.LayerNorm(4), nn.LayerNorm(4)
     second.weight = first.weight
     assert len(sparsify(nn.Sequential(first, second, nn.Linear(4, 4)), 0.5)) == 1

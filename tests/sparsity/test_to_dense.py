@@ -107,7 +107,7 @@ def test_other_libraries_take_the_dense_model() -> None:
     prune.l1_unstructured(svite_scale.to_dense(packed)[0], "weight", amount=0.9)
 
 
-def test_a_dense_copy_can_be_saved_and_drawn_anew() -> None:
+def test_a_dense_copy_can_be_saved_and_reset() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     svite_scale.sparsify(model, density=0.5)
     dense, file = svite_scale.to_dense(model), io.BytesIO()

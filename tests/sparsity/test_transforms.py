@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev, stack_module_stat
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels.operators import compress, expand
-from svite_scale.sparsity.sparsify import sparsify
+from svite_scale.sparsity.packing import sparsify
 from tests.sparsity.packing import packed_layers
 
 

@@ -176,7 +176,7 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
         prune_and_grow(bools("1100"), torch.ones(4), torch.ones(4), count)
 
 
-def test_the_package_has_the_pure_functions_by_name() -> None:
+def test_the_package_has_its_functions_by_name() -> None:
     active = torch.tensor([True, True, False])
     moved = sparsity.prune_and_grow(active, torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0]), 1)
     assert moved.tolist() == [True, False, True]
@@ -184,3 +184,6 @@ def test_the_package_has_the_pure_functions_by_name() -> None:
     shapes = {"a": (4, 4), "b": (2, 2)}
     assert sparsity.erk(shapes, 1.0) == sparsity.uniform(shapes, 1.0) == {"a": 1.0, "b": 1.0}
     assert sparsity.cosine(0.5, 5, 10, final=0.1) == pytest.approx(0.3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    sparsity.sparsify(model, 0.5)
+    assert model[0].num_active == 8

@@ -11,7 +11,7 @@ from tests.runs import json_lines
 from tests.small_disk import fill
 
 
-def test_lines_that_a_full_disk_does_not_take_come_when_it_has_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_wait_until_a_full_disk_has_room(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = MetricLines(small_disk / "metrics.jsonl")
     lines.append({"step": 1})
     fill(small_disk / "filler")
@@ -20,7 +20,7 @@ def test_lines_that_a_full_disk_does_not_take_come_when_it_has_room(small_disk: 
         lines.append({"step": step, "text": long})
         assert json_lines(lines.path) == [{"step": 1}], "no part of a line"
     assert len(caplog.messages) == 1
-    assert "metrics.jsonl can't be written ([Errno 28] No space left on device); its lines wait" in caplog.messages[0]
+    assert "metrics.jsonl doesn't take lines ([Errno 28] No space left on device); they wait" in caplog.messages[0]
     (small_disk / "filler").unlink()
     lines.append({"step": 4})
     assert [line["step"] for line in json_lines(lines.path)] == [1, 2, 3, 4]
@@ -28,7 +28,7 @@ def test_lines_that_a_full_disk_does_not_take_come_when_it_has_room(small_disk: 
     assert len(caplog.messages) == 1
 
 
-def test_what_is_lost_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_warns_of_lines_that_are_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = MetricLines(tmp_path / "gone" / "metrics.jsonl")
     for step in (1, 2):
         lines.append({"step": step})
@@ -36,21 +36,21 @@ def test_what_is_lost_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert caplog.messages[-1].startswith(f"{lines.path} lacks its last 2 lines: [Errno 2]")
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 3, "masks": {"a": "ff"}', '{"step": 3', "{}", "7", "\x00\x00"])
-def test_cutting_leaves_whole_lines_until_a_step(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("rest", ["", '{"step": 3, "masks": {"a": "ff"}', '{"step": 3', "{}", "7", "\x00\x00"])
+def test_cut_leaves_complete_lines_up_to_a_step(tmp_path: Path, rest: str) -> None:
     lines = MetricLines(tmp_path / "topology.jsonl")
     kept = [{"step": step, "masks": {"a": "ff"}} for step in (0, 2, 3)]
     for line in (*kept, {"step": 4, "masks": {}}):
         lines.append(line)
     with lines.path.open("a") as file:
-        file.write(torn)
+        file.write(rest)
     lines.cut(3)
     assert json_lines(lines.path) == kept
     lines.append({"step": 5})
     assert json_lines(lines.path)[-1] == {"step": 5}
 
 
-def test_lines_that_wait_are_cut_too(tmp_path: Path) -> None:
+def test_cut_removes_waiting_lines_too(tmp_path: Path) -> None:
     lines = MetricLines(tmp_path / "folder" / "metrics.jsonl")
     for step in (1, 2, 3):
         lines.append({"step": step})
@@ -60,7 +60,7 @@ def test_lines_that_wait_are_cut_too(tmp_path: Path) -> None:
     assert json_lines(lines.path) == [{"step": 1}, {"step": 2}]
 
 
-def test_cutting_on_a_full_disk_leaves_the_file_as_it_was(small_disk: Path) -> None:
+def test_cut_leaves_the_file_unchanged_when_the_disk_is_full(small_disk: Path) -> None:
     lines = MetricLines(small_disk / "metrics.jsonl")
     for step in range(1000):
         lines.append({"step": step, "text": "x" * 100})

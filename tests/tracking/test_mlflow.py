@@ -1,4 +1,4 @@
-"""Runs whose MLflow is shared, damaged, deleted or away: training goes on."""
+"""Runs whose MLflow is shared, damaged, deleted or away: training continues."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def started(folder: Path, number: int, experiment: str, together: Any, answers: 
         answers.put(repr(error))
 
 
-def test_runs_may_start_at_once_in_an_empty_folder(tmp_path: Path) -> None:
+def test_runs_can_start_at_the_same_time_in_an_empty_folder(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     context = multiprocessing.get_context("spawn")
@@ -54,8 +54,8 @@ def test_runs_may_start_at_once_in_an_empty_folder(tmp_path: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_what_is_deleted_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run, an experiment, the file, and the name of the run, one after another, while training goes on."""
+def test_mlflow_gets_a_new_run_when_the_old_one_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run, an experiment, the file, and the name of the run, one after another, while training continues."""
     from mlflow import MlflowClient
 
     database, run_dir = tmp_path / "mlflow.db", tmp_path / "run"
@@ -81,7 +81,7 @@ def test_what_is_deleted_is_begun_anew(tmp_path: Path, caplog: pytest.LogCapture
         with closing(sqlite3.connect(database)) as connection:
             assert connection.execute("SELECT run_uuid, step FROM metrics").fetchall() == [(run_id(), 4)]
     lines = [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
-    assert [line.partition(" any more; it goes on as a new one, ")[0].partition(" run '")[0] for line in lines] == [
+    assert [line.partition(" any more; it continues as a new one, ")[0].partition(" run '")[0] for line in lines] == [
         "MLflow has no",
         "MLflow's experiment 'digits' is deleted, but keeps its name; the run goes into 'digits-2'",
         "MLflow has no",
@@ -92,7 +92,7 @@ def test_what_is_deleted_is_begun_anew(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("kind", ["damaged", "locked", "no file", "away"])
-def test_a_run_goes_on_without_mlflow(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_a_run_continues_when_mlflow_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     """Also where it starts so; only a server must be there at a run's first start."""
     database, run_dir = tmp_path / "mlflow.db", tmp_path / "run"
     run_dir.mkdir()
@@ -119,7 +119,7 @@ def test_a_run_goes_on_without_mlflow(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [line["step"] for line in metrics_of(run_dir)] == [2, 3]
     waits, lacks = [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
     assert waits.startswith("MLflow doesn't take metrics (")
-    assert lacks.startswith("MLflow lacks the last 2 metrics: ")
+    assert lacks.startswith("MLflow lacks its last 2 metrics: ")
     assert not (run_dir / "mlflow_run_id").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_run_goes_on_without_mlflow(tmp_path: Path, caplog: pytest.LogCaptureF
         (TrackingConfig(uri="nowhere://x"), "tracking.uri = 'nowhere://x': MLflow can't be used ("),
     ],
 )
-def test_what_mlflow_refuses_is_an_error_at_the_first_start(tmp_path: Path, tracking: TrackingConfig, message: str) -> None:
+def test_the_first_start_fails_when_mlflow_refuses_the_options(tmp_path: Path, tracking: TrackingConfig, message: str) -> None:
     with pytest.raises(RunError) as caught:
         tracker_of(Config(run_dir="a", tracking=tracking), tmp_path / "run", None)
     assert str(caught.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Runs of heads and neurons write down which were active when, through a resume too; other runs write nothing."""
+"""Runs of heads and neurons record which were active after each update, through a resume too; other runs record nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assert_end_of(state: State, line: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("fsdp2", 2), ("zero3", 2)])
-def test_each_update_is_a_line_through_a_resume(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
+def test_topology_lines_have_every_update_of_a_resumed_run(tmp_path: Path, digits: Path, engine: str, world_size: int) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     overrides = (*ENGINES[engine], *UNITS)
     ended = run_on_ranks(world_size, run, tiny_config(digits, straight, *overrides))
@@ -50,7 +50,7 @@ def test_each_update_is_a_line_through_a_resume(tmp_path: Path, digits: Path, en
     assert lines_of(stopped) == lines
 
 
-def test_a_run_of_single_weights_writes_none(tmp_path: Path, digits: Path) -> None:
+def test_a_run_of_single_weights_writes_no_topology_lines(tmp_path: Path, digits: Path) -> None:
     run_on_ranks(1, run, tiny_config(digits, tmp_path / "run", "train.max_steps=5"))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert not (tmp_path / "run" / "topology.jsonl").exists()

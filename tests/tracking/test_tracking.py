@@ -31,7 +31,7 @@ def quiet(run_dir: Path) -> Config:
     return Config(run_dir=str(run_dir), tracking=TrackingConfig(mlflow=False))
 
 
-def test_lines_are_there_at_once_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_log_writes_lines_at_once_on_the_main_rank_only(tmp_path: Path) -> None:
     run_dir = tmp_path / "folder" / "run"
     with tracker_of(quiet(run_dir), run_dir, None, enabled=False) as tracker:
         tracker.log(1, {"loss": 2.0})
@@ -48,16 +48,16 @@ def test_lines_are_there_at_once_and_other_ranks_write_nothing(tmp_path: Path) -
     assert read_config(run_dir / "config.yaml") == quiet(run_dir)
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 5'])
-def test_a_resumed_run_cuts_the_lines_after_its_checkpoint(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("rest", ["", '{"step": 5, "lo', '{"step": 5'])
+def test_a_resumed_run_removes_the_lines_after_its_checkpoint(tmp_path: Path, rest: str) -> None:
     whole = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 5))
-    (tmp_path / "metrics.jsonl").write_text(whole + torn)
+    (tmp_path / "metrics.jsonl").write_text(whole + rest)
     with tracker_of(quiet(tmp_path), tmp_path, 3) as tracker:
         tracker.log(4, {"loss": 9.0})
     assert [(line["step"], line["loss"]) for line in metrics_of(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
 
 
-def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path: Path) -> None:
+def test_mlflow_has_one_run_when_a_failed_one_is_resumed(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
@@ -81,7 +81,7 @@ def test_mlflow_says_failed_after_a_failure_and_goes_on_in_the_same_run(tmp_path
     assert len(client.search_runs([run.info.experiment_id])) == 2
 
 
-def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_wait_until_mlflow_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -97,7 +97,7 @@ def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, cap
             tracker.log(2, {"loss": 2.0})
             tracker.log(3, {"loss": 1.0})
             assert asked.call_count == 1, "not again at once"
-        assert ours() == ["MLflow doesn't take metrics (the server is away); they wait until it does, and the run goes on"]
+        assert ours() == ["MLflow doesn't take metrics (the server is away); they wait until it does, and the run continues"]
         with patch.object(time, "monotonic", return_value=time.monotonic() + RETRY_S):
             tracker.log(4, {"loss": 0.0})
     client, run_id = MlflowClient(uri), (run_dir / "mlflow_run_id").read_text().strip()
@@ -111,10 +111,10 @@ def test_metrics_that_mlflow_does_not_take_wait_for_the_next(tmp_path: Path, cap
     with tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4) as tracker, refuses:
         tracker.log(5, {"loss": 0.0, "density": 0.3})
         tracker.__exit__(None, None, None)
-    assert ours()[1] == "MLflow lacks the last 2 metrics: the server is away"
+    assert ours()[1] == "MLflow lacks its last 2 metrics: the server is away"
 
 
-def test_a_server_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> None:
+def test_the_first_start_names_a_server_that_is_away(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     with (
         patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
@@ -123,19 +123,19 @@ def test_a_server_that_is_not_there_is_named_at_the_start(tmp_path: Path) -> Non
         tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None)
 
 
-def test_a_run_directory_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+def test_the_tracker_names_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=rf"^run_dir = '{tmp_path}/file/run' can't be written \(.*Not a directory"):
         tracker_of(quiet(tmp_path / "file" / "run"), tmp_path / "file" / "run", None)
 
 
-def test_flattened_names_are_dotted_and_a_mapping_of_patterns_stays_whole() -> None:
+def test_flatten_config_joins_names_by_dots_and_keeps_mappings_of_patterns() -> None:
     nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": None}}, "sparsity": {"densities": {"blocks.*": 0.3}}}
     flat = {"a": 1, "b.c": [2, 3], "b.d.e": None, "sparsity.densities": {"blocks.*": 0.3}}
     assert flatten_config(nested) == flat
 
 
-def test_mlflow_takes_patterns_of_layers(tmp_path: Path) -> None:
+def test_mlflow_logs_patterns_of_layers_as_one_parameter(tmp_path: Path) -> None:
     """Its names of parameters allow no asterisk."""
     from mlflow import MlflowClient
 

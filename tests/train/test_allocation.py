@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from svite_scale.config.load import read_config
 from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.sparsify import prunable_layers
+from svite_scale.sparsity.packing import prunable_layers
 from tests.command_line import run_here
 from tests.runs import metrics_of
 from tests.sparsity.packing import packed_layers

@@ -1,4 +1,4 @@
-"""``--auto-resume`` starts or goes on, and ``--log-dir`` keeps what each rank said."""
+"""``--auto-resume`` starts or resumes a run, and ``--log-dir`` keeps the output of each rank."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_command_trains_then_refuses_the_run_directory_then_resumes(
     answer = run_here(capsys, *start)
     assert answer.status == 2
     assert answer.err == (
-        f"config error: run_dir = '{run_dir}': holds a run already; add --resume to go on with it, or name another\n"
+        f"config error: run_dir = '{run_dir}': holds a run already; add --resume to continue it, or name another\n"
     )
 
     newest = f"{run_dir}/checkpoints/step-00000005"

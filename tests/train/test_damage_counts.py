@@ -1,4 +1,4 @@
-"""The count of damaged samples belongs to the run, wherever it stops and goes on."""
+"""The count of damaged samples belongs to the run, and survives a resume."""
 
 from __future__ import annotations
 

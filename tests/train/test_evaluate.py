@@ -31,7 +31,7 @@ from tests.tiny import NUM_VAL, tiny_config
 
 def evaluated(config: Config, damaged: DataConfig) -> tuple[list[dict[str, float]], bool, dict[str, Tensor], int]:
     """Returns the metrics, twice and on damaged shards, whether the model trains after them, on one process the dense weights,
-    and the phases that the watchdog was told of in one evaluation.
+    and the number of phases that one evaluation enters.
     """
     trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False)
     world = trainer.world

@@ -21,7 +21,7 @@ UNITS = (
     "sparsity.grown_warmup_steps=2",
     "train.global_batch_size=12",
 )
-"""64 samples are 5 steps an epoch, 20 in all: updates after steps 4, 8, 12 and 16, each hearing two steps."""
+"""64 samples are 5 steps an epoch, 20 in all: updates after steps 4, 8, 12 and 16, each with a growth window of two steps."""
 
 SHARED = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("zero3", 3)]
 

@@ -1,1 +1,1 @@
-"""How many weights of each layer are active, and which."""
+"""Numbers of active weights of each layer, and their first positions."""

@@ -1,4 +1,4 @@
-"""How a global density is spread over layers, as densities and as exact integer counts."""
+"""Distributions of a global density over layers, as densities and as exact integer counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
-    """The same density for every layer.
+    """Returns the same density for every layer.
 
     Args:
         shapes: weight shape of each layer.
@@ -20,9 +20,9 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def er(shapes: Shapes, density: float) -> dict[str, float]:
-    """Erdos-Renyi: a layer's density is proportional to (fan in + fan out) / (fan in * fan out), whatever its kernel's size.
+    """Returns Erdos-Renyi densities: a layer's is proportional to (fan in + fan out) / (fan in * fan out), whatever its kernel.
 
-    A layer whose share would pass 1 is dense, and the others take up the difference.
+    A layer whose density would pass 1 is dense, and the others take up the difference.
 
     Args:
         shapes: weight shape of each layer, ``[out, in]`` or ``[out, in, *kernel]``.
@@ -35,9 +35,9 @@ def er(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def erk(shapes: Shapes, density: float, *, power_scale: float = 1.0) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: a layer's density is proportional to the sum of its dimensions over their product.
+    """Returns Erdos-Renyi-Kernel densities: a layer's is proportional to the sum of its dimensions over their product.
 
-    A layer whose share would pass 1 is dense, and the others take up the difference, so that the active weights over all
+    A layer whose density would pass 1 is dense, and the others take up the difference, so that the active weights over all
     layers are ``density`` of the total.
 
     Args:
@@ -57,12 +57,12 @@ DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {"uniform": uniform,
 
 
 def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
-    """Exact numbers of active weights, whose sum is the rounded global budget.
+    """Returns exact numbers of active weights, whose sum is the rounded global budget.
 
-    Each layer gets the floor of its share; what the floors leave goes one weight at a time to the largest remainders (ties to
-    the earlier layer), so no layer is a whole weight off its share. A layer with a share below 1 gets one weight all the same;
-    what that takes beyond the budget is taken back from the largest layers of density below 1, and from dense ones only where
-    those have one weight each.
+    A layer's exact number is density times elements. Each layer gets the floor of it. The weights that remain are given one by
+    one to the largest remainders (ties to the earlier layer), so no layer differs from its exact number by a whole weight. A
+    layer whose exact number is below 1 still gets one weight. These extra weights are taken from the largest layers of density
+    below 1, and from dense layers only if all others have one weight each.
 
     Args:
         shapes: weight shape of each layer.
@@ -71,13 +71,13 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
     Raises:
         ValueError: the budget is below one weight per layer.
     """
-    share = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
-    budget = round(math.fsum(share.values()))
-    if budget < len(share):
-        raise ValueError(f"leaves {budget} active weights for {len(share)} layers, of which each needs one")
-    result = {name: max(1, math.floor(value)) for name, value in share.items()}
+    exact = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
+    budget = round(math.fsum(exact.values()))
+    if budget < len(exact):
+        raise ValueError(f"leaves {budget} active weights for {len(exact)} layers, of which each needs one")
+    result = {name: max(1, math.floor(value)) for name, value in exact.items()}
     missing = budget - sum(result.values())
-    by_remainder = sorted(share, key=lambda name: result[name] - share[name])
+    by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])
     for name in by_remainder[: max(missing, 0)]:
         result[name] += 1
     for _ in range(-missing):
@@ -88,7 +88,7 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
 
 
 def _spread(shapes: Shapes, density: float, ratio: Mapping[str, float], power: float = 1.0) -> dict[str, float]:
-    """Densities min(1, scale * ratio ** power), with the scale at which the active weights meet the global density."""
+    """Returns densities min(1, scale * ratio ** power), with the scale at which the active weights meet the global density."""
     _check(shapes, density)
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     result = dict.fromkeys(shapes, 1.0)

@@ -11,7 +11,7 @@ from svite_scale.errors import SparsifyError
 
 
 def matching_layers(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The layers that at least one of the ``keep_dense`` patterns matches.
+    """Returns the layers that at least one of the ``keep_dense`` patterns matches.
 
     Raises:
         SparsifyError: a pattern matches none.
@@ -26,7 +26,7 @@ def matching_layers(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
 
 
 def densities_by_pattern(names: Iterable[str], densities: Mapping[str, float]) -> dict[str, float]:
-    """Each layer's density by the first pattern that matches it.
+    """Returns each layer's density by the first pattern that matches it.
 
     Args:
         names: of the layers.
@@ -51,7 +51,7 @@ def densities_by_pattern(names: Iterable[str], densities: Mapping[str, float]) -
 
 
 def _idle(pattern: str, density: float, names: list[str]) -> SparsifyError:
-    """The error about a pattern that decides no layer."""
+    """Returns the error about a pattern that decides no layer."""
     if any(fnmatchcase(name, pattern) for name in names):
         problem, remedy = "decides no layer, since earlier patterns match all of its layers", "put it first, or leave it out"
     else:
@@ -60,5 +60,5 @@ def _idle(pattern: str, density: float, names: list[str]) -> SparsifyError:
 
 
 def _example(names: list[str]) -> str:
-    """A layer's name from the middle of the model, where names repeat."""
+    """Returns a layer's name from the middle of the model, where names repeat."""
     return names[len(names) // 2]

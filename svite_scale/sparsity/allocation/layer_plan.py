@@ -1,4 +1,4 @@
-"""Where the active weights go: how many of each layer, from a global density, explicit densities, or a file of masks."""
+"""Plan of the active weights: how many of each layer, from a global density, explicit densities, or a file of masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerPlan:
         name: of the module.
         shape: of its weight.
         num_active: active weights.
-        raised: its share of the density is below one whole weight, and it has one all the same.
+        raised: its part of the density is below one weight, and it has one weight all the same.
         kept_dense: it isn't made sparse on request, and doesn't count in the density.
         in_units: it is smaller by whole heads or neurons.
     """
@@ -44,7 +44,7 @@ class LayerPlan:
 
     @property
     def is_packed(self) -> bool:
-        """A layer whose weights are all active stays an ordinary dense module: there's nothing to pack or to move."""
+        """True if it becomes a packed layer. If all its weights are active, it stays an ordinary dense module."""
         return self.num_active < self.numel and not self.in_units
 
 
@@ -76,13 +76,13 @@ def plan_layers(
 
 
 def plan_density(plan: Sequence[LayerPlan]) -> float:
-    """The active share of the weights that may be inactive: those of all layers but the ones kept dense."""
+    """Returns the active fraction of the weights that may be inactive: those of all layers but the ones kept dense."""
     sparse = [layer for layer in plan if not layer.kept_dense]
     return sum(layer.num_active for layer in sparse) / sum(layer.numel for layer in sparse)
 
 
 def _counts(shapes: Mapping[str, torch.Size], allocation: Allocation) -> tuple[dict[str, int], set[str]]:
-    """Active weights of each layer, and the layers whose share is below one."""
+    """Returns the active weights of each layer, and the layers whose part of the density is below one weight."""
     if allocation.masks is not None:
         return MaskFile(allocation.masks).counts(shapes), set()
     densities = layer_densities(shapes, allocation)

@@ -42,7 +42,7 @@ class MaskFile:
             raise self._error(problem, "write it with safetensors.torch.save_file") from error
 
     def counts(self, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-        """Numbers of active weights.
+        """Returns the numbers of active weights.
 
         Args:
             shapes: weight shape of each prunable layer.
@@ -62,7 +62,7 @@ class MaskFile:
         return {name: int(self.read(name, shape).sum()) for name, shape in shapes.items()}
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
-        """One layer's mask, bool ``[N]`` on the CPU.
+        """Reads one layer's mask, bool ``[N]`` on the CPU.
 
         Args:
             name: of the layer.

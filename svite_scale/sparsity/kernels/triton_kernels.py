@@ -37,7 +37,7 @@ def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
 def compress(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.compress`; for elements of 2 or 4 bytes.
 
-    On a count that doesn't match, values that don't fit are dropped, and values that nothing comes to are left undefined.
+    On a count that doesn't match, values that don't fit are dropped, and values without an element are left undefined.
     """
     numel = dense.numel()
     if not numel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 from weakref import finalize, ref
 
@@ -62,7 +63,7 @@ class TopologyEngine:
         *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """A collective: all ranks build their engine after the model is wrapped.
+        """Builds the engine after the model is wrapped. A collective.
 
         Args:
             model: holds sparse layers; wrapped by an engine or not.
@@ -119,12 +120,12 @@ class TopologyEngine:
 
     @property
     def next_update(self) -> int | None:
-        """The optimizer step after which weights move next; None if they don't any more."""
+        """Optimizer step after which weights move next; None if they don't any more."""
         if not self._moves:
             return None
         if self.steps < self._retry_step:
             return self._retry_step if self._retry_step <= self.schedule.stop_step else None
-        # After a postponed update, scheduled ones may come too soon for a whole window, or amid the warm-up.
+        # After a postponed update, scheduled ones may come too soon for a whole window, or within the warm-up.
         room = max(self.options.grow_window, self.options.grown_warmup_steps)
         return self.schedule.next_update(max(self.steps, self.last_update + room - 1))
 
@@ -300,21 +301,12 @@ class TopologyEngine:
         check_state(moving, self.access, self.options, stepped=True)
         drop_fraction = self.drop_fraction
         self.last_update = self.steps
-        figures = {
+        layers = {
             name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, drop_fraction)
             for name, layer in self.layers.items()
         }
-        layers = {
-            name: LayerUpdate(
-                unit=self.layers[name].unit,
-                numel=self.layers[name].shape.numel(),
-                num_active=self.layers[name].num_active,
-                ever_active=ever_active,
-                initial_survivors=initial_survivors,
-                **figures[name],
-            )
-            for name, (ever_active, initial_survivors) in self.statistics.count_history().items()
-        }
+        for name, (ever_active, initial_survivors) in self.statistics.count_history().items():
+            layers[name] = replace(layers[name], ever_active=ever_active, initial_survivors=initial_survivors)
         return TopologyUpdate(self.steps, drop_fraction, layers, self.unit_masks())
 
     def _check_state(self) -> None:
@@ -322,26 +314,29 @@ class TopologyEngine:
         if self._moves:
             check_state(self.layers.values(), self.access, self.options, stepped=False)
 
-    def _update_layer(self, layer: SparseLayer, method: Method, drop_fraction: float) -> dict[str, Any]:
-        """Updates one layer; its dense tensors live only in here. Returns figures of a ``LayerUpdate``."""
+    def _update_layer(self, layer: SparseLayer, method: Method, drop_fraction: float) -> LayerUpdate:
+        """Updates one layer; its dense tensors live only in here."""
         decision = decide(layer, method, drop_fraction, self.steps, self.options, self.access, self.growth)
         transition = TopologyTransition(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
         write_topology(layer, transition, self.access, self.options, self._tracked)
         grown_survival = self.statistics.apply(layer, transition)
         if self.warmup:
             self.warmup.start(layer, ~transition.kept)
-        return {
-            "dropped": decision.count,
-            "regrown": decision.count - int((~transition.kept).count_nonzero()),
-            "grown_survival": grown_survival,
-            "drop_threshold": decision.drop_threshold,
-            "grow_threshold": decision.grow_threshold,
-        }
+        return LayerUpdate(
+            unit=layer.unit,
+            numel=layer.shape.numel(),
+            num_active=layer.num_active,
+            dropped=decision.count,
+            regrown=decision.count - int((~transition.kept).count_nonzero()),
+            grown_survival=grown_survival,
+            drop_threshold=decision.drop_threshold,
+            grow_threshold=decision.grow_threshold,
+        )
 
-    def _keep_layer(self, layer: SparseLayer) -> dict[str, Any]:
+    def _keep_layer(self, layer: SparseLayer) -> LayerUpdate:
         """Leaves a frozen layer as it is at an update."""
         self.statistics.keep(layer, self.access.read(layer.mask))
-        return {}
+        return LayerUpdate(unit=layer.unit, numel=layer.shape.numel(), num_active=layer.num_active)
 
 
 def _check_same_shapes(kind: str, names: Set[str], here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

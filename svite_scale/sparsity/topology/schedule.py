@@ -1,4 +1,4 @@
-"""How many weights move at an update, and when."""
+"""The schedule of topology updates, and of their drop fraction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svite_scale.sparsity.options import DropSchedule
 
 
 def cosine(initial: float, step: int, total: int, final: float = 0.005) -> float:
-    """Drop fraction at ``step``: a half cosine from ``initial`` at step 0 to ``final`` at ``total`` and after.
+    """Returns the drop fraction at ``step``: a half cosine from ``initial`` at step 0 to ``final`` at ``total`` and after.
 
     Source: the paper's schedule (alpha 0.5 to 0.005), after RigL's cosine with a floor added.
     """
@@ -22,12 +22,12 @@ def cosine(initial: float, step: int, total: int, final: float = 0.005) -> float
 
 
 def linear(initial: float, step: int, total: int, final: float = 0.005) -> float:
-    """Drop fraction at ``step``: a line from ``initial`` at step 0 to ``final`` at ``total`` and after."""
+    """Returns the drop fraction at ``step``: a line from ``initial`` at step 0 to ``final`` at ``total`` and after."""
     return initial + (final - initial) * _progress(step, total)
 
 
 def constant(initial: float, step: int, total: int, final: float = 0.005) -> float:
-    """Drop fraction at any step: ``initial``."""
+    """Returns ``initial``, the drop fraction at any step."""
     return initial
 
 
@@ -67,7 +67,7 @@ class UpdateSchedule(DropSchedule):
         return max(0, self.stop_step // self.update_every - (max(self.start_step, 1) - 1) // self.update_every)
 
     def next_update(self, step: int) -> int | None:
-        """The optimizer step after which the next update comes, later than ``step``; None if there is none any more."""
+        """Returns the optimizer step after which the next update comes, later than ``step``; None if there is none."""
         earliest = max(step + 1, self.start_step, 1)
         candidate = -(-earliest // self.update_every) * self.update_every
         return candidate if candidate <= self.stop_step else None

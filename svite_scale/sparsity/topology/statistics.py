@@ -43,8 +43,8 @@ class LayerUpdate:
     grown_survival: float | None = None
     drop_threshold: float | None = None
     grow_threshold: float | None = None
-    ever_active: int
-    initial_survivors: int
+    ever_active: int = 0
+    initial_survivors: int = 0
 
     @property
     def grown(self) -> int:

@@ -1,4 +1,4 @@
-"""What may change where a run resumes, and what must stay: every key of the config is one or the other."""
+"""Which keys of the config may change when a run resumes, and which are fixed."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ def saved_with(field: str, value: object) -> dict[str, Any]:
     return saved
 
 
-def test_every_key_is_decided() -> None:
+def test_every_config_key_is_fixed_or_free() -> None:
     assert field_names() == MAY_CHANGE | MUST_STAY
     assert not MAY_CHANGE & MUST_STAY
 
 
 @pytest.mark.parametrize("field", sorted(MUST_STAY))
-def test_what_decides_the_numbers_must_stay(field: str) -> None:
+def test_a_resume_is_refused_when_a_fixed_field_changes(field: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^step-1 was saved with {field} = 'another', not .*; restore it, or start"):
         check_same_run(saved_with(field, "another"), CONFIG, Path("step-1"))
 
 
 @pytest.mark.parametrize("field", sorted(MAY_CHANGE))
-def test_what_changes_no_number_or_mends_may_change(field: str) -> None:
+def test_a_resume_is_allowed_when_a_free_field_changes(field: str) -> None:
     check_same_run(saved_with(field, "another"), CONFIG, Path("step-1"))
 
 
-def test_a_field_that_the_saved_run_did_not_know_has_its_default() -> None:
+def test_a_field_that_the_saved_run_did_not_have_counts_as_its_default() -> None:
     saved = to_dict(CONFIG)
     del saved["optimizer"], saved["model"]["drop_path"]
     check_same_run(saved, CONFIG, Path("step-1"))
@@ -90,7 +90,7 @@ def test_a_field_that_the_saved_run_did_not_know_has_its_default() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_alike_with_recomputation_and_masks_elsewhere(
+def test_a_resumed_run_is_equal_with_recomputation_and_another_masks_file(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     masks = {"blocks.0.mlp.fc1.weight": torch.zeros(128, 32, dtype=torch.uint8)}

@@ -1,4 +1,4 @@
-"""Turning a dense model's prunable layers into packed ones."""
+"""Packing: dense layers of a model become packed ones."""
 
 from __future__ import annotations
 
