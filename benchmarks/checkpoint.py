@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' ranks, too
 from benchmarks.bytes import BACKENDS, BATCH_SIZE
 from benchmarks.machine import describe_machine
 from svite_scale.checkpoint.checkpoint import Checkpoint
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
@@ -79,7 +79,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
     average = Ema(model, topology, 0.9999) if ema else None
     name = f"{backend_name}-{density}-{ema}"
-    checkpoint = Checkpoint(folder / name, config, RunState(backend, topology, average))
+    checkpoint = Checkpoint(folder / name, config, RunParts(backend, topology, average))
     for _ in range(UPDATES):
         train_step(backend, topology)
     stalls, seconds = [], []

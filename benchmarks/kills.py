@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, from any 
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.options import CheckpointConfig
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
@@ -227,7 +227,7 @@ def small_run(
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, RunState(backend, topology), keeps)
+    return backend, topology, Checkpoint(directory, config, RunParts(backend, topology), keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svite_scale.config.load import read_config
 from svite_scale.config.validate import validate
-from svite_scale.cost.flops import model_cost
+from svite_scale.cost.flops import count_flops
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def paper_table(configs: Iterable[Path]) -> str:
 
 def _row(path: Path) -> str:
     config = read_config(path)
-    cost, published = model_cost(config.model, *validate(config, world_size=None)), PUBLISHED.get(path.stem)
+    model = validate(config, world_size=None).model
+    cost, published = count_flops(model, config.model.image_size), PUBLISHED.get(path.stem)
     saving = f"{published.saving:6.2f}%" if published else "-"
     params = f"{published.params:.2f}" if published and published.params else "-"
     return (
