@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def count_flops(model: nn.Module, image_size: int) -> ModelCost:
     refuse_wrapped(model, "count before an engine wraps the model")
     dense = to_dense(_on_meta(model))
     if hasattr(dense, "set_grad_checkpointing"):  # which computes nothing else, and doesn't know the meta device
-        dense.set_grad_checkpointing(False)
+        cast(Any, dense).set_grad_checkpointing(False)
     layers = prunable_layers(dense)
     in_channels = next((module.in_channels for module in dense.modules() if isinstance(module, nn.Conv2d)), 3)
     try:
