@@ -37,7 +37,7 @@ class Loop:
     def __init__(self, kind: str, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = timm.create_model("vit_tiny_patch16_224", **SIZES)
-        svite_scale.pack_units(model, neurons=0.5, seed=SEED)
+        svite_scale.pack_units(model, neurons=0.5, seed=seed)
         svite_scale.sparsify(model, density=0.37, seed=seed)
         if kind == "fsdp2":
             for module in (*model.blocks, model):
@@ -111,7 +111,7 @@ def saved(kind: str, path: Path) -> Result:
 
 
 def resumed(kind: str, path: Path) -> Result:
-    """Resumes with a model of other weights and masks, which the checkpoint replaces."""
+    """Resumes with a model of other weights, masks and candidates, which the checkpoint replaces."""
     loop = Loop(kind, seed=1)
     loop.load(path)
     assert loop.topology.steps == STOP
