@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svite_scale.cost.flops import count_flops
     from svite_scale.engines.attach import attach
     from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
     from svite_scale.models.structure import pack_units
@@ -42,6 +43,7 @@ __all__ = [
     "TopologyOptions",
     "__version__",
     "attach",
+    "count_flops",
     "insert_token_selectors",
     "pack_units",
     "parameter_groups",
@@ -59,6 +61,7 @@ _HOMES = {
     "TopologyError": "errors",
     "TopologyOptions": "sparsity.options",
     "attach": "engines.attach",
+    "count_flops": "cost.flops",
     "insert_token_selectors": "models.token_selector",
     "pack_units": "models.structure",
     "parameter_groups": "sparsity.parameter_groups",

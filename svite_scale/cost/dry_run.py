@@ -8,7 +8,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from svite_scale.config.schema import Config
-from svite_scale.cost.flops import ModelCost, model_cost
+from svite_scale.cost.flops import ModelCost, count_flops
 from svite_scale.cost.memory import ModelSize, bytes_per_rank
 from svite_scale.models.sparse import SparseModel
 from svite_scale.models.teacher import build_teacher
@@ -30,7 +30,7 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         ConfigError: the teacher can't be built.
         CheckpointError: the teacher's file can't be used.
     """
-    cost = model_cost(config.model, *sparse)
+    cost = count_flops(sparse.model, config.model.image_size)
     layers = sparse_layers(sparse.model).values()
     mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
     recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)

@@ -1,20 +1,22 @@
-"""What a config's model costs: multiply-accumulates of one image's forward, and parameters, dense and sparse."""
+"""What a model costs: multiply-accumulates of one image's forward, and parameters, dense and sparse."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from svite_scale.models.dense import check_model
+from svite_scale.errors import OptionError
 from svite_scale.models.matrix_products import matrix_products
-from svite_scale.models.options import ModelConfig
-from svite_scale.models.packed_attention import PackedAttention
 from svite_scale.models.token_selector import TokenSelector, token_selectors
-from svite_scale.sparsity.allocation.layer_plan import LayerPlan
+from svite_scale.sparsity.dense import copied, to_dense
+from svite_scale.sparsity.layers.base import SparseLayer
+from svite_scale.sparsity.layers.plain_layer import refuse_wrapped
+from svite_scale.sparsity.module_names import unwrapped
+from svite_scale.sparsity.packing import prunable_layers
 
 
 @dataclass(frozen=True)
@@ -60,40 +62,72 @@ class ModelCost:
 
     @property
     def saving(self) -> float:
-        """Share of the dense multiply-accumulates that the sparse model does without, 0 to 1.
+        """Fraction of the dense multiply-accumulates that the sparse model does without, 0 to 1.
 
         An arithmetic count: unstructured zeros make a dense matrix product no faster, absent heads, neurons and tokens do.
         """
         return 1.0 - self.sparse_macs / self.dense_macs
 
 
-def model_cost(config: ModelConfig, model: nn.Module, layers: list[LayerPlan]) -> ModelCost:
-    """Returns the cost of a config's model that was made sparse, from shapes alone."""
-    dense = check_model(config)
-    whole = passing = dense.products
-    if token_selectors(model):
-        passing = matrix_products(_with_selectors_of(model, dense.model), config.image_size, config.in_channels)
+def count_flops(model: nn.Module, image_size: int) -> ModelCost:
+    """Returns the cost of one image's forward in multiply-accumulates, dense and sparse, from shapes alone. Local.
+
+    Args:
+        model: dense, or made sparse by ``sparsify``, ``pack_units`` and ``insert_token_selectors``; on any device, meta too. It
+            stays as it is.
+        image_size: pixels, height and width alike. The channels are those of the model's first convolution.
+
+    Raises:
+        OptionError: the model can't take such images; it is a ValueError too.
+        TopologyError: the model has no Linear or Conv2d layer, an engine holds only a part of a weight here, or
+            ``copy.deepcopy`` can't copy the model.
+    """
+    model = unwrapped(model)
+    refuse_wrapped(model, "count before an engine wraps the model")
+    dense = to_dense(_on_meta(model))
+    if hasattr(dense, "set_grad_checkpointing"):  # which computes nothing else, and doesn't know the meta device
+        cast(Any, dense).set_grad_checkpointing(False)
+    layers = prunable_layers(dense)
+    in_channels = next((module.in_channels for module in dense.modules() if isinstance(module, nn.Conv2d)), 3)
+    try:
+        passing = whole = matrix_products(dense, image_size, in_channels)
+        if token_selectors(dense):
+            _remove_selectors(dense)
+            whole = matrix_products(dense, image_size, in_channels)
+    except Exception as error:  # whatever a model raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"{type(model).__name__} can't take such images ({reason})"
+        raise OptionError("image_size", image_size, problem, "use the size that it was built for") from error
+
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+
+    def active(name: str, numel: int) -> int:
+        """Returns the active part of a number of a module, which may belong to packed heads or neurons."""
+        layer = sparse.get(name) or sparse.get(name.rpartition(".")[0])
+        return numel if layer is None else numel * layer.num_active // layer.shape.numel()
+
     costs = [
-        LayerCost(entry.name, entry.numel * whole.applications[entry.name], entry.num_active * passing.applications[entry.name])
-        for entry in layers
+        LayerCost(name, numel * whole.applications[name], active(name, numel) * passing.applications[name])
+        for name, numel in ((name, layer.weight.numel()) for name, layer in layers.items())
     ]
-    for name, macs in whole.others.items():
-        attention = model.get_submodule(name)
-        absent = 1 - attention.num_active / attention.shape.numel() if isinstance(attention, PackedAttention) else 0
-        costs.append(LayerCost(name, macs, passing.others[name] - round(absent * passing.others[name])))
-    active = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    params_dense = sum(parameter.numel() for parameter in dense.model.parameters())
-    return ModelCost(tuple(costs), params_dense, active)
+    costs += [LayerCost(name, macs, active(name, passing.others[name])) for name, macs in whole.others.items()]
+    masks = sum(layer.mask.numel() for layer in sparse.values())
+    return ModelCost(tuple(costs), _num_parameters(dense), _num_parameters(model) - masks)
 
 
-def _with_selectors_of(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense model with copies of a sparse one's token selectors, on the meta device."""
-    copy = deepcopy(dense)
-    own = dict(cast(nn.Module, copy.blocks).named_children())
-    copy.blocks = nn.Sequential(
-        OrderedDict(
-            (name, deepcopy(item).to("meta") if isinstance(item, TokenSelector) else own[name])
-            for name, item in cast(nn.Module, model.blocks).named_children()
-        )
-    )
-    return copy
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model on the meta device, without memory for its weights."""
+    tensors = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        tensors[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+    return copied(model, tensors)
+
+
+def _remove_selectors(model: nn.Module) -> None:
+    items = cast(nn.Module, model.blocks).named_children()
+    model.blocks = nn.Sequential(OrderedDict((name, item) for name, item in items if not isinstance(item, TokenSelector)))
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from svite_scale.config.load import read_config
 from svite_scale.config.validate import validate
-from svite_scale.cost.flops import model_cost
+from svite_scale.cost.flops import count_flops
 
 PUBLISHED = {"deit_tiny_s30": ("25.56%", "4.02"), "deit_small_t95_s50": ("49.32%", "-")}
 """The paper's figures (arXiv:2106.04533), by name of the config: the saved multiply-accumulates, and millions of parameters."""
@@ -25,7 +25,7 @@ def paper_table(configs: Iterable[Path]) -> str:
 
 def _row(path: Path) -> str:
     config = read_config(path)
-    cost = model_cost(config.model, *validate(config, world_size=None))
+    cost = count_flops(validate(config, world_size=None).model, config.model.image_size)
     saving, params = PUBLISHED.get(path.stem, ("-", "-"))
     return (
         f"{path.stem:26} {cost.sparse_macs / 1e9:8.3f} {cost.dense_macs / 1e9:8.3f} {100 * cost.saving:6.2f}% {saving:>7} "

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from svite_scale.errors import ConfigError
-from svite_scale.models.matrix_products import MatrixProducts, matrix_products
+from svite_scale.models.matrix_products import matrix_products
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.layers.base import SparseLayer
@@ -48,12 +48,10 @@ class CheckedModel:
     Attributes:
         options: what timm is asked for: those of the config's fields that the model takes.
         model: the model; a copy may be changed.
-        products: what its forward multiplies.
     """
 
     options: dict[str, Any]
     model: nn.Module
-    products: MatrixProducts
 
 
 def build_dense(config: ModelConfig) -> nn.Module:
@@ -105,10 +103,10 @@ def check_model(config: ModelConfig) -> CheckedModel:
     _check_sizes(config, model)
     _check_layers(config.name, model)
     forwarded = deepcopy(model)  # counting freezes the model that it counts
-    products = _check_products(config, forwarded)
+    _check_products(config, forwarded)
     if config.activation_checkpointing:
         _check_checkpointing(config.name, forwarded)
-    return CheckedModel(options, model, products)
+    return CheckedModel(options, model)
 
 
 def _create_with_options(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:
@@ -172,11 +170,9 @@ def _check_layers(name: str, model: nn.Module) -> None:
             raise ConfigError("model.name", name, problem, remedy)
 
 
-def _check_products(config: ModelConfig, model: nn.Module) -> MatrixProducts:
-    """Returns what the model multiplies.
-
-    Raises:
-        ConfigError: it doesn't take images of this size, its answer isn't one number per class, or a layer is never applied.
+def _check_products(config: ModelConfig, model: nn.Module) -> None:
+    """Refuses a model that doesn't take images of this size, whose answer isn't one number per class, or that never applies a
+    layer.
     """
     try:
         products = matrix_products(model, config.image_size, config.in_channels)
@@ -192,7 +188,6 @@ def _check_products(config: ModelConfig, model: nn.Module) -> MatrixProducts:
         if not applications:
             problem = f"has a layer that its forward never applies, and so could never train ({layer})"
             raise ConfigError("model.name", config.name, problem, "use another model")
-    return products
 
 
 def _check_checkpointing(name: str, model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -31,6 +31,15 @@ def to_dense(model: Model) -> Model:
     """
     _refuse_engines(model)
     replaced = {id(module): module.to_dense() for module in model.modules() if isinstance(module, SparseLayer)}
+    return copied(model, replaced)
+
+
+def copied(model: Model, replaced: dict[int, Any]) -> Model:
+    """Returns a copy of a model with other things in the place of some, by ``id`` of these.
+
+    Raises:
+        TopologyError: ``copy.deepcopy`` can't copy the model.
+    """
     try:
         return copy.deepcopy(model, replaced)
     except RuntimeError as error:  # for example timm's LeViT, which keeps tensors of a graph after a forward in evaluation

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from svite_scale.config.schema import Config
-from svite_scale.cost.flops import ModelCost, model_cost
+from svite_scale.cost.flops import ModelCost, count_flops
 from svite_scale.models.sparse import plan_sparse
 
 
 def count(config: Config) -> ModelCost:
-    return model_cost(config.model, *plan_sparse(config.model, config.sparsity))
+    return count_flops(plan_sparse(config.model, config.sparsity).model, config.model.image_size)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config, SparsityConfig
-from svite_scale.cost.flops import model_cost
+from svite_scale.cost.flops import count_flops
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse, plan_sparse
 from svite_scale.sparsity import bits
@@ -91,8 +91,8 @@ def test_flops_are_half_of_what_torch_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_flops_are_active_weights_times_the_tokens_of_each_layer(name: str) -> None:
-    model, plan = build_sparse(MODELS[name], SparsityConfig(density=0.5), seed=0)
-    cost = model_cost(MODELS[name], model, plan)
+    model, _ = build_sparse(MODELS[name], SparsityConfig(density=0.5), seed=0)
+    cost = count_flops(model, MODELS[name].image_size)
     seen: dict[str, int] = {}
 
     def count_rows(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -117,8 +117,8 @@ def test_sparse_flops_are_active_weights_times_the_tokens_of_each_layer(name: st
 def test_layers_kept_dense_cost_what_torch_counts() -> None:
     """Their multiply-accumulates are in the dense count and in the sparse one; the others' fall with their density."""
     sparsity = SparsityConfig(density=0.3, keep_dense=("patch_embed.*", "blocks.*.mlp.fc2", "head"))
-    model, plan = build_sparse(MODELS["class token"], sparsity, seed=0)
-    cost = model_cost(MODELS["class token"], model, plan)
+    model, _ = build_sparse(MODELS["class token"], sparsity, seed=0)
+    cost = count_flops(model, MODELS["class token"].image_size)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, 40, 40))
@@ -156,7 +156,7 @@ def test_flops_follow_masks_and_densities_of_the_config(tmp_path: Path) -> None:
     ]
     assert powers[0].sparse_macs != powers[1].sparse_macs
     assert powers[0].params_active == powers[1].params_active
-    assert costs[0].sparse_macs < costs[0].dense_macs == model_cost(MODELS["class token"], model, plan).dense_macs
+    assert costs[0].sparse_macs < costs[0].dense_macs == count_flops(model, MODELS["class token"].image_size).dense_macs
 
 
 STRUCTURES = {
@@ -193,8 +193,8 @@ def test_shipped_configs_cost_what_torch_counts_layer_by_layer(name: str, keep: 
     """Heads, neurons and tokens together, at full size, on the meta device; and before a later block too."""
     config = read_config(CONFIGS / f"{name}.yaml")
     sparsity = replace(config.sparsity, tokens=TokensConfig(keep=keep, blocks=(0, 6)) if keep else TokensConfig())
-    model, plan = plan_sparse(config.model, sparsity)
-    cost = model_cost(config.model, model, plan)
+    model, _ = plan_sparse(config.model, sparsity)
+    cost = count_flops(model, config.model.image_size)
     counter = FlopCounterMode(display=False, depth=None)
     with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.eval()(torch.empty(1, 3, 224, 224, device="meta"))

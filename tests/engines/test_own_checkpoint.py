@@ -1,6 +1,6 @@
 """A loop of the user's own saves itself with ``torch.distributed.checkpoint``, and resumes exactly on other ranks and engines.
 
-Everything here is torch's or public in svite_scale, written as torch's tutorial on distributed checkpoints writes it.
+Everything here is torch's or public in svite_scale, as in docs/library.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,21 +26,9 @@ from tests.ranks import run_on_ranks
 STOP, END = 11, 20
 """Updates come after steps 6, 12 and 18. Steps 10 to 12 are a growth window, so two thirds of it are saved."""
 OPTIONS = svite_scale.TopologyOptions(grow_window=3, grown_warmup_steps=6)
+SEED = 5
+"""Of units. Candidates are drawn from it, so a resumed loop has to build its model with the same seed."""
 SIZES = {"img_size": 14, "patch_size": 7, "in_chans": 1, "embed_dim": 20, "depth": 2, "num_heads": 4, "num_classes": 10}
-
-
-class AppState(Stateful):
-    """Model and optimizer, whatever wraps and shards them."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 class Loop:
@@ -50,6 +37,7 @@ class Loop:
     def __init__(self, kind: str, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = timm.create_model("vit_tiny_patch16_224", **SIZES)
+        svite_scale.pack_units(model, neurons=0.5, seed=seed)
         svite_scale.sparsify(model, density=0.37, seed=seed)
         if kind == "fsdp2":
             for module in (*model.blocks, model):
@@ -59,7 +47,6 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
         self.topology = svite_scale.attach(self.model, self.optimizer, total_steps=40, update_every=6, options=OPTIONS)
         self.ema = svite_scale.Ema(self.model, self.topology, decay=0.9)
-        self.parts = {"app": AppState(self.model, self.optimizer), "topology": self.topology, "ema": self.ema}
 
     def train(self, last: int) -> list[float]:
         """Trains up to a step on each rank's part of 24 samples a step; returns the losses over all ranks."""
@@ -79,11 +66,17 @@ class Loop:
             losses.append(float(mean))
         return losses
 
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "topology": self.topology, "ema": self.ema}
+
     def save(self, path: Path) -> None:
-        dcp.save(self.parts, checkpoint_id=path)
+        dcp.save(self.state(), checkpoint_id=path)
 
     def load(self, path: Path) -> None:
-        dcp.load(self.parts, checkpoint_id=path)
+        state = self.state()
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 @dataclass
@@ -118,7 +111,7 @@ def saved(kind: str, path: Path) -> Result:
 
 
 def resumed(kind: str, path: Path) -> Result:
-    """Resumes with a model of other weights and masks, which the checkpoint replaces."""
+    """Resumes with a model of other weights, masks and candidates, which the checkpoint replaces."""
     loop = Loop(kind, seed=1)
     loop.load(path)
     assert loop.topology.steps == STOP

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "checkpoint",
     },
     "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
-    "": {"errors", "sparsity", "models", "engines", "train"},
+    "": {"errors", "sparsity", "models", "engines", "cost", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import. Besides, all may import the options of
 every part, which import nothing but each other: so the config is made of them, though most components stand above it."""

@@ -43,13 +43,15 @@ class Loss(NamedTuple):
     remedy: str
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+SPARSE_FIRST = "make the model sparse first, whole on each rank or on the meta device, and wrap it after that"
+
+
+def refuse_wrapped(model: nn.Module, remedy: str = SPARSE_FIRST) -> None:
     """Refuses a model that an engine has wrapped, or whose weights aren't whole on this rank.
 
     Raises:
         TopologyError: names the engine, or a weight.
     """
-    remedy = "make the model sparse first, whole on each rank or on the meta device, and wrap it after that"
     for module in model.modules():
         if is_engine(module):
             raise TopologyError(f"a {type(module).__name__} has wrapped the model already; {remedy}")
