@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -41,26 +40,14 @@ LEFT_OUT = {"img_size": None, "drop_path_rate": 0.0}
 REMEDY = "use another model, or leave out some of the sizes"
 
 
-@dataclass(frozen=True)
-class CheckedModel:
-    """A model that a run can train, on the meta device.
-
-    Attributes:
-        options: what timm is asked for: those of the config's fields that the model takes.
-        model: the model; a copy may be changed.
-    """
-
-    options: dict[str, Any]
-    model: nn.Module
-
-
 def build_dense(config: ModelConfig) -> nn.Module:
     """Returns the dense model, randomly initialised from torch's global generator, on torch's default device.
 
     Raises:
         ConfigError: timm has no such model, a run can't train it, or the sizes don't fit together.
     """
-    model = create("model.name", config.name, check_model(config).options, REMEDY)
+    options, _ = check_model(config)
+    model = create("model.name", config.name, options, REMEDY)
     if config.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(True)
     return model
@@ -88,8 +75,12 @@ def _has_layers(item: nn.Module) -> bool:
 
 
 @cache
-def check_model(config: ModelConfig) -> CheckedModel:
+def check_model(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:
     """Checks that a run can train the model and that its sizes fit, on the meta device, once for each config.
+
+    Returns:
+        The options that timm is asked for: those of the config's fields that the model takes. And the model on the meta device;
+        a copy of it may be changed.
 
     Raises:
         ConfigError: names the field and the remedy.
@@ -106,7 +97,7 @@ def check_model(config: ModelConfig) -> CheckedModel:
     _check_products(config, forwarded)
     if config.activation_checkpointing:
         _check_checkpointing(config.name, forwarded)
-    return CheckedModel(options, model)
+    return options, model
 
 
 def _create_with_options(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:

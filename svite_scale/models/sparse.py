@@ -43,7 +43,8 @@ def plan_sparse(config: ModelConfig, sparsity: SparseModelOptions) -> SparseMode
     Raises:
         ConfigError: see :func:`build_sparse`.
     """
-    model = deepcopy(check_model(config).model)
+    _, checked = check_model(config)
+    model = deepcopy(checked)
     with torch.device("meta"):
         return SparseModel(model, _make_sparse(model, sparsity, seed=0))
 
