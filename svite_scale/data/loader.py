@@ -168,10 +168,6 @@ class EvalData:
         self._rows, self._valid = evaluation_rows(self.num_samples, batch_size, world.rank, world.size)
         self.damage = DamageLimit("data.val", options.max_damaged, "it is left out")
 
-    def __len__(self) -> int:
-        """Returns the number of batches, which is the same on every rank."""
-        return len(self._rows)
-
     def __iter__(self) -> Iterator[Batch]:
         rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
         batches = load_batches(self._samples, rows, self._batch_shape, self._workers, replace=False)
