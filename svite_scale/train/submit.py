@@ -14,8 +14,8 @@ from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import check_world_size, validate
 from svite_scale.errors import ConfigError, RunError, SviteScaleError
+from svite_scale.runtime.ending import EXIT_CONFIG, EXIT_FAILED
 
-EXIT_CONFIG, EXIT_FAILED = 2, 1
 TEMPLATE = "launch/slurm/train.sbatch"
 SCRIPT, LOGS = "train.sbatch", "logs"
 """Names in the run directory."""
