@@ -26,8 +26,6 @@ from tests.ranks import run_on_ranks
 STOP, END = 11, 20
 """Updates come after steps 6, 12 and 18. Steps 10 to 12 are a growth window, so two thirds of it are saved."""
 OPTIONS = svite_scale.TopologyOptions(grow_window=3, grown_warmup_steps=6)
-SEED = 5
-"""Of units. Candidates are drawn from it, so a resumed loop has to build its model with the same seed."""
 SIZES = {"img_size": 14, "patch_size": 7, "in_chans": 1, "embed_dim": 20, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
@@ -37,7 +35,7 @@ class Loop:
     def __init__(self, kind: str, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = timm.create_model("vit_tiny_patch16_224", **SIZES)
-        svite_scale.pack_units(model, neurons=0.5, seed=SEED)
+        svite_scale.pack_units(model, neurons=0.5, seed=seed)
         svite_scale.sparsify(model, density=0.37, seed=seed)
         if kind == "fsdp2":
             for module in (*model.blocks, model):
@@ -111,7 +109,7 @@ def saved(kind: str, path: Path) -> Result:
 
 
 def resumed(kind: str, path: Path) -> Result:
-    """Resumes with a model of other weights and masks, which the checkpoint replaces."""
+    """Resumes with a model of other weights, masks and candidates, which the checkpoint replaces."""
     loop = Loop(kind, seed=1)
     loop.load(path)
     assert loop.topology.steps == STOP

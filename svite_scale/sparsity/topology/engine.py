@@ -186,7 +186,10 @@ class TopologyEngine:
         return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
 
     def counters(self) -> dict[str, Any]:
-        """Returns the part of :meth:`state_dict` that isn't tensors: plain numbers, and the names of frozen layers. Local."""
+        """Returns the part of :meth:`state_dict` that isn't tensors: plain numbers, the names of frozen layers, and what
+        candidates are drawn by, for each layer of heads or neurons. Local.
+        """
+        units = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
         return {
             "steps": self.steps,
             "last_update": self.last_update,
@@ -195,6 +198,7 @@ class TopologyEngine:
             "recorded_steps": self.growth.recorded_steps,
             "recorded_ranks": self.growth.world_size,
             "frozen": sorted(self.growth.frozen),
+            "candidates": {name: {"seed": layer.seed, "std": layer.candidate_std} for name, layer in units.items()},
         }
 
     @torch.no_grad()
@@ -244,6 +248,9 @@ class TopologyEngine:
         self.postponed, self._retry_step = counters["postponed"], counters["retry_step"]
         group = self.growth.group
         for name, layer in self.layers.items():
+            candidates = counters.get("candidates", {}).get(name)  # older checkpoints have none
+            if isinstance(layer, UnitLayer) and candidates:
+                layer.seed, layer.candidate_std = candidates["seed"], candidates["std"]
             device = layer.mask.device
             self.statistics.history[name] = own_chunk(state["history"][name], group).to(device)
             self.statistics.recently_grown[name] = own_chunk(state["recently_grown"][name], group).to(device)
