@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [--seeds 0 1 2] [--rows ROW ...] [--set key=value ...]
 
-Each run is that of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run. Below the
-table stands which share of all heads, and of all neurons, has ever been active in each run that packs them.
+Each run is one of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run. A second
+table has the fraction of all heads, and of all neurons, that were ever active, for each run that packs them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a script
 
 from benchmarks.machine import describe_machine
 from benchmarks.quickstart_runs import Result, mean_and_spread, run_all
@@ -34,13 +34,13 @@ ROWS = {
     "tokens 50%": [DENSE, "sparsity.tokens.keep=0.5"],
     "tokens 95%, weights 50%": ["sparsity.density=0.5", "sparsity.tokens.keep=0.95"],
 }
-"""Sparsity of weights, heads and neurons, and tokens that go on, with the overrides that make it."""
+"""The overrides of each row, by its name: the sparsity of weights, heads and neurons, and the tokens that are kept."""
 
 
 def ever_active(results: Sequence[Result], unit: str) -> str:
-    """The share of the units that were active at any time, mean and each seed, in percent."""
-    shares = [100 * result.metrics[f"{unit}/ever_active"] for result in results]
-    return f"{statistics.mean(shares):6.2f}  {' '.join(f'{share:6.2f}' for share in shares)}"
+    """Returns the fraction of the units that were active at any time, mean and each seed, in percent."""
+    fractions = [100 * result.metrics[f"{unit}/ever_active"] for result in results]
+    return f"{statistics.mean(fractions):6.2f}  {' '.join(f'{fraction:6.2f}' for fraction in fractions)}"
 
 
 def main() -> None:

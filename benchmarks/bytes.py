@@ -2,9 +2,9 @@
 
     python benchmarks/bytes.py [--model deit_tiny_patch16_224] [--density 0.3] [--world-sizes 1 2 4] [--precision fp32]
 
-Held bytes are the storages of the engine's own tensors between two steps, on rank 0; gradients are those of the parameters,
-and what else is alive before the optimizer's step and no longer after it. Buffers are what the engine holds besides, to reuse.
-Sent bytes are what the kernel counted on the ranks' own TCP connections in a step, divided by ranks.
+Held bytes are the storages of the engine's own tensors between two steps, on rank 0. Gradients are those of the parameters, and
+whatever else is alive before the optimizer's step but not after it. Buffers are what else the engine holds, to use it again.
+Sent bytes are what the kernel counted on the ranks' own TCP connections in a step, divided by the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests use, too
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' ranks, too
 
 from benchmarks.machine import describe_machine
 from svite_scale.config.schema import SparsityConfig
@@ -53,11 +53,11 @@ STATE = ("values", "master values", "mask", "gradients", "moments", "statistics"
 KINDS = (*STATE, "buffers")
 BATCH_SIZE, WARMUP_STEPS = 2, 2
 BYTES_RECEIVED = 128
-"""Where Linux's ``struct tcp_info`` has them."""
+"""Their offset in Linux's ``struct tcp_info``."""
 
 
 def measure(backend_name: str, model_name: str, density: float, precision: str) -> dict[str, float]:
-    """On each rank: bytes by kind on this rank, and bytes sent by an average rank in a step."""
+    """Returns the bytes by kind on this rank, and the bytes that an average rank sends in a step. A collective."""
     earlier = storages(live_tensors()).keys()
     model, _ = build_sparse(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
     options = EngineOptions(
@@ -73,7 +73,7 @@ def measure(backend_name: str, model_name: str, density: float, precision: str) 
 
 
 def sent_bytes(backend: Backend, topology: TopologyEngine) -> int:
-    """What all ranks send in a step."""
+    """Returns the bytes that all ranks send in a step. A collective."""
     dist.barrier()
     before = received_bytes()
     one_step(backend, topology)
@@ -95,7 +95,7 @@ def backward(backend: Backend) -> None:
 
 
 def gradient_of_a_step(backend: Backend, topology: TopologyEngine) -> dict[int, int]:
-    """Does one, and returns the storages of the gradient: address to size."""
+    """Does a step, and returns the storages of its gradient: sizes by address."""
     backward(backend)
     before, gradients = storages(live_tensors()), storages(gradients_of(backend))
     backend.step()
@@ -105,7 +105,7 @@ def gradient_of_a_step(backend: Backend, topology: TopologyEngine) -> dict[int, 
 
 
 def gradients_of(backend: Backend) -> list[Tensor]:
-    """This rank's part of the parameters' gradients, where the engine shows it."""
+    """Returns this rank's part of the gradients of all parameters for which the engine shows it."""
     trainable = [parameter for parameter in backend.model.parameters() if parameter.requires_grad]
     if hasattr(trainable[0], "ds_tensor"):
         return [safe_get_local_grad(parameter) for parameter in trainable]
@@ -113,10 +113,10 @@ def gradients_of(backend: Backend) -> list[Tensor]:
 
 
 def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[int]) -> dict[str, float]:
-    """Bytes of this rank's tensors by kind, each storage counted once, under the first kind that it serves.
+    """Returns the bytes of this rank's tensors by kind. Each storage counts once, under the first kind that it serves.
 
     Args:
-        backend: after some steps.
+        backend: has done some steps.
         topology: its topology engine.
         earlier: addresses of storages that were there before the backend.
     """
@@ -141,8 +141,8 @@ def held_bytes(backend: Backend, topology: TopologyEngine, earlier: Collection[i
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """The tensor that holds this rank's part of a parameter."""
-    tensor = getattr(tensor, "ds_tensor", tensor)  # where ZeRO-3 keeps it
+    """Returns the tensor that holds this rank's part of a parameter."""
+    tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 keeps it there
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -154,13 +154,13 @@ def live_tensors() -> list[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Size of each distinct storage by its address."""
+    """Returns the size of each distinct storage by its address."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def received_bytes() -> int:
-    """What this process's open TCP connections have received: unlike the loopback interface, nothing of other processes'."""
+    """Returns the bytes that this process's open TCP connections have received. The loopback interface counts all processes."""
     received = 0
     for link in Path("/proc/self/fd").iterdir():
         if link.is_symlink() and os.readlink(link).startswith("socket:"):
@@ -172,7 +172,7 @@ def received_bytes() -> int:
 
 
 def print_table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> None:
-    """One row per backend, world size and kind: packed MB, dense MB, ratio."""
+    """Prints a row per backend, world size and kind: packed MB, dense MB, ratio."""
     print(f"\n{'backend':8} {'ranks':>5}  {'kind':14} {'packed MB':>10} {'dense MB':>10} {'ratio':>7}")
     for backend, world_size, packed, dense in rows:
         packed, dense = ({**held, "state": sum(held[kind] for kind in STATE)} for held in (packed, dense))

@@ -1,10 +1,10 @@
-"""Checkpoints, packed against dense: how long a save keeps training waiting, how long it takes, and bytes on the disk.
+"""Checkpoints, packed against dense: the time for which a save makes training wait, its whole time, and its bytes on the disk.
 
     python benchmarks/checkpoint.py [--model deit_small_patch16_224] [--density 0.3] [--ranks 2] [--saves 5] [--folder /tmp]
 
-The stall is the time that ``save()`` takes on rank 0 while training goes on; the save is on the disk after the seconds beside
-it. Both are medians. Loading includes the checksums, and finds the files in memory. The state is one of training after a few
-topology updates, for these make bits that tell of the past.
+The stall is the time that ``save()`` takes on rank 0, in which training waits. The save is the time until all is on the disk.
+Both are medians. Loading includes the checksums, and finds the files in memory. The state is that of a training after a few
+topology updates, because these change the statistics.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests use, too
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' ranks, too
 
 from benchmarks.bytes import BACKENDS, BATCH_SIZE
 from benchmarks.machine import describe_machine
 from svite_scale.checkpoint.checkpoint import Checkpoint
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.build import build_backend
@@ -45,14 +45,14 @@ UPDATES = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one engine and density.
+    """The figures of one engine and density.
 
     Attributes:
         parameters: trainable elements.
         size: bytes of a checkpoint's files.
         stall_ms: median over saves.
-        save_s: the same.
-        load_s: of the last save.
+        save_s: median over saves.
+        load_s: for the last save.
     """
 
     parameters: int
@@ -63,7 +63,7 @@ class Measured:
 
 
 def measure(backend_name: str, model_name: str, density: float, ema: bool, num_saves: int, folder: Path) -> Measured:
-    """Runs on every rank."""
+    """Measures one engine and density. A collective: all ranks call it."""
     config = Config(
         run_dir=str(folder),
         model=ModelConfig(name=model_name),
@@ -79,7 +79,7 @@ def measure(backend_name: str, model_name: str, density: float, ema: bool, num_s
     topology = TopologyEngine(model, backend.access, schedule, group=dist.group.WORLD)
     average = Ema(model, topology, 0.9999) if ema else None
     name = f"{backend_name}-{density}-{ema}"
-    checkpoint = Checkpoint(folder / name, config, RunState(backend, topology, average))
+    checkpoint = Checkpoint(folder / name, config, RunParts(backend, topology, average))
     for _ in range(UPDATES):
         train_step(backend, topology)
     stalls, seconds = [], []
@@ -108,13 +108,13 @@ def train_step(backend: Backend, topology: TopologyEngine) -> None:
 
 
 def row(backend: str, ema: bool, packed: Measured, dense: Measured) -> str:
-    """One line of the table."""
-    share = packed.parameters / dense.parameters
+    """Returns one line of the table."""
+    fraction = packed.parameters / dense.parameters
     cells = [
         backend + (" with EMA" if ema else ""),
         f"{packed.size / 1e6:.1f} / {dense.size / 1e6:.1f}",
         f"{packed.size / dense.size:.4f}",
-        f"{share:.4f}",
+        f"{fraction:.4f}",
         f"{packed.stall_ms:.0f} / {dense.stall_ms:.0f}",
         f"{packed.save_s:.2f} / {dense.save_s:.2f}",
         f"{packed.load_s:.2f} / {dense.load_s:.2f}",
@@ -134,7 +134,8 @@ def main() -> None:
     print(describe_machine())
     print(f"{arguments.model}, density {arguments.density}, {arguments.ranks} ranks; packed / dense twin\n")
     print(
-        "| engine | size MB | ratio | active share of parameters | stall ms | save s | load s |\n|---|---|---|---|---|---|---|"
+        "| engine | size MB | ratio | active fraction of parameters | stall ms | save s | load s |\n"
+        "|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for backend in arguments.backends:

@@ -1,10 +1,11 @@
-"""The data loader: speed beside others, its order at ImageNet's size, how it shuffles, what it reads, remote shards.
+"""The data loader: its speed beside other loaders, and its order, shuffling, locality and remote shards.
 
     python benchmarks/data.py [--sections speed order shuffling locality remote] [--images 1280] [--rounds 8]
 
 Speed is in samples per second of one core: a loader's one worker process and the process that iterates are pinned to the same
-core. Images are 500 x 375 JPEGs made of scikit-learn's two photographs; all apply DeiT's crop, flip and rand-m9-mstd0.5-inc1 at
-224 px and give uint8 batches. They take turns of some seconds, and ratios are medians of the ratios within a round.
+core. Images are 500 x 375 JPEGs made of scikit-learn's two photographs. All loaders apply DeiT's crop, flip and
+rand-m9-mstd0.5-inc1 at 224 px, and give uint8 batches. They take turns of some seconds; a ratio is the median of the ratios
+within a round. The other sections have an order of ImageNet's size.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.data_order import locality_section, order_section, shuffling_section
 from benchmarks.data_remote import data_of_one_rank, remote_section
@@ -48,7 +49,7 @@ OTHERS = ("timm wds", "webdataset", "torchvision ImageFolder")
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEGs of 500 x 375 px, cut at random from two photographs of 640 x 427 px."""
+    """Returns JPEGs of 500 x 375 px, cut at random from two photographs of 640 x 427 px."""
     sources = [Image.fromarray(image) for image in load_sample_images().images]
     random = np.random.default_rng(0)
     found = []
@@ -120,7 +121,7 @@ def folder_loader(directory: Path, count: int) -> Iterable[object]:
 
 
 def without_loader(directory: Path, step: Callable[[bytes], object]) -> Iterable[object]:
-    """Applies ``step`` to the images, which are read into memory before."""
+    """Applies ``step`` to the images, after it has read all of them into memory."""
     contents = [
         index.path.read_bytes()[offset : offset + length]
         for index in load_indexes(f"{directory}/shards")
@@ -168,14 +169,14 @@ def opened(content: bytes) -> Image.Image:
 
 
 def take_turns(contenders: dict[str, Callable[[], Iterable[object]]], rounds: int) -> dict[str, list[float]]:
-    """Samples per second of each in each round; a round keeps to one core, the next takes the next core."""
+    """Returns the samples per second of each in each round. A round runs on one core, the next round on the next core."""
     allowed = sorted(os.sched_getaffinity(0))
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         os.sched_setaffinity(0, {allowed[turn % len(allowed)]})  # worker processes inherit it
         for name in list(contenders)[:: -1 if turn % 2 else 1]:
             value = samples_per_second(contenders[name]())
-            if turn:  # the first round warms caches up
+            if turn:  # the first round fills caches
                 speeds[name].append(value)
     os.sched_setaffinity(0, allowed)
     return speeds
@@ -193,7 +194,7 @@ SECTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--images", type=int, default=1280, help="that a loader reads in one turn; a multiple of 64")
+    parser.add_argument("--images", type=int, default=1280, help="images that a loader reads in one turn; a multiple of 64")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--shuffle-shards", type=int, default=64, help="data.shuffle_shards")
     arguments = parser.parse_args()

@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--sections kernels selection steps update compile graph] [--rounds 15]
 
 A training step is forward, backward and fused AdamW in bf16 autocast at 224 px. Packed and dense models run alternately in one
-process, so that whatever else the machine does meets both alike. Times are medians, ratios are medians of the ratios of
-neighbours. *Peak* is what torch's allocator gave out at most during steps, all of the model's training state included.
+process, so that other load on the machine affects both alike. Times are medians; a ratio is the median of the ratios of
+successive runs. *Peak* is the most memory that torch's allocator gave out during steps, with all of the model's training state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio
@@ -53,15 +53,15 @@ DEIT_SMALL = {"packed": ("deit_small_patch16_224", 0.3), "dense": ("deit_small_p
 LAYERS = {"proj": 768 * 768, "qkv": 2304 * 768, "fc1, fc2": 3072 * 768}
 """Weights of the layers of DeiT-Base."""
 OF_PACKING = ("_count_kernel", "_expand_kernel", "_compress_kernel", "scan")
-"""Parts of the names of the GPU kernels that packed weights take beyond a dense model's; the casts of values to bf16 aren't
-told apart from others."""
+"""Parts of the names of the GPU kernels that packed weights need in addition to a dense model's. Casts of values to bf16 aren't
+among them, because their names are those of other casts."""
 
 
 class Run:
     """A model with its optimizer on the GPU, one step at a time."""
 
     def __init__(self, name: str, density: float, batch_size: int) -> None:
-        """Builds it, takes some steps, and measures their peak memory in MiB."""
+        """Builds the model, takes two steps, and measures the peak memory of the second in MiB."""
         gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
@@ -86,7 +86,7 @@ class Run:
 
 
 class GraphedRun(Run):
-    """The same, its forward and backward being one CUDA graph."""
+    """A run whose forward and backward are one CUDA graph."""
 
     def __init__(self, name: str, density: float, batch_size: int) -> None:
         super().__init__(name, density, batch_size)
@@ -107,7 +107,7 @@ class GraphedRun(Run):
 
 
 def step_section(rounds: int) -> None:
-    """Time and peak memory of a step, packed beside dense; how busy the GPU is in a packed one, and with what."""
+    """Prints time and peak memory of a step, packed beside dense, and the GPU's busy time in a packed step."""
     print(
         f"\n{'step':30} {'ms':>9} {'dense ms':>9} {'ratio':>6} {'MiB':>7} {'dense':>7} {'ratio':>6} "
         f"{'GPU ms':>7} {'packing':>7}"
@@ -129,7 +129,7 @@ def step_section(rounds: int) -> None:
 
 
 def gpu_times(step: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds in which a step keeps the GPU busy, and of them those of packed weights' own kernels."""
+    """Returns the milliseconds for which a step keeps the GPU busy, and the part of packed weights' own kernels in them."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
@@ -140,7 +140,7 @@ def gpu_times(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def kernel_section(rounds: int) -> None:
-    """Expand and compress beside a copy of the dense weight, in bytes that each must at least read and write."""
+    """Prints the times of expand and compress beside a copy of the dense weight. Bytes: what must be read and written."""
     print(f"\n{'kernel':16} {'positions':>11} {'dtype':9} {'path':7} {'ms':>8} {'GB/s':>7} {'of a copy':>10}")
     for numel in (2304 * 768, 2**28):
         for dtype in (torch.float32, torch.bfloat16):
@@ -148,7 +148,7 @@ def kernel_section(rounds: int) -> None:
 
 
 def selection_section(rounds: int) -> None:
-    """The k-th smallest of a layer's scores by this package's selection, beside torch's own ways; a whole decision."""
+    """Prints the time to find the k-th smallest of a layer's scores, beside torch's own ways, and that of a whole decision."""
     header = ("ours", "kthvalue", "topk", "sort", "prune_and_grow")
     print(f"\n{'selection, ms':15} {'scores':>9} {' '.join(f'{name:>9}' for name in header)}")
     for device, (name, numel) in product(("cuda", "cpu"), LAYERS.items()):
@@ -171,7 +171,7 @@ def selection_section(rounds: int) -> None:
 
 
 def update_section(rounds: int) -> None:
-    """A whole prune-and-grow update of DeiT-Base, beside the steps with and without recording of dense gradients."""
+    """Prints the times of a prune-and-grow update of DeiT-Base, and of steps that record dense gradients or don't."""
     print(
         f"\n{'update of DeiT-Base':20} {'ms':>9} {'longest':>9} {'step ms':>9} {'recorded':>9} {'MiB above':>9} {'recorded':>9}"
     )
@@ -204,7 +204,7 @@ def update_section(rounds: int) -> None:
 
 
 def timed(task: Callable[[], object]) -> float:
-    """Seconds from an idle GPU to an idle GPU."""
+    """Returns the seconds from an idle GPU to an idle GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     task()
@@ -213,7 +213,7 @@ def timed(task: Callable[[], object]) -> float:
 
 
 def compile_section(rounds: int) -> None:
-    """A step of DeiT-Small whose blocks are compiled one by one, packed beside dense, each beside its eager twin."""
+    """Prints the time of a step of DeiT-Small whose blocks are compiled one by one, packed and dense, beside eager twins."""
     runs, compiled = ({kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()} for _ in range(2))
     for run in compiled.values():
         for block in blocks(run.model):
@@ -227,7 +227,7 @@ def compile_section(rounds: int) -> None:
 
 
 def graph_section(rounds: int) -> None:
-    """A step whose forward and backward are replayed as one CUDA graph, beside its eager twin; the graph after an update."""
+    """Prints the time of a step that replays a CUDA graph, beside its eager twin, and the graph's loss after an update."""
     for name, batch_size in GRAPHS:
         densities = {"packed": 0.3, "dense": 1.0}
         runs = {kind: Run(name, density, batch_size) for kind, density in densities.items()}

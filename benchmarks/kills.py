@@ -1,10 +1,10 @@
-"""Kills training ranks at random instants of a save, and looks for what is lost.
+"""Kills training ranks at random instants of a save, and checks that no checkpoint is lost.
 
     python benchmarks/kills.py [--instants 200] [--seed 0]
 
-Two real ranks save in a loop. One of them, drawn at random, is killed with SIGKILL at an instant drawn from a save's duration;
-the other is killed with it, or left to die of it. Then two new ranks load the newest valid checkpoint, check each number in it,
-and go on. It must be the one whose save was last reported done, or the one whose save was going on.
+Two real ranks save in a loop. One of them, chosen at random, is killed with SIGKILL at a random instant of a save; the other is
+killed with it, or ends because of it. Then two new ranks load the newest valid checkpoint, check each number in it, and resume.
+It must be the checkpoint whose save was last reported done, or the one that was being saved.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, wherever this is started
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the package, from any folder
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.options import CheckpointConfig
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.engines.torch_backend import TorchBackend
@@ -42,19 +42,19 @@ from svite_scale.sparsity.topology.schedule import UpdateSchedule
 RANKS, STEPS_PER_EPOCH = 2, 2
 SAVING = CheckpointConfig(keep_last=2, on_error="stop")
 ANSWER_S = 120
-"""Longest that ranks may take to load or save; it fails then, and doesn't hang."""
+"""Longest time that ranks may take to load or save, so that this fails and doesn't hang."""
 
 
 @dataclass
 class Outcome:
-    """What a series of kills came to.
+    """The results of a series of kills.
 
     Attributes:
-        during_save: kills between the begin of a save and its report of being done.
-        between_saves: kills that came after it, by chance; they don't count.
-        loaded_previous: loads, after the former, of the checkpoint before the save.
-        loaded_new: loads of the one that was being saved: it was complete when the kill came.
-        save_ms: of the saves that were reported done.
+        during_save: kills between the beginning of a save and the report that it is done.
+        between_saves: kills that came, by chance, after that report; they don't count.
+        loaded_previous: loads, after a kill during a save, of the checkpoint before the save.
+        loaded_new: loads of the checkpoint that was being saved: it was complete when the kill came.
+        save_ms: milliseconds of each save that was reported done.
     """
 
     during_save: int = 0
@@ -64,7 +64,7 @@ class Outcome:
     save_ms: list[float] = field(default_factory=list)
 
     def check(self, loaded: int, saved: int, attempted: int) -> None:
-        """Counts what was loaded after a kill: the step reported saved, or the one attempted."""
+        """Counts what was loaded after a kill, which must be the step reported saved or the one attempted."""
         assert loaded in (saved, attempted), f"step {saved} was saved and {attempted} attempted, but {loaded} was loaded"
         if attempted > saved:
             self.loaded_new += loaded == attempted
@@ -72,32 +72,32 @@ class Outcome:
 
 
 def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
-    """Kills until that many kills have hit a save.
+    """Kills ranks until ``instants`` kills have hit a save.
 
     Args:
-        instants: see above.
+        instants: kills that must hit a save.
         folder: for checkpoints.
-        seed: of the instants and victims.
+        seed: for choosing instants and ranks.
 
     Raises:
-        AssertionError: something valid was lost, or a number in it was wrong; or a rank failed by itself.
+        AssertionError: a valid checkpoint was lost, or a number in it was wrong, or a rank failed by itself.
     """
     draw = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    # It imports once what all ranks need; torch's optimizers and FSDP2 would import the second when they are first used.
+    # Imported once for all ranks; torch's optimizers and FSDP2 would import the second when they are first used.
     context.set_forkserver_preload(["benchmarks.kills", "torch._dynamo"])
     outcome = Outcome()
     saved = attempted = 0
     while outcome.during_save < instants:
         ranks = Pair(context, folder, outcome.during_save + outcome.between_saves)
         try:
-            loaded = ranks.record_gradient("loaded")
+            loaded = ranks.next_message("loaded")
             outcome.check(loaded, saved, attempted)
-            # Some saves go well first, so that there are old checkpoints to remove too.
+            # Some saves succeed first, so that there are old checkpoints to remove too.
             for _ in range(draw.randint(0, 2)):
                 outcome.save_ms.append(ranks.save_duration())
             typical = sorted(outcome.save_ms)[len(outcome.save_ms) // 2] if outcome.save_ms else 50.0
-            ranks.record_gradient("saving")
+            ranks.next_message("saving")
             time.sleep(draw.random() * 1.1 * typical / 1000)
             ranks.kill(draw.randrange(RANKS), both=draw.random() < 0.5)
         finally:
@@ -107,14 +107,14 @@ def kill_at_random(instants: int, folder: Path, seed: int = 0) -> Outcome:
         outcome.between_saves += attempted == saved
     ranks = Pair(context, folder, -1)
     try:
-        outcome.check(ranks.record_gradient("loaded"), saved, attempted)
+        outcome.check(ranks.next_message("loaded"), saved, attempted)
     finally:
         ranks.end()
     return outcome
 
 
 class Pair:
-    """Two ranks of one process group, which tell what they do."""
+    """Two ranks of one process group, which report what they do."""
 
     def __init__(self, context: multiprocessing.context.ForkServerContext, folder: Path, number: int) -> None:
         self.saving = self.saved = 0
@@ -129,8 +129,8 @@ class Pair:
             self._processes.append(process)
         theirs.close()
 
-    def record_gradient(self, kind: str) -> int:
-        """The step of the next message of a kind."""
+    def next_message(self, kind: str) -> int:
+        """Returns the step of the next message of a kind."""
         while True:
             try:
                 assert self._messages.poll(ANSWER_S), f"no {kind!r} in {ANSWER_S} s"
@@ -143,14 +143,14 @@ class Pair:
                 return step
 
     def save_duration(self) -> float:
-        """Milliseconds of the next save."""
-        self.record_gradient("saving")
+        """Waits for the next save, and returns its milliseconds."""
+        self.next_message("saving")
         started = time.perf_counter()
-        self.record_gradient("saved")
+        self.next_message("saved")
         return 1000 * (time.perf_counter() - started)
 
     def kill(self, victim: int, *, both: bool) -> None:
-        """Kills one rank, and the other with it, or leaves it to find out."""
+        """Kills one rank. Kills the other too, or lets it find out."""
         dying, survivor = self._processes[victim], self._processes[1 - victim]
         dying.kill()
         if both:
@@ -159,9 +159,9 @@ class Pair:
         dying.join()
 
     def end(self) -> None:
-        """Ends both, and reads what they had said."""
+        """Ends both, and reads their last messages."""
         for process in self._processes:
-            # Asked first: the number of one that has ended may be another's by now.
+            # Another process may have the number of one that has ended.
             if process.is_alive():
                 process.kill()
             process.join()
@@ -178,15 +178,15 @@ class Pair:
 
 
 def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages: Connection) -> None:
-    """A rank: loads the newest checkpoint, checks it, and saves one step after another. Rank 0 tells."""
-    # Its dying of the other's death is no news; anything else is.
+    """Runs one rank: loads the newest checkpoint, checks it, and saves one step after another. Rank 0 reports."""
+    # The errors are only shown if a rank fails that wasn't killed.
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     faulthandler.dump_traceback_later(ANSWER_S / 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
 
-    def tell(kind: str, step: int) -> None:
+    def report(kind: str, step: int) -> None:
         if rank == 0:
             messages.send((kind, step))
 
@@ -194,26 +194,26 @@ def save_for_ever(rank: int, directory: Path, store: str, errors: Path, messages
     if checkpoint.newest_valid() is not None:
         checkpoint.load_newest()
         check_state(backend, topology.steps)
-    tell("loaded", topology.steps)
+    report("loaded", topology.steps)
     while True:
         topology.step()
         write_state(backend, topology.steps)
-        tell("saving", topology.steps)
+        report("saving", topology.steps)
         checkpoint.save(topology.steps)
         if topology.steps % 2 == 0:
             checkpoint.wait()
-        # Else the save runs in the background, while this thread has collectives of its own, as training does.
+        # Otherwise the save runs in the background, while this thread has collectives of its own, as training does.
         while "checkpoint_seconds" not in checkpoint.metrics():
             time.sleep(0.001)
-        tell("saved", topology.steps)
+        report("saved", topology.steps)
 
 
 def small_run(
     directory: Path, saving: CheckpointConfig = SAVING, kind: str = "fsdp2"
 ) -> tuple[Backend, TopologyEngine, Checkpoint]:
-    """A sparse model, on FSDP2 unless said otherwise, whose topology stands still, and its checkpoints."""
+    """Returns a sparse model on an engine of this kind, its topology, which doesn't change, and its checkpoints."""
     torch.manual_seed(0)
-    # The first is large enough to be saved in chunks.
+    # The first layer is large enough to be saved in chunks.
     model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 11))
     sparsify(model, 0.4)
     options = EngineOptions(device=torch.device("cpu"), wrap_units=[], micro_batch_size=1)
@@ -227,7 +227,7 @@ def small_run(
     def keeps(step: int) -> bool:
         return every is not None and step % (every * STEPS_PER_EPOCH) == 0
 
-    return backend, topology, Checkpoint(directory, config, RunState(backend, topology), keeps)
+    return backend, topology, Checkpoint(directory, config, RunParts(backend, topology), keeps)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -236,7 +236,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def write_state(backend: Backend, step: int) -> None:
-    """Makes every trained number, and every moment, the step's."""
+    """Sets every trained number to the step, and every moment to the step plus a half."""
     access = backend.access
     for parameter in trained(backend):
         access.write(parameter, torch.full_like(access.read(parameter), step))
@@ -246,8 +246,10 @@ def write_state(backend: Backend, step: int) -> None:
 
 @torch.no_grad()
 def check_state(backend: Backend, step: int) -> None:
-    """Raises:
-    AssertionError: a number isn't what :func:`write_state` wrote.
+    """Checks all that :func:`write_state` wrote.
+
+    Raises:
+        AssertionError: a number is another one.
     """
     access = backend.access
     for parameter in trained(backend):

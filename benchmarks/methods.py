@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--density 0.1] [--seeds 0 1 2] [--methods svite set static dense] [--set key=value ...]
 
-Each run is that of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run.
+Each run is one of ``benchmarks/quickstart_runs.py``; a ``key=value`` replaces a value of the config in every run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a script
 
 from benchmarks.machine import describe_machine
 from benchmarks.quickstart_runs import mean_and_spread, run_all

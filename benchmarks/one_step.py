@@ -2,9 +2,9 @@
 
     python benchmarks/one_step.py [--config configs/deit_base_s70.yaml] [--ranks 2] [--batch-size 4]
 
-Runs ``launch/train.py`` as it is, on shards made of scikit-learn's photographs, for one step. The peak is each rank's largest
-resident set, as the kernel reports it when the rank ends; the same command with a model of almost no size tells what imports
-and data take.
+Runs ``launch/train.py`` as it is, on shards made of scikit-learn's photographs, for one step. The peak is the largest resident
+set of a rank, as the kernel reports it when the rank ends. The same command with a model of almost no size shows the memory of
+imports and data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
 from tests.ranks import free_port

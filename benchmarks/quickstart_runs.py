@@ -1,7 +1,7 @@
-"""Runs of ``configs/quickstart.yaml`` with other values, over seeds: what the accuracy benchmarks share.
+"""Runs of ``configs/quickstart.yaml`` with other values, over seeds, for the accuracy benchmarks.
 
-Each run is one process and one thread, two runs at a time. A seed fixes the weights, the masks, the order of the data and its
-augmentation. Shards are made by ``make quickstart``.
+Each run is one process with one thread; two runs train at a time. A seed fixes the weights, the masks, the order of the data
+and its augmentation. ``make quickstart`` makes the shards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARALLEL_RUNS = 2
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one run.
+    """The result of one run.
 
     Attributes:
         accuracy: on the test digits, in percent.
@@ -36,7 +36,7 @@ class Result:
 
 
 def run(name: str, seed: int, overrides: Sequence[str], folder: Path) -> Result:
-    """One run, from start to end."""
+    """Trains one run from start to end."""
     run_dir = folder / f"{name.replace('/', '-')}-{seed}"
     command = [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml", f"run_dir={run_dir}", f"seed={seed}"]
     command += ["parallel.backend=single", "tracking.mlflow=false", *overrides]
@@ -50,7 +50,7 @@ def run(name: str, seed: int, overrides: Sequence[str], folder: Path) -> Result:
 
 
 def run_all(rows: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> dict[str, list[Result]]:
-    """By row's name, the result of each seed; ``rows`` holds each row's overrides."""
+    """Returns the results of each row, one per seed. ``rows`` holds the overrides by the row's name."""
     runs = list(product(rows, seeds))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL_RUNS) as pool:
         results = pool.map(lambda each: run(each[0], each[1], rows[each[0]], Path(folder)), runs)
@@ -59,7 +59,7 @@ def run_all(rows: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> dict[str
 
 
 def mean_and_spread(results: Sequence[Result]) -> str:
-    """``mean  standard deviation  each seed``, in percent."""
+    """Returns ``mean  standard deviation  each seed``, in percent."""
     accuracies = [result.accuracy for result in results]
     spread = f"{statistics.stdev(accuracies):5.2f}" if len(accuracies) > 1 else "    -"
     return f"{statistics.mean(accuracies):6.2f} {spread}  {' '.join(f'{value:6.2f}' for value in accuracies)}"

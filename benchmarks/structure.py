@@ -1,9 +1,9 @@
-"""Time that absent heads, neurons and tokens save, beside the multiply-accumulates that they save: training and inference.
+"""Time saved by absent heads, neurons and tokens, beside the multiply-accumulates saved, in training and inference.
 
     python benchmarks/structure.py [--threads 2] [--batch-size 16] [--rounds 15] [--device cpu]
 
-DeiT-Small at 224 px. Each row's sparse model and its dense twin run alternately in one process, so that whatever else the
-machine does meets both alike. Times are medians; a saving of time is one less the median of the ratios of neighbours.
+DeiT-Small at 224 px. The sparse model of a row and its dense twin run alternately in one process, so that other load on the
+machine affects both alike. Times are medians; the time saved is 1 minus the median of the ratios of successive runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
 from benchmarks.timing import alternate, ratio

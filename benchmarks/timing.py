@@ -1,4 +1,4 @@
-"""Timing things against each other in one process."""
+"""Timing of tasks against each other in one process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 WARMUP = 3
-"""Rounds that don't count."""
+"""Number of first rounds that don't count."""
 
 
 def alternate(tasks: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each task in each round; a round runs every task once, in turns from the first or from the last."""
+    """Returns the seconds of each task in each round. A round runs every task once; every other round runs them backwards."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(WARMUP + rounds):
         for name in list(tasks)[:: -1 if turn % 2 else 1]:
@@ -32,4 +32,5 @@ def synchronize(device: str) -> None:
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Returns the median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

@@ -1,9 +1,9 @@
-"""What sparsity costs and saves in time: the kernels of packed weights, a training step, the optimizer's step, an update.
+"""Time that sparsity costs and saves: the kernels of packed weights, a training step, the optimizer's step, an update.
 
     python benchmarks/topology.py [--sections kernels step optimizer update] [--threads 2] [--density 0.3]
 
-What is compared runs alternately in one process, so that whatever else the machine does meets both alike. Times are medians,
-ratios are medians of the ratios of neighbours.
+What is compared runs alternately in one process, so that other load on the machine affects both alike. Times are medians; a
+ratio is the median of the ratios of successive runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
 from benchmarks.timing import WARMUP, alternate, ratio
@@ -35,12 +35,12 @@ from svite_scale.train.options import OptimizerConfig
 
 MODEL = ModelConfig(name="deit_small_patch16_224")
 NUMELS = {"cpu": (2304 * 768,), "cuda": (2304 * 768, 2**28)}
-"""By device, positions of the weights that kernels are timed on: queries, keys and values of DeiT-Base; on a GPU, where that
-takes less time than the launches, also one so large that they don't count."""
+"""By device, the number of positions of each weight that kernels are timed on. The first is the qkv weight of DeiT-Base.
+On a GPU it takes less time than the launches, so there is also one so large that launches don't count."""
 
 
 def kernel_section(arguments: argparse.Namespace) -> None:
-    """Expand and compress beside a copy of the dense weight, in bytes that each must at least read and write."""
+    """Prints the times of expand and compress beside a copy of the dense weight. Bytes: what must be read and written."""
     print(f"\n{'kernel':16} {'positions':>11} {'dtype':9} {'path':7} {'ms':>8} {'GB/s':>7} {'of a copy':>10}")
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         for numel, dtype in product(NUMELS[device], (torch.float32, torch.bfloat16)):
@@ -48,7 +48,7 @@ def kernel_section(arguments: argparse.Namespace) -> None:
 
 
 def kernel_rows(device: str, numel: int, dtype: torch.dtype, arguments: argparse.Namespace) -> None:
-    """One row per kernel and path."""
+    """Prints a row per kernel and path."""
     generator = torch.Generator().manual_seed(0)
     active = (torch.rand(numel, generator=generator) < arguments.density).to(device)
     mask, dense = bits.pack(active), torch.randn(numel, generator=generator).to(device, dtype)
@@ -89,7 +89,7 @@ class Run:
 
 
 def step_section(arguments: argparse.Namespace) -> None:
-    """Forward, backward and AdamW of a packed model beside its dense twin."""
+    """Prints the time of forward, backward and AdamW of a packed model beside its dense twin."""
     print(f"\n{'step':24} {'packed ms':>10} {'dense ms':>9} {'ratio':>7}")
     packed, dense = Run(arguments.density), Run(1.0)
     for batch_size in arguments.batch_sizes:
@@ -99,7 +99,7 @@ def step_section(arguments: argparse.Namespace) -> None:
 
 
 def optimizer_section(arguments: argparse.Namespace) -> None:
-    """AdamW on the values of a packed model beside AdamW on the weights of its dense twin."""
+    """Prints the time of AdamW on the values of a packed model beside AdamW on the weights of its dense twin."""
     print(f"\n{'optimizer':24} {'packed ms':>10} {'dense ms':>9} {'ratio':>7}")
     runs = {"packed": Run(arguments.density), "dense": Run(1.0)}
     for run in runs.values():
@@ -108,7 +108,7 @@ def optimizer_section(arguments: argparse.Namespace) -> None:
 
 
 def update_section(arguments: argparse.Namespace) -> None:
-    """A whole prune-and-grow update of DeiT-Base, and how much longer the step takes whose gradients are recorded."""
+    """Prints the time of a prune-and-grow update of DeiT-Base, and the time that recording gradients adds to a step."""
     run = Run(arguments.density, ModelConfig(name="deit_base_patch16_224"))
     topology = attach(run.model, run.optimizer, total_steps=10_000, update_every=2)
     seconds: dict[str, list[float]] = {"step": [], "recorded step": [], "update": []}

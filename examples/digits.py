@@ -1,4 +1,4 @@
-"""What the examples train on: scikit-learn's 1,797 real digits of 8x8 pixels, and a small vision transformer for them."""
+"""The data and the model of the examples: scikit-learn's 1,797 real digits of 8x8 pixels, and a small vision transformer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 0
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    """1,500 digits to train on, and 297 others to test on: images ``[1, 8, 8]`` in -1 .. 1, and their labels."""
+    """Returns 1,500 digits to train on, and 297 others to test on: images ``[1, 8, 8]`` in -1 .. 1, and their labels."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     data = TensorDataset(images, torch.tensor(labels))
@@ -25,13 +25,13 @@ def load() -> tuple[TensorDataset, TensorDataset]:
 
 
 def build_model() -> VisionTransformer:
-    """A dense ViT of 4 patches and 3 blocks, with the same initial weights on every rank."""
+    """Returns a dense ViT of 4 patches and 3 blocks, with the same initial weights on every rank."""
     torch.manual_seed(SEED)
     return VisionTransformer(img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=3, num_heads=4)
 
 
 def summary(updates: Sequence[TopologyUpdate | None]) -> str:
-    """What the topology updates of an epoch did, out of all that ``topology.step()`` returned in it."""
+    """Returns one line about an epoch's topology updates. ``updates`` is everything that ``topology.step()`` returned in it."""
     done = [update for update in updates if update is not None]
     layers = [layer for update in done for layer in update.layers.values()]
     dropped, regrown = sum(layer.dropped for layer in layers), sum(layer.regrown for layer in layers)

@@ -24,7 +24,7 @@ def train(epochs: int, zero_stage: int) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 32,
         "zero_optimization": {"stage": zero_stage},
-        "gradient_clipping": 0.0,  # stated, because left out it isn't off
+        "gradient_clipping": 0.0,  # stated, because DeepSpeed clips by default
         "steps_per_print": 10**9,
     }
     model = digits.build_model()
@@ -58,7 +58,7 @@ def train(epochs: int, zero_stage: int) -> None:
 
 @torch.no_grad()
 def accuracy(engine: Any, data: TensorDataset) -> float:
-    """The share of the samples that the model recognises. Each rank takes its share in one batch, so none waits for another."""
+    """Returns the fraction of recognised samples. Each rank takes its part in one batch, so all do one forward."""
     engine.eval()
     images, labels = data[dist.get_rank() :: dist.get_world_size()]
     correct = engine(images.to(engine.device)).argmax(dim=1) == labels.to(engine.device)
@@ -66,28 +66,28 @@ def accuracy(engine: Any, data: TensorDataset) -> float:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Its sum over all ranks."""
+    """Returns the sum over all ranks. A collective."""
     dist.all_reduce(tensor)
     return tensor
 
 
 def say(line: str) -> None:
-    """Prints on one rank."""
+    """Prints a line, on one rank only."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3)
-    parser.add_argument("--local_rank", help="which the deepspeed launcher adds; the environment says it too")
+    parser.add_argument("--local_rank", help="added by the deepspeed launcher; not used, because the environment has it too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     train(arguments.epochs, arguments.zero_stage)
-    # gloo's threads let go of their last tensors meanwhile; after Python's end that aborts (pytorch/pytorch#179291).
+    # Meanwhile gloo's threads release their last tensors; after Python's end this would abort (pytorch/pytorch#179291).
     dist.barrier()
     dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def train(epochs: int, device: torch.device) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: TensorDataset, device: torch.device) -> float:
-    """The share of the samples that the model recognises. Each rank takes its share in one batch, so none waits for another."""
+    """Returns the fraction of recognised samples. Each rank takes its part in one batch, so all do one forward."""
     model.eval()
     images, labels = data[dist.get_rank() :: dist.get_world_size()]
     correct = model(images.to(device)).argmax(dim=1) == labels.to(device)
@@ -63,13 +63,13 @@ def accuracy(model: nn.Module, data: TensorDataset, device: torch.device) -> flo
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Its sum over all ranks."""
+    """Returns the sum over all ranks. A collective."""
     dist.all_reduce(tensor)
     return tensor
 
 
 def say(line: str) -> None:
-    """Prints on one rank."""
+    """Prints a line, on one rank only."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 
@@ -87,13 +87,13 @@ def start() -> torch.device:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()
     device = start()
     train(arguments.epochs, device)
-    # gloo's threads let go of their last tensors meanwhile; after Python's end that aborts (pytorch/pytorch#179291).
+    # Meanwhile gloo's threads release their last tensors; after Python's end this would abort (pytorch/pytorch#179291).
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,7 +2,8 @@
 
 accelerate launch --multi_gpu --num_processes 2 examples/with_accelerate.py
 
-The same command serves a machine without a GPU; ``--cpu`` in place of ``--multi_gpu`` would start one process without a word.
+The same command serves a machine without a GPU. Don't use ``--cpu`` in place of ``--multi_gpu``: it silently starts one
+process.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ def train(epochs: int, accelerator: Accelerator) -> None:
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         accelerator.print(f"epoch {epoch + 1}: loss {loss:.4f}, {digits.summary(updates)}")
-    share = accuracy(model, test_loader, accelerator)
-    accelerator.print(f"test accuracy {share:.1%} on {len(test_data)} digits")
+    recognised = accuracy(model, test_loader, accelerator)
+    accelerator.print(f"test accuracy {recognised:.1%} on {len(test_data)} digits")
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
-    """The share of the samples that the model recognises. Gathering leaves out what filled up the last batch."""
+    """Returns the fraction of recognised samples. Gathering leaves out the samples that only fill up the last batch."""
     model.eval()
     batches = [accelerator.gather_for_metrics(model(images).argmax(dim=1) == labels) for images, labels in loader]
     return float(torch.cat(batches).double().mean())
 
 
 def start() -> Accelerator:
-    """Accelerate with FSDP2 on GPUs, and with DDP on the CPU, where it would ignore an FSDP plugin without a word."""
+    """Returns Accelerate with FSDP2 on GPUs. On the CPU it uses DDP, because it silently ignores an FSDP plugin there."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
         return Accelerator(cpu=True)
@@ -69,7 +70,7 @@ def start() -> Accelerator:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()

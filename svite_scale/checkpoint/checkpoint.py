@@ -25,7 +25,7 @@ from svite_scale.checkpoint.compatibility import (
 from svite_scale.checkpoint.directory import CheckpointDirectory, newest_valid
 from svite_scale.checkpoint.load import TensorReader, read_run_state
 from svite_scale.checkpoint.save import Snapshot, write_checkpoint
-from svite_scale.checkpoint.state import MOMENTS, RunState, RunTensors
+from svite_scale.checkpoint.state import MOMENTS, RunParts, RunTensors
 from svite_scale.config.load import to_dict
 from svite_scale.config.schema import Config
 from svite_scale.engines.moments import scalars, write_scalars
@@ -47,7 +47,7 @@ class Checkpoint:
         last_saved: the newest checkpoint that this run has saved or loaded; None before.
     """
 
-    def __init__(self, directory: Path, config: Config, run: RunState, keeps: Callable[[int], bool] | None = None) -> None:
+    def __init__(self, directory: Path, config: Config, run: RunParts, keeps: Callable[[int], bool] | None = None) -> None:
         """Makes a process group for saving. A collective.
 
         Args:

@@ -1,4 +1,4 @@
-"""The state of a run, and its tensors in logical coordinates.
+"""The parts of a run that a checkpoint saves, and their tensors in logical coordinates.
 
 Every tensor is flat, under its parameter's name in the unwrapped model. Each rank saves a chunk of a large tensor; one rank
 saves a small tensor whole. So a checkpoint has no trace of the engine and the number of ranks, and any other can load it.
@@ -42,8 +42,8 @@ class WeightAverage(Protocol):
 
 
 @dataclass(frozen=True)
-class RunState:
-    """What a checkpoint saves of a run, besides its config.
+class RunParts:
+    """The parts of a run that a checkpoint saves, besides the config.
 
     Attributes:
         backend: the model and the optimizer.
@@ -69,7 +69,7 @@ class RunTensors:
         group: the ranks, on gloo.
     """
 
-    run: RunState
+    run: RunParts
     group: dist.ProcessGroup
 
     def to_save(self) -> dict[str, Tensor]:

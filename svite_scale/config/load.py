@@ -119,7 +119,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def nearest_file(path: Path) -> str:
-    """Says which YAML file of the same folder was probably meant."""
+    """Returns the remedy for a missing file: the YAML file of the same folder that was probably meant."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either, check the path"
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
@@ -147,7 +147,7 @@ def leaves(mapping: Mapping[Any, Any], schema: Mapping[str, Any], prefix: str = 
 
 
 def first_leaf(key: str, value: object) -> tuple[str, object]:
-    """Goes down an unknown section to its first key, which tells better what was meant."""
+    """Returns the first key within an unknown section, and its value: they show better what was meant."""
     while isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
         key = f"{key}.{name}"
@@ -155,7 +155,7 @@ def first_leaf(key: str, value: object) -> tuple[str, object]:
 
 
 def read_override(override: str, schema: Mapping[str, Any]) -> tuple[str, object]:
-    """Takes ``dotted.key=value`` apart and reads the value as YAML.
+    """Splits ``dotted.key=value`` and reads the value as YAML.
 
     Raises:
         ConfigError: no ``=``, an unknown key, a section, or a value that isn't YAML.
@@ -179,7 +179,7 @@ def section_error(key: str, value: object, schema: Mapping[str, Any]) -> ConfigE
 
 
 def unknown_key(key: str, value: object, schema: Mapping[str, Any]) -> ConfigError:
-    """Names the nearest known key, whatever its section; a far-off key gets the list of its section's."""
+    """Returns an error that names the nearest known key of any section; if none is near, the known keys of the section."""
     mapping = next(
         (known for known in schema if key.startswith(f"{known}.") and get_origin(kind_of(schema[known])[0]) is dict), None
     )
@@ -194,7 +194,7 @@ def unknown_key(key: str, value: object, schema: Mapping[str, Any]) -> ConfigErr
 
 
 def key_likeness(one: str, other: str) -> float:
-    """Half for the last part, so that a key in the wrong section finds its own; half for the whole."""
+    """Returns how alike two dotted keys are, 0 to 1. The last part counts for half: so a key in the wrong section is found."""
     return (likeness(one, other) + likeness(one.rpartition(".")[2], other.rpartition(".")[2])) / 2
 
 

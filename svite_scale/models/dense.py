@@ -67,10 +67,10 @@ def build_dense(config: ModelConfig) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What engines gather one at a time, such as transformer blocks.
+    """Returns the modules that engines gather one at a time, such as transformer blocks.
 
-    They are the items with several Linear or Conv2d layers of each ModuleList or Sequential that has more than one of them, or
-    nothing else but token selectors. Of lists within lists the innermost count.
+    A block is an item of a ModuleList or Sequential and has several Linear or Conv2d layers. The list must hold more than one
+    such item, or nothing else but token selectors. Of lists within lists, only the innermost ones count.
     """
     inner = [item for child in model.children() for item in blocks(child)]
     if inner or not isinstance(model, (nn.ModuleList, nn.Sequential)):
@@ -81,7 +81,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_layers(item: nn.Module) -> bool:
-    """Whether it has several layers, dense or sparse, and is no list."""
+    """Returns whether a module has several layers, dense or sparse, and is no list."""
     if isinstance(item, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
     return sum(type(module) in PACKED_TYPE or isinstance(module, SparseLayer) for module in item.modules()) > 1
@@ -100,7 +100,7 @@ def check_model(config: ModelConfig) -> CheckedModel:
         options, model = _create_with_options(config)
     _check_sizes(config, model)
     _check_layers(config.name, model)
-    forwarded = deepcopy(model)  # for counting freezes it
+    forwarded = deepcopy(model)  # counting freezes the model that it counts
     _check_products(config, forwarded)
     if config.activation_checkpointing:
         _check_checkpointing(config.name, forwarded)
@@ -108,8 +108,10 @@ def check_model(config: ModelConfig) -> CheckedModel:
 
 
 def _create_with_options(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:
-    """Returns the config's fields that the model takes, by timm's names, and the model of them; a field that is None isn't
-    among them.
+    """Creates the model of a config.
+
+    Returns:
+        The config's fields that the model takes, by timm's names, without those that are None; and the model.
 
     Raises:
         ConfigError: a field is given that the model doesn't take, or the sizes don't fit together.
@@ -131,11 +133,11 @@ def _create_with_options(config: ModelConfig) -> tuple[dict[str, Any], nn.Module
 
 
 def _check_sizes(config: ModelConfig, model: Any) -> None:
-    """Refuses sizes that don't fit together, where timm would give no reason, or train on parts of images.
+    """Refuses sizes that don't fit together. timm would give no reason, or would train on parts of the images.
 
     Args:
-        config: to check.
-        model: with these sizes, or where timm can't build that, with its own.
+        config: the sizes to check.
+        model: built with these sizes; or with its own sizes, if timm can't build it with these.
     """
     if isinstance(getattr(model, "patch_embed", None), PatchEmbed):
         patch_size = config.patch_size or model.patch_embed.patch_size[0]

@@ -1,4 +1,4 @@
-"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+; DESIGN section 5)."""
+"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+)."""
 
 from __future__ import annotations
 

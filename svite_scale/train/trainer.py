@@ -11,7 +11,7 @@ import torch
 
 from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.directory import CHECKPOINTS
-from svite_scale.checkpoint.state import RunState
+from svite_scale.checkpoint.state import RunParts
 from svite_scale.config.schema import Config
 from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
@@ -94,7 +94,7 @@ class Trainer:
         self.checkpoint = Checkpoint(
             self.run_dir / CHECKPOINTS,
             config,
-            RunState(
+            RunParts(
                 self.backend,
                 self.topology,
                 self.ema,

@@ -105,6 +105,34 @@ def test_a_save_succeeds_when_an_old_checkpoint_cannot_be_removed(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["owner", "step-00000004"]
 
 
+def save_one(directory: Path) -> None:
+    backend, topology, checkpoint = small_run(directory)
+    topology.step()
+    write_state(backend, topology.steps)
+    checkpoint.save(topology.steps)
+    checkpoint.close()
+
+
+def save_after_the_directory_is_gone(directory: Path) -> str:
+    _, topology, checkpoint = small_run(directory)
+    checkpoint.load_newest()
+    directory.rename(directory.with_name("elsewhere"))
+    topology.step()
+    checkpoint.save(topology.steps)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.wait()
+    checkpoint.close()
+    return str(caught.value)
+
+
+def test_a_resumed_run_does_not_make_its_directory_again_when_it_is_gone(tmp_path: Path) -> None:
+    """A disk that isn't mounted any more would leave the checkpoints in its place."""
+    run_on_ranks(1, save_one, tmp_path / "checkpoints")
+    (message,) = run_on_ranks(1, save_after_the_directory_is_gone, tmp_path / "checkpoints")
+    assert message.startswith(f"can't save {tmp_path}/checkpoints/step-00000002: [Errno 2] No such file or directory")
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_named_raises_when_the_directory_cannot_be_listed(tmp_path: Path) -> None:
     assert CheckpointDirectory(tmp_path / "nowhere").named() == []
     (tmp_path / "file").write_text("")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
+from torch import nn
 
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.errors import ConfigError
+from svite_scale.models.sparse import build_sparse
 from tests.config.config_text import MINIMAL, written
 
 MISTAKES = [
@@ -196,5 +200,36 @@ def test_a_combination_that_has_an_effect_passes(tmp_path: Path, overrides: str)
     validate(config_of(tmp_path, overrides), world_size=2)
 
 
+def test_a_model_is_checked_and_built_without_a_second_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[str] = []
+    create = timm.create_model
+
+    def recorded(*arguments: Any, **options: Any) -> nn.Module:
+        model = create(*arguments, **options)
+        created.append(next(model.parameters()).device.type)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", recorded)
+    config = config_of(tmp_path, "model.depth=1 model.embed_dim=24 model.num_heads=3 sparsity.density=0.5")
+    planned = validate(config, world_size=2)
+    assert created == ["meta"]
+    model, layers = build_sparse(config.model, config.sparsity, seed=0)
+    assert created == ["meta", "cpu"]
+    assert layers == planned.layers
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in planned.model.named_parameters()}
+    assert all(parameter.is_meta for parameter in planned.model.parameters())
+
+
 def test_the_micro_batch_is_the_global_one_over_ranks_and_accumulation_steps(tmp_path: Path) -> None:
     assert config_of(tmp_path, "train.global_batch_size=24 train.accumulation_steps=3").micro_batch_size(2) == 4
+
+
+def test_reading_a_config_does_not_import_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a run that came from somebody else can be read: docs/security.md."""
+    (tmp_path / "harmful.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of(tmp_path, "sparsity.method=harmful:method model.depth=1 model.embed_dim=24 model.num_heads=3")
+    build_sparse(config.model, config.sparsity, seed=0)
+    with pytest.raises(SystemExit):
+        validate(config, world_size=2)

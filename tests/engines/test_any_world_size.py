@@ -80,7 +80,6 @@ def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
         update_every=3,
         stop_fraction=1.0,
         drop_fraction=case.fraction,
-        final_drop_fraction=0.0,
         drop_schedule="constant",
     )
     options = TopologyOptions(grow_window=case.window, grow_by="magnitude" if case.by_magnitude else "gradient")

@@ -125,4 +125,4 @@ def test_a_job_is_requeued_when_one_rank_has_saved_whatever_the_launcher_says(tm
 def test_the_script_says_what_to_do_when_slurm_refuses_to_requeue(tmp_path: Path, job: dict[str, str]) -> None:
     done = run(tmp_path, {**job, "STATUS": "1", "RANK_STATUS": "85", "REFUSES": "1"}, CONFIG)
     assert done.returncode == 85
-    assert "can't be requeued; submit it again, and it goes on" in done.stderr
+    assert "can't be requeued; submit it again to resume" in done.stderr

@@ -127,7 +127,7 @@ def test_a_preempted_job_is_requeued_and_loses_nothing(
     assert (
         0
         <= words.index("start 1: ")
-        < words.index("told to stop, saves")
+        < words.index("asked to stop, saves")
         < words.index("is requeued")
         < words.index("start 2: ")
     )

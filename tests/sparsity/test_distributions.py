@@ -42,7 +42,7 @@ def test_er_on_deit_has_its_closed_form(size: str, density: float) -> None:
 
 
 def test_deit_tiny_at_30_percent_sparsity_has_4_02_million_parameters() -> None:
-    """The paper's number (DESIGN section 9)."""
+    """The paper's table gives 4.02 M."""
     shapes = deit_shapes("tiny")
     assert sum(math.prod(shape) for shape in shapes.values()) + UNPRUNED["tiny"] == 5_717_416
     active = sum(counts(shapes, erk(shapes, 0.7)).values())

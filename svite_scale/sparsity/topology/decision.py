@@ -16,7 +16,7 @@ from svite_scale.sparsity.options import Method, TopologyOptions
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.methods import Candidates, Score
 from svite_scale.sparsity.transition import TopologyTransition, grown_moment
-from svite_scale.sparsity.update import Selection, drop, grow
+from svite_scale.sparsity.update import drop, grow
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def decide(
         return score(Candidates(context, step, options.seed, count, eligible, options.random_share))
 
     try:
-        dropped: Selection = drop(active, scores(method.drop, active), count)
-        grown = grow(dropped.active, scores(method.grow, ~dropped.active), count)
+        active, drop_threshold = drop(active, scores(method.drop, active), count)
+        active, grow_threshold = grow(active, scores(method.grow, ~active), count)
     except TopologyError as error:
         raise TopologyError(f"topology update of {layer.name} after step {step}: {error}") from error
-    return LayerDecision(count, mask, bits.pack(grown.active), dropped.threshold, grown.threshold)
+    return LayerDecision(count, mask, bits.pack(active), drop_threshold, grow_threshold)
 
 
 def write_topology(

@@ -1,0 +1,154 @@
+"""The pages name files, links, commands, config keys and Python names that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+import svite_scale
+from svite_scale.config.load import field_names, read_config
+from svite_scale.config.validate import validate
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+FILES = [
+    f"/{path.relative_to(ROOT)}"
+    for folder in ("svite_scale", "launch", "configs", "examples", "benchmarks", "tests", "docs")
+    for path in (ROOT / folder).rglob("*.*")
+]
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+KEYS = field_names()
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key} - {"model"}  # which is also a variable on the pages
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Returns the code blocks in one language."""
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def prose(page: Path) -> str:
+    """Returns the page without its code blocks."""
+    return BLOCK.sub("", page.read_text())
+
+
+def code(page: Path) -> list[str]:
+    """Returns each piece of code on the page: lines of code blocks, and inline code."""
+    lines = [line for _, text in BLOCK.findall(page.read_text()) for line in text.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`]+)`", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_index_has_every_page_once() -> None:
+    index = ROOT / "docs" / "index.md"
+    listed = re.findall(r"^\| \[(\w+\.md)\]", index.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted({path.name for path in DOCS} - {"index.md"} | {"CONTRIBUTING.md"})
+
+
+@each_page
+def test_yaml_blocks_are_configs(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"run_dir: a\n{block}")
+        config = read_config(path)
+        if config.distillation.teacher is None and config.sparsity.masks is None:  # their files aren't here
+            validate(config, world_size=1)
+
+
+@each_page
+def test_files_that_a_page_mentions_exist(page: Path) -> None:
+    for text in code(page):
+        for name in re.findall(r"(?<![\w/.-])((?:[a-z_]+/)*\w+\.(?:py|sbatch)|configs/[\w/]+\.yaml)(?!\w)", text):
+            assert any(path.endswith(f"/{name}") for path in FILES), name
+
+
+def commands(page: Path) -> Iterator[tuple[str, str]]:
+    """Yields the scripts that a page calls, each with its arguments."""
+    for text in code(page):
+        if found := re.search(r"\b((?:launch|benchmarks|examples)/\w+\.py) (.*)", text):
+            yield found[1], found[2].partition(" # ")[0]
+
+
+@each_page
+def test_commands_have_the_options_that_a_page_gives_them(page: Path) -> None:
+    for script, arguments in commands(page):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", arguments):
+            assert f'"{option}"' in source, f"{script} {option}"
+
+
+@each_page
+def test_config_keys_on_a_page_exist(page: Path) -> None:
+    for text in code(page):
+        for key in re.findall(r"(?<![\w./\"])([a-z_]+(?:\.[a-z_]+)+)=", text):
+            assert key in KEYS or key.partition(".")[0] not in SECTIONS, key
+        if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", text) and text.partition(".")[0] in SECTIONS:
+            is_section = any(key.startswith(f"{text}.") for key in KEYS)
+            assert text in KEYS or is_section or is_python_name(f"svite_scale.{text}"), text
+
+
+@each_page
+def test_python_names_on_a_page_exist(page: Path) -> None:
+    for text in code(page):
+        for name in re.findall(r"(?<![\w./-])svite_scale(?:\.\w+)+(?![\w/])", text):
+            if not name.endswith((".py", ".sbatch")):
+                assert is_python_name(name), name
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert all(is_python_name(f"{node.module}.{alias.name}") for alias in node.names), ast.unparse(node)
+
+
+def test_library_page_has_every_public_name() -> None:
+    used = {name for text in code(ROOT / "docs" / "library.md") for name in re.findall(r"\w+", text)}
+    assert not set(svite_scale.__all__) - used - {"__version__"}
+
+
+def is_python_name(name: str) -> bool:
+    """Returns whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == svite_scale.__version__
+    assert [each["value"] for each in citation["preferred-citation"]["identifiers"]] == ["arXiv:2106.04533"]
+    assert len(citation["preferred-citation"]["authors"]) == 6
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## [{svite_scale.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
