@@ -1,12 +1,12 @@
-"""What docs/library.md shows of a loop of one's own runs, and the page names what there is."""
+"""What docs/library.md and the README show of a loop of one's own runs, and they name what there is."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 
@@ -15,34 +15,41 @@ from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
-BLOCKS = [part.split("```")[0] for part in PAGE.split("```python\n")[1:]]
+BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
 
 
-def run_page(folder: str) -> tuple[int, float]:
-    """Runs the code of the page; returns the steps of the topology that it saved and loaded, and the teacher's distance."""
+def model() -> torch.nn.Module:
     torch.manual_seed(0)
-    images = torch.randn(4, 3, 32, 32)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_classes=5)
-    names: dict[str, Any] = {"torch": torch, "model": model, "images": images, "distance": torch.nn.functional.mse_loss}
-    names["evaluate"] = lambda model: model(images)
-    three_lines, optimizer, *others = BLOCKS
-    before, after = three_lines.split("topology = ")
-    os.chdir(folder)
-    for code in (before, optimizer, f"topology = {after}", *others):
-        exec(code, names)
-    return names["topology"].steps, names["loss"].item()
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_classes=5)
+
+
+def pages_code(folder: str) -> tuple[int, list[float]]:
+    """Runs the page from top to bottom: steps of the loaded topology, and the dense model's answer minus the sparse one's."""
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    names: dict[str, Any] = {"model": model(), "loader": [(images, labels)] * 3, "images": images, "folder": folder}
+    names |= {"evaluate": lambda model: model(images), "distance": torch.nn.functional.mse_loss}
+    for block in BLOCKS:
+        exec(block, names)
+    assert names["loss"].item() >= 0
+    names["model"].eval()
+    return names["topology"].steps, (names["dense"].eval()(images) - names["model"](images)).flatten().tolist()
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
-    ((steps, distance),) = run_on_ranks(1, run_page, str(tmp_path))
-    assert steps == 1
-    assert distance == 0.0, "the average begins with the weights"
+    ((steps, difference),) = run_on_ranks(1, pages_code, str(tmp_path))
+    assert steps == 3
+    assert difference == pytest.approx([0.0] * 20, abs=1e-5)
 
 
-def test_the_page_names_every_public_name() -> None:
-    named = set(re.findall(r"\w+", PAGE))
-    assert set(svite_scale.__all__) - named == {"__version__"}
+def test_the_page_names_every_public_name_and_no_other() -> None:
+    rows = [line.split(" | ")[0] for line in PAGE.splitlines() if line.startswith("| `")]
+    calls = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    errors = set(re.findall(r"`(\w+Error)`", PAGE))
+    assert calls | errors | {"__version__"} == set(svite_scale.__all__)
 
 
-def test_the_readme_shows_the_same_three_lines() -> None:
-    assert BLOCKS[0] in (ROOT / "README.md").read_text()
+def test_the_loop_of_the_readme_runs() -> None:
+    (block,) = (part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:])
+    names: dict[str, Any] = {"model": model(), "torch": torch}
+    exec(block, names)
+    assert names["topology"].steps == 1
