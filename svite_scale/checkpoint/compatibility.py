@@ -55,15 +55,10 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
     # A version that didn't have a field yet did what the field's default does.
     then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
     for field, value in flatten_config(to_dict(config)).items():
-        if is_fixed(field) and then[field] != value:
+        if field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS and then[field] != value:
             raise CheckpointError(
                 f"{path} was saved with {field} = {then[field]!r}, not {value!r}; restore it, or start a new run"
             )
-
-
-def is_fixed(field: str) -> bool:
-    """Returns whether a resumed run must keep a field of the config, given by its dotted name."""
-    return field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS
 
 
 def check_same_samples(saved: Mapping[str, object] | None, now: Mapping[str, object] | None, path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -118,17 +119,13 @@ class CheckpointDirectory:
             logger.warning("%s is saved, but an old checkpoint can't be removed: %s", final, error)
         return final
 
-    def discard(self, partial: Path) -> None:
-        """Removes the files of a failed save, as far as possible."""
-        shutil.rmtree(partial, ignore_errors=True)
-
     def _prune(self, newest: Path) -> None:
         """Removes complete checkpoints that are neither among the newest nor of a step to keep. Incomplete ones stay."""
         if self.keep_last is None:
             return
         complete = [path for path in self.named() if problem_of(path, to_read=slice(0)) is None]
         for path in complete[self.keep_last :]:
-            if path != newest and (self.keeps is None or not self.keeps(step_of(path))):
+            if path != newest and (self.keeps is None or not self.keeps(_age(path)[0])):
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -150,21 +147,13 @@ def newest_valid(directory: CheckpointDirectory, group: dist.ProcessGroup | None
     """
     rank, world_size = rank_and_size(group)
     for path in on_main_rank(directory.named, group):
-
-        def problem(path: Path = path) -> str | None:
-            return problem_of(path, to_read=slice(rank, None, world_size))
-
-        problems = [found for found in on_all_ranks(problem, group) if found is not None]
+        find_problem = partial(problem_of, path, to_read=slice(rank, None, world_size))
+        problems = [found for found in on_all_ranks(find_problem, group) if found is not None]
         if not problems:
             return path
         if rank == 0:
             logger.warning("checkpoint %s is skipped: %s", path, problems[0])
     return None
-
-
-def step_of(path: Path) -> int:
-    """Returns the optimizer step after which a checkpoint was saved."""
-    return _age(path)[0]
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -160,15 +160,11 @@ def _tensor(name: str, entry: object) -> TensorStorageMetadata:
     size, chunks = _size(state.get("size")), state.get("chunks")
     if not isinstance(chunks, list):
         raise PlainPickleError(f"{name} has no chunks")
-    own = [_chunk(chunk) for chunk in chunks]
+    states = [_state(chunk, "ChunkStorageMetadata") for chunk in chunks]
+    own = [ChunkStorageMetadata(_size(state.get("offsets")), _size(state.get("sizes"))) for state in states]
     if sum(math.prod(chunk.sizes) for chunk in own) != math.prod(size):
         raise PlainPickleError(f"the chunks of {name} don't make up its {math.prod(size)} elements")
     return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.maker]), size, own)
-
-
-def _chunk(chunk: object) -> ChunkStorageMetadata:
-    state = _state(chunk, "ChunkStorageMetadata")
-    return ChunkStorageMetadata(_size(state.get("offsets")), _size(state.get("sizes")))
 
 
 def _piece(index: object, info: object) -> tuple[MetadataIndex, _StorageInfo]:
@@ -196,12 +192,10 @@ def _state(read: object, maker: str) -> Mapping[str, Any]:
 
 
 def _size(read: object) -> torch.Size:
-    if not isinstance(read, Made) or read.maker != "torch.Size" or len(read.arguments) != 1:
+    arguments = read.arguments if isinstance(read, Made) and read.maker == "torch.Size" else ()
+    if len(arguments) != 1 or not isinstance(arguments[0], tuple):
         raise PlainPickleError("a size is none")
-    (numbers,) = read.arguments
-    if not isinstance(numbers, tuple):
-        raise PlainPickleError("a size is none")
-    return torch.Size([_whole(number) for number in numbers])
+    return torch.Size([_whole(number) for number in arguments[0]])
 
 
 def _whole(number: object) -> int:

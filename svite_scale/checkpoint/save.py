@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def write_checkpoint(snapshot: Snapshot, directory: CheckpointDirectory, group: 
             return on_main_rank(lambda: directory.publish(partial, files), group)
         except CheckpointError:
             if rank == 0:
-                directory.discard(partial)
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 

@@ -33,8 +33,8 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
     cost = count_flops(sparse.model, config.model.image_size)
     layers = sparse_layers(sparse.model).values()
     mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
-    newcomer_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
-    packed = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + newcomer_bytes)
+    recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
+    packed = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + recently_grown_bytes)
     dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
         _layers(sparse.layers),

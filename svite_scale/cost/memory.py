@@ -42,34 +42,23 @@ def bytes_per_rank(
         ``values`` (used by forward), ``master values`` (the optimizer's own copy, if it has one), ``mask``, ``gradients``
         (all of them, as just before the optimizer's step), ``moments``, ``statistics``; and ``ema``, if there is one.
     """
-    sharded = parallel.backend not in ("single", "ddp")
-    # A rank keeps the average of the values that its optimizer steps.
-    average = {"ema": -(-size.trainable // (world_size if sharded else 1)) * FP32} if ema else {}
-    return _engine_bytes(parallel, precision, world_size, size) | average
-
-
-def _engine_bytes(parallel: ParallelConfig, precision: str, world_size: int, size: ModelSize) -> dict[str, int]:
 
     def shard(count: int) -> int:
         return -(-count // world_size)
 
-    weights, stage = size.trainable, parallel.zero_stage
-    statistics = shard(size.statistics_bytes)
-    if parallel.backend in ("single", "ddp"):
-        kept = {"values": weights * FP32, "master values": 0, "mask": size.mask_bytes, "gradients": weights * FP32}
-        return {**kept, "moments": weights * MOMENTS, "statistics": statistics}
-    sharded = {"master values": 0, "moments": shard(weights) * MOMENTS, "statistics": statistics}
-    if parallel.backend == "fsdp2":
-        return {**sharded, "values": shard(weights) * FP32, "mask": shard(size.mask_bytes), "gradients": shard(weights) * FP32}
-    compute = FP32 if precision == "fp32" else 2
-    held = shard if stage == 3 else int
-    # In bf16, stage 1 goes through an optimizer of DeepSpeed's that accumulates the whole gradient in fp32 on every rank.
-    gradients = weights * (2 + FP32) if stage == 1 and precision == "bf16" else shard(weights) * FP32
-    return {
-        "values": held(weights) * compute,
-        "master values": shard(weights) * FP32,
+    replicated, zero = parallel.backend in ("single", "ddp"), parallel.backend == "deepspeed"
+    bf16_copy = zero and precision == "bf16"
+    owned = int if replicated else shard
+    held = int if replicated or (zero and parallel.zero_stage < 3) else shard
+    weights = size.trainable
+    sizes = {
+        "values": held(weights) * (2 if bf16_copy else FP32),
+        "master values": owned(weights) * FP32 if zero else 0,
         "mask": held(size.mask_bytes),
-        "gradients": gradients,
-        "moments": shard(weights) * MOMENTS,
-        "statistics": statistics,
+        # In bf16, stage 1 goes through an optimizer of DeepSpeed's that accumulates the whole gradient in fp32 on every rank.
+        "gradients": weights * (2 + FP32) if bf16_copy and parallel.zero_stage == 1 else owned(weights) * FP32,
+        "moments": owned(weights) * MOMENTS,
+        "statistics": shard(size.statistics_bytes),
     }
+    # A rank keeps the average of the values that its optimizer steps.
+    return sizes | {"ema": owned(weights) * FP32} if ema else sizes

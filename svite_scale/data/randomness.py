@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,11 +32,8 @@ def seed_sample(*entropy: int) -> None:
     Transforms draw from these global generators. They are seeded for each sample, so a sample's augmentation doesn't depend on
     the worker that computes it.
     """
-    python_seed, numpy_seed, torch_seed = derive_seeds(*entropy)
-    random.seed(python_seed)
-    np.random.seed(numpy_seed)
     # Not torch.manual_seed: that would also seed the GPU's generators, which aren't restored.
-    torch.default_generator.manual_seed(torch_seed)
+    _seed(entropy, torch.default_generator.manual_seed)
 
 
 def seed_step(*entropy: int) -> None:
@@ -45,13 +42,12 @@ def seed_step(*entropy: int) -> None:
     Called before each micro-batch with (seed, step, micro-batch, rank). So a resumed run draws the same numbers as an
     uninterrupted one, and no generator state has to be saved.
     """
-    python_seed, numpy_seed, torch_seed = derive_seeds(*entropy)
+    _seed(entropy, torch.manual_seed)
+
+
+def _seed(entropy: Sequence[int], seed_torch: Callable[[int], object]) -> None:
+    """Seeds Python's, numpy's and torch's generators; different entropy gives unrelated seeds."""
+    python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
     random.seed(python_seed)
     np.random.seed(numpy_seed)
-    torch.manual_seed(torch_seed)
-
-
-def derive_seeds(*entropy: int) -> tuple[int, int, int]:
-    """Returns seeds for Python's, numpy's and torch's generators; different entropy gives unrelated seeds."""
-    python_seed, numpy_seed, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
-    return python_seed, numpy_seed, torch_seed
+    seed_torch(torch_seed)

@@ -95,7 +95,9 @@ def check_model(config: ModelConfig) -> CheckedModel:
         ConfigError: names the field and the remedy.
     """
     if not timm.is_model(config.name):
-        raise ConfigError("model.name", config.name, "is no model that timm knows", _nearest(config.name))
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=1)
+        remedy = f"did you mean {near[0]}?" if near else "see timm.list_models()"
+        raise ConfigError("model.name", config.name, "is no model that timm knows", remedy)
     with torch.device("meta"):
         options, model = _create_with_options(config)
     _check_sizes(config, model)
@@ -207,8 +209,3 @@ def create(field: str, name: str, options: dict[str, Any], remedy: str) -> nn.Mo
         sizes = ", ".join(f"{option}={value}" for option, value in options.items())
         problem = f"can't be built with {sizes or 'its own sizes'} ({str(error) or type(error).__name__})"
         raise ConfigError(field, name, problem, remedy) from error
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=1)
-    return f"did you mean {near[0]}?" if near else "see timm.list_models()"

@@ -82,13 +82,10 @@ class _ByOwner(TorchFunctionMode):
         layer = next((self._names[id(value)] for value in (*args, *kwargs.values()) if id(value) in self._names), None)
         # A multiply and an add are two operations to torch.
         if macs := (self._counted.get_total_flops() - before) // 2:
-            self.macs[layer or self._innermost()] += macs
+            # The tracker's names begin with the class of the whole model.
+            self.macs[layer or max(self._tracker.parents, key=len).partition(".")[2]] += macs
         elif layer and isinstance(result, Tensor):
             # A weight that is transposed first, as by the linear function that ZeRO-3 puts in the place of torch's.
             self._names[id(result)] = layer
             self._views.append(result)
         return result
-
-    def _innermost(self) -> str:
-        """The module whose forward runs; the tracker's names begin with the class of the whole model."""
-        return max(self._tracker.parents, key=len).partition(".")[2]

@@ -118,13 +118,10 @@ class PackedAttention(UnitLayer):
         else:
             growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features + 1)
             growth[active] = self._growth_terms(context, gradient)
-            fresh = self._context(self._candidate_qkv(x, ~active), attn_mask, is_causal).to(gradient.dtype)
+            rows = self.candidates(~active).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1).flatten(0, 2)
+            fresh = self._context(F.linear(x, rows.to(x.dtype)), attn_mask, is_causal).to(gradient.dtype)
             growth[~active] = self._growth_terms(fresh, gradient)
         self.gradient_hook(torch.cat([growth, taylor], dim=1))
-
-    def _candidate_qkv(self, x: Tensor, heads: Tensor) -> Tensor:
-        rows = self.candidates(heads).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1)
-        return F.linear(x, rows.flatten(0, 2).to(x.dtype))
 
     def _growth_terms(self, context: Tensor, gradient: Tensor) -> Tensor:
         """Returns, by head, the gradient of its columns and the mean square of its output: ``[heads, d * out + 1]``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -58,11 +57,15 @@ def pack_units(
     options = StructuredConfig(heads=heads, neurons=neurons, grow=grow)  # type: ignore[arg-type]
     densities = {field: getattr(options, field) for field in PARTS if getattr(options, field) < 1.0}
     chosen: list[tuple[str, str, Any, Tensor]] = []
-    for index, block in enumerate(_blocks(model, densities)):
+    for field, density in densities.items():
+        require_vision_transformer(model, field, density)
+    blocks = [block for block in cast(Any, model).blocks if not isinstance(block, TokenSelector)] if densities else []
+    for index, block in enumerate(blocks):
         for field, density in densities.items():
             dense, name = getattr(block, PARTS[field], None), f"blocks.{index}.{PARTS[field]}"
             num_units = check_packable(field, density, dense, name)
-            active = _initial(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
+            with torch.device("cpu"):  # even if the model is on the meta device
+                active = random_mask(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
             chosen.append((field, name, dense, active))
     plan = [entry for _, name, dense, active in chosen for entry in _plan(name, dense, active)]
     refuse_shared(model, {entry.name for entry in plan})
@@ -71,13 +74,6 @@ def pack_units(
         packed_type = PackedAttention if field == "heads" else PackedMlp
         replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=options.grow))
     return plan
-
-
-def _blocks(model: nn.Module, densities: Mapping[str, float]) -> list[nn.Module]:
-    """Returns the transformer blocks in which something is to be packed; none if nothing is."""
-    for field, density in densities.items():
-        require_vision_transformer(model, field, density)
-    return [block for block in cast(Any, model).blocks if not isinstance(block, TokenSelector)] if densities else []
 
 
 def count_active(field: str, density: float, num_units: int) -> int:
@@ -118,12 +114,6 @@ def check_packable(field: str, density: float, module: Any, name: str) -> int:
     if problem is not None:
         raise OptionError(field, density, f"can't pack {name}, which {problem}", "leave it at 1.0")
     return module.num_heads if field == "heads" else module.fc1.out_features
-
-
-def _initial(num_units: int, num_active: int, seed: int, name: str) -> Tensor:
-    """Returns the first active units, bool ``[units]``, on the CPU even if the model is on the meta device."""
-    with torch.device("cpu"):
-        return random_mask(num_units, num_active, seed, name)
 
 
 def _lost(module: nn.Module) -> str | None:

@@ -125,10 +125,8 @@ def dimmed(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_], grid: tup
 
 def draw_patches(images: npt.NDArray[np.float32], titles: Sequence[str]) -> bytes:
     """Returns a PNG of images ``[B, H, W, 3]``, each under its title."""
-    columns = min(len(images), IMAGES_PER_ROW)
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.8 * columns, 2.1 * rows), layout="constrained")
-    for axes, image, title in zip(_grid(figure, rows, columns, len(images)), images, titles, strict=True):
+    figure, places = _grid(len(images), IMAGES_PER_ROW, width=1.8, height=2.1)
+    for axes, image, title in zip(places, images, titles, strict=True):
         axes.imshow(image, interpolation="nearest", vmin=0, vmax=1)
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
@@ -182,10 +180,8 @@ def _active(line: Line, layer: str, num_units: int, path: Path) -> npt.NDArray[n
 
 def draw_units(histories: Sequence[UnitHistory], steps: Sequence[int]) -> bytes:
     """Returns a PNG of the units of each layer that were active at each of ``steps``, the columns."""
-    columns = min(len(histories), LAYERS_PER_ROW)
-    rows = -(-len(histories) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
-    for axes, history in zip(_grid(figure, rows, columns, len(histories)), histories, strict=True):
+    figure, places = _grid(len(histories), LAYERS_PER_ROW, width=4.2, height=2.6)
+    for axes, history in zip(places, histories, strict=True):
         colors = ListedColormap([ABSENT, COLORS[history.unit]])
         axes.imshow(history.active, aspect="auto", cmap=colors, vmin=0, vmax=1, origin="lower")
         axes.set_title(history.layer, fontsize=9)
@@ -275,9 +271,12 @@ def draw_curves(curves: Sequence[Curve]) -> bytes:
     return _png(figure)
 
 
-def _grid(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
-    """Adds the first ``count`` places of a grid; the others stay empty."""
-    return [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
+def _grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with a place for each of ``count`` pictures, ``width`` x ``height`` inches."""
+    columns = min(count, per_row)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
 
 
 def _spread(count: int, most: int) -> list[int]:

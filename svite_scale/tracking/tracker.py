@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from svite_scale.errors import RunError
-from svite_scale.runtime.durable import make_directory
-from svite_scale.tracking.metric_lines import MetricLines
+from svite_scale.runtime.durable import make_directory, replace_durably
+from svite_scale.tracking.backlog import Backlog
 from svite_scale.tracking.mlflow_run import MlflowRun, Status
 from svite_scale.tracking.options import TrackingConfig
 
@@ -56,7 +58,7 @@ class Tracker:
         self._mlflow: MlflowRun | None = None
         if not enabled:
             return
-        try:
+        with self._writing_run_dir():
             make_directory(run_dir)
             (run_dir / "config.yaml").write_text(config_text, encoding="utf-8")
             for lines in (self._metrics, self._topology):
@@ -66,8 +68,6 @@ class Tracker:
                     lines.cut(resumed_step)
             if options.mlflow:
                 self._mlflow = MlflowRun(options, parameters, run_dir, resumed=resumed_step is not None)
-        except OSError as error:
-            raise self._error(error) from error
 
     @property
     def ui_command(self) -> str | None:
@@ -88,11 +88,9 @@ class Tracker:
             RunError: the run directory can't be written.
         """
         if self._enabled:
-            try:
+            with self._writing_run_dir():
                 for lines in (self._metrics, self._topology):
                     lines.cut(step)
-            except OSError as error:
-                raise self._error(error) from error
 
     def log_topology(self, step: int, unit_masks: Mapping[str, bytes]) -> None:
         """Logs which heads and neurons are active after an optimizer step; nothing if the model has no such layers.
@@ -111,13 +109,17 @@ class Tracker:
             RunError: the run directory can't be written.
         """
         if self._enabled:
-            try:
+            with self._writing_run_dir():
                 (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            except OSError as error:
-                raise self._error(error) from error
 
-    def _error(self, error: OSError) -> RunError:
-        return RunError(f"run_dir = {str(self.run_dir)!r} can't be written ({error}); free or mount the disk")
+    @contextmanager
+    def _writing_run_dir(self) -> Iterator[None]:
+        """Turns an OSError into a RunError."""
+        try:
+            yield
+        except OSError as error:
+            problem = f"run_dir = {str(self.run_dir)!r} can't be written ({error}); free or mount the disk"
+            raise RunError(problem) from error
 
     def __enter__(self) -> Tracker:
         return self
@@ -128,3 +130,54 @@ class Tracker:
             self._topology.close()
         if self._mlflow:
             self._mlflow.end("FAILED" if error and self.status == "FINISHED" else self.status)
+
+
+class MetricLines:
+    """One such file. The system gets each line at once, so a kill loses none.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._backlog: Backlog[bytes] = Backlog(str(path), "lines", self._write)
+
+    def append(self, line: Mapping[str, object]) -> None:
+        """Adds a line, which waits if the disk doesn't take it."""
+        self._backlog.add([json.dumps(line).encode() + b"\n"])
+
+    def close(self) -> None:
+        """Writes the lines that wait, or warns that they are lost."""
+        self._backlog.close()
+
+    def cut(self, last_step: int) -> None:
+        """Removes the lines after a step, and a half-written last line: a run that resumes from that step writes them again.
+
+        Raises:
+            OSError: the file can't be written. Its content is unchanged.
+        """
+        self._backlog.waiting = [line for line in self._backlog.waiting if is_until(last_step, line)]
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines()
+            replace_durably(self.path, "".join(f"{line.decode()}\n" for line in lines if is_until(last_step, line)))
+
+    def _write(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"".join(self._backlog.waiting)
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(size)
+                raise
+        self._backlog.waiting = []
+
+
+def is_until(last_step: int, line: bytes) -> bool:
+    """Returns whether a line is complete, and of a step up to ``last_step``."""
+    try:
+        return bool(json.loads(line)["step"] <= last_step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

@@ -43,9 +43,12 @@ def main(arguments: argparse.Namespace) -> int:
             return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
     except BaseException as error:
         status = failure.report(error)
-        if status == EXIT_CONFIG and failure.world.local_rank > 0 and not _has_joined():
+        if status == EXIT_CONFIG and failure.world.local_rank > 0:
+            import torch.distributed as dist
+
             # The launcher ends all ranks of the machine when one ends, perhaps before the first has reported.
-            time.sleep(FIRST_RANK_SPEAKS_S)
+            if not dist.is_initialized():
+                time.sleep(FIRST_RANK_SPEAKS_S)
         return status
 
 
@@ -56,10 +59,3 @@ def _explain(error: BaseException) -> BaseException:
     from svite_scale.data.batches import explain_loader_error
 
     return explain_loader_error(error)
-
-
-def _has_joined() -> bool:
-    """Returns whether this rank has joined the process group."""
-    import torch.distributed as dist
-
-    return dist.is_initialized()

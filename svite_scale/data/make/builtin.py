@@ -39,9 +39,6 @@ class Digits(Source):
         row = split_rows(self._split)[self._order[number]]
         return Sample(self.keys[number], encode(images[row], "png"), "png", int(labels[row]))
 
-    def origin(self, number: int) -> str:
-        return self.keys[number]
-
     def prepare(self) -> None:
         load_mnist5k()
 
@@ -84,9 +81,6 @@ class Photographs(Source):
         label = number % len(images)
         random = np.random.RandomState(list(key.encode()))
         return Sample(key, encode(random_crop(images[label], random), "jpeg"), "jpg", label)
-
-    def origin(self, number: int) -> str:
-        return self.keys[number]
 
     def prepare(self) -> None:
         load_photographs()

@@ -6,7 +6,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -48,7 +48,7 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, prefix: str, 
     that name. One process writes.
 
     Args:
-        samples: read once, in order.
+        samples: read once, in order; those of one shard are in memory together.
         directory: created if missing.
         prefix: start of the shards' names.
         samples_per_shard: the last shard may hold fewer.
@@ -61,11 +61,11 @@ def write_shards(samples: Iterable[Sample], directory: str | Path, prefix: str, 
         raise DataError(f"samples_per_shard is {samples_per_shard}; use at least 1")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for number, chunk in enumerate(chunks(samples, samples_per_shard)):
-        shard = folder / shard_name(prefix, number)
-        write_shard(chunk, shard)
-        shards.append(shard)
+    shards: list[Path] = []
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, samples_per_shard)):
+        shards.append(folder / shard_name(prefix, len(shards)))
+        write_shard(chunk, shards[-1])
     if not shards:
         raise DataError(f"there are no samples to write to {folder}")
     refuse_longer(folder, prefix, len(shards))
@@ -94,13 +94,6 @@ def existing_shards(directory: Path, prefix: str) -> list[Path]:
     """Returns the shards of ``prefix`` in ``directory``, in order."""
     name = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")
     return sorted(path for path in directory.glob("*.tar") if name.fullmatch(path.name))
-
-
-def chunks(samples: Iterable[Sample], size: int) -> Iterator[Iterator[Sample]]:
-    """Yields successive runs of ``size`` samples; each must be consumed before the next is requested."""
-    iterator = iter(samples)
-    for first in iterator:
-        yield chain([first], islice(iterator, size - 1))
 
 
 def write_shard(samples: Iterable[Sample], shard: Path, source_digest: str = "") -> None:
@@ -160,21 +153,21 @@ class Source(ABC):
             DataError: the sample can't be made.
         """
 
-    @abstractmethod
     def origin(self, number: int) -> str:
         """Returns a text that changes when the sample does, for example its file's name, size and time, without making it.
 
         Raises:
             DataError: the sample's file is missing.
         """
+        return self.keys[number]
 
     def prepare(self) -> None:  # noqa: B027
         """Loads the data that all samples need, before processes are forked to make them."""
 
 
-def permutation(count: int, seed: int = 0) -> list[int]:
+def permutation(count: int) -> list[int]:
     """Returns a fixed permutation. (numpy promises that the streams of RandomState never change.)"""
-    return np.random.RandomState(seed).permutation(count).tolist()
+    return np.random.RandomState(0).permutation(count).tolist()
 
 
 class Output:
@@ -184,21 +177,17 @@ class Output:
     run are kept. One command at a time may write a prefix.
 
     Args:
-        source: of the samples.
+        source: of the samples, at least one.
         directory: created if missing.
         prefix: start of the shards' names.
-        samples_per_shard: the last shard may hold fewer.
+        samples_per_shard: at least 1; the last shard may hold fewer.
 
     Raises:
-        DataError: there are no samples, or shards of that prefix would remain from an earlier, longer output.
+        DataError: shards of that prefix would remain from an earlier, longer output.
     """
 
     def __init__(self, source: Source, directory: str | Path, prefix: str, samples_per_shard: int) -> None:
-        if samples_per_shard < 1:
-            raise DataError(f"samples_per_shard is {samples_per_shard}; use at least 1")
         folder = Path(directory)
-        if not source.keys:
-            raise DataError(f"there are no samples to write to {folder}")
         self._source = source
         numbers = range(len(source.keys))
         self._parts = [numbers[start : start + samples_per_shard] for start in numbers[::samples_per_shard]]
