@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
-
-from svite_scale.sparsity.topology.engine import TopologyUpdate
 
 NUM_TEST = 297
 SEED = 0
@@ -30,7 +29,7 @@ def build_model() -> VisionTransformer:
     return VisionTransformer(img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=3, num_heads=4)
 
 
-def summary(updates: Sequence[TopologyUpdate | None]) -> str:
+def summary(updates: Sequence[Any]) -> str:
     """Returns one line about an epoch's topology updates. ``updates`` is everything that ``topology.step()`` returned in it."""
     done = [update for update in updates if update is not None]
     layers = [layer for update in done for layer in update.layers.values()]

@@ -42,7 +42,7 @@ def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
 
 
 def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
-    """The teacher in evaluation mode, on the CPU, for images as the student gets them, but for the normalisation.
+    """Builds the teacher on the CPU, in evaluation mode. Its input differs from the student's only in normalisation.
 
     Args:
         config: names a teacher and its file.
@@ -64,7 +64,7 @@ def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
 
 
 def load_weights(teacher: nn.Module, name: str, checkpoint: str) -> None:
-    """Fills ``teacher`` from a file.
+    """Loads the weights of ``teacher`` from a file.
 
     Raises:
         CheckpointError: the file can't be read, or isn't of this model; names a tensor.
@@ -84,18 +84,19 @@ def load_weights(teacher: nn.Module, name: str, checkpoint: str) -> None:
     if wrong:
         key = wrong[0]
         raise CheckpointError(
-            f"{field} isn't of {name}: {len(set(wrong))} tensors differ, first {key}, {says(shapes, key)} in the file and "
-            f"{says(wanted, key)} in the model; {remedy}"
+            f"{field} isn't of {name}: {len(set(wrong))} tensors differ, first {key}, {shape_text(shapes, key)} in the file "
+            f"and {shape_text(wanted, key)} in the model; {remedy}"
         )
     teacher.load_state_dict(found)
 
 
-def says(shapes: dict[str, tuple[int, ...]], key: str) -> str:
+def shape_text(shapes: dict[str, tuple[int, ...]], key: str) -> str:
+    """Returns a tensor's shape as text, for an error."""
     return str(list(shapes[key])) if key in shapes else "absent"
 
 
-def answer_twice(model: nn.Module) -> None:
-    """Lets a student with a distillation head (timm's ``deit_*_distilled``) answer with both heads in training mode.
+def enable_distillation_heads(model: nn.Module) -> None:
+    """Makes a student with a distillation head (timm's ``deit_*_distilled``) return the logits of both heads in training mode.
 
     Its output is then ``[2, B, classes]``, of the class head and the distillation head; in evaluation mode it stays their mean.
     Other models stay as they are.
@@ -107,7 +108,7 @@ def answer_twice(model: nn.Module) -> None:
 
 
 def renormalisation(config: DistillationConfig, data: DataConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and shift, each ``[1, C, 1, 1]``, from the student's normalisation of images to the teacher's."""
+    """Returns factor and shift, each ``[1, C, 1, 1]``, from the student's normalisation of images to the teacher's."""
     ours, theirs = (data.mean, data.std), (config.mean or data.mean, config.std or data.std)
     mean, std, teacher_mean, teacher_std = (torch.tensor(numbers, device=device) for numbers in (*ours, *theirs))
     return (std / teacher_std).view(1, -1, 1, 1), ((mean - teacher_mean) / teacher_std).view(1, -1, 1, 1)

@@ -17,7 +17,7 @@ from svite_scale.engines.build import build_backend
 from svite_scale.errors import ConfigError
 from svite_scale.models.dense import blocks
 from svite_scale.models.sparse import build_sparse
-from svite_scale.models.teacher import answer_twice
+from svite_scale.models.teacher import enable_distillation_heads
 from svite_scale.options import in_section
 from svite_scale.runtime.world import World
 from svite_scale.sparsity.allocation.layer_plan import plan_density
@@ -67,7 +67,7 @@ def build_sparse_model(config: Config, world: World, device: torch.device, *, sk
     """
     model, plan = build_sparse(config.model, config.sparsity, config.seed)
     if config.distillation.teacher is not None:
-        answer_twice(model)
+        enable_distillation_heads(model)
     options = EngineOptions(
         device=device,
         wrap_units=blocks(model),

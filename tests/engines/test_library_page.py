@@ -15,7 +15,7 @@ from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
-LOOP, SAVING, AVERAGE, TEACHER = (block.split("```")[0] for block in PAGE.split("```python\n")[1:])
+BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
 
 
 def model() -> torch.nn.Module:
@@ -28,7 +28,7 @@ def pages_code(folder: str) -> tuple[int, list[float]]:
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     names: dict[str, Any] = {"model": model(), "loader": [(images, labels)] * 3, "images": images, "folder": folder}
     names |= {"evaluate": lambda model: model(images), "distance": torch.nn.functional.mse_loss}
-    for block in (LOOP, AVERAGE, TEACHER, SAVING):
+    for block in BLOCKS:
         exec(block, names)
     assert names["loss"].item() >= 0
     names["model"].eval()

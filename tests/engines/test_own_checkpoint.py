@@ -26,8 +26,6 @@ from tests.ranks import run_on_ranks
 STOP, END = 11, 20
 """Updates come after steps 6, 12 and 18. Steps 10 to 12 are a growth window, so two thirds of it are saved."""
 OPTIONS = svite_scale.TopologyOptions(grow_window=3, grown_warmup_steps=6)
-SEED = 5
-"""Of units. Candidates are drawn from it, so a resumed loop has to build its model with the same seed."""
 SIZES = {"img_size": 14, "patch_size": 7, "in_chans": 1, "embed_dim": 20, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 

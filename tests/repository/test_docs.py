@@ -122,11 +122,6 @@ def test_python_names_on_a_page_exist(page: Path) -> None:
                 assert all(is_python_name(f"{node.module}.{alias.name}") for alias in node.names), ast.unparse(node)
 
 
-def test_library_page_has_every_public_name() -> None:
-    used = {name for text in code(ROOT / "docs" / "library.md") for name in re.findall(r"\w+", text)}
-    assert not set(svite_scale.__all__) - used - {"__version__"}
-
-
 def is_python_name(name: str) -> bool:
     """Returns whether a dotted name is a module, or something in one."""
     parts = name.split(".")
@@ -141,6 +136,38 @@ def is_python_name(name: str) -> bool:
             found = getattr(found, part)
         return True
     return False
+
+
+def rows(name: str, *starts: str, cells: int) -> list[list[str]]:
+    """Returns the rows of a page's tables that have so many cells and begin with one of these texts."""
+    lines = (ROOT / "docs" / name).read_text().replace("**", "").splitlines()
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in split if len(row) == cells and row[0].startswith(starts)]
+
+
+def test_readme_figures_are_those_of_the_pages() -> None:
+    table = [line for line in (ROOT / "README.md").read_text().replace("**", "").splitlines() if line.startswith("|")]
+    ends = "{:.2f} to {:.2f}".format
+    held = rows("benchmarks.md", "single", "ddp", "fsdp2", "zero", cells=14)
+    state = [float(row[10]) for row in held]
+    wire = [float(row[13]) for row in held if row[13] != "-"]
+    peak = {row[0]: float(row[6]) for row in rows("benchmarks.md", "ZeRO-3", "FSDP2", cells=7) if "/" not in row[1]}
+    step = [float(row[3]) for row in rows("benchmarks.md", "DeiT-Small at 224 px, batch", cells=4)]
+    gpu = [row for row in rows("benchmarks.md", "DeiT-Base", cells=10) if row[2] == "0.3"]
+    accuracy = {row[0]: float(row[2]) for row in rows("accuracy.md", "dense", "weights", "heads", cells=5)}
+    units = [accuracy["heads and neurons 40%, `grow: paper`"], accuracy["heads and neurons 40%"]]
+    for row, figure in (
+        ("memory: training state", ends(min(state), max(state))),
+        ("peak of a step, above", f"{peak['FSDP2']:.2f}, {peak['ZeRO-3']:.2f}"),
+        ("peak of a step on a GPU", ends(float(gpu[0][7]), float(gpu[-1][7]))),
+        ("traffic", ends(min(wire), max(wire))),
+        ("time of a step on the CPU", f"{step[0]:.2f}, {step[1]:.2f}"),
+        ("time of a step on a GPU", ends(float(gpu[0][5]), float(gpu[-1][5]))),
+        ("accuracy on 1,000", f"{accuracy['weights 70%']:.1f}% / {accuracy['dense']:.1f}%"),
+        ("accuracy on MNIST", f"{units[0]:.1f}% | {units[1]:.1f}%"),
+    ):
+        (line,) = (line for line in table if line.startswith(f"| {row}"))
+        assert f"| {figure} |" in line
 
 
 def test_citation_names_this_version_and_the_paper() -> None:

@@ -18,7 +18,7 @@ from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.errors import CheckpointError, ConfigError
 from svite_scale.models.dense import build_dense
-from svite_scale.models.teacher import answer_twice, build_teacher, check_teacher
+from svite_scale.models.teacher import build_teacher, check_teacher, enable_distillation_heads
 from svite_scale.train.loss import Teacher, TrainingLoss, hard_distillation, soft_distillation
 from tests.command_line import run_here
 from tests.ranks import run_on_ranks
@@ -160,7 +160,7 @@ def test_plain_student_learns_from_the_teacher_with_its_only_head(tmp_path: Path
 def test_student_returns_both_heads_in_training_and_their_mean_in_evaluation(tmp_path: Path, digits: Path) -> None:
     config = tiny_config(digits, tmp_path / "run", "model.name=deit_tiny_distilled_patch16_224")
     student, images = build_dense(config.model), torch.rand(3, 1, 8, 8)
-    answer_twice(student)
+    enable_distillation_heads(student)
     both = student.train()(images)
     assert both.shape == (2, 3, 10)
     torch.testing.assert_close(student.eval()(images), both.mean(dim=0))
