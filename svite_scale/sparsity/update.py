@@ -14,6 +14,9 @@ from torch import Tensor
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
 
+CHUNK = 2**18
+"""Scores whose ties are found at once."""
+
 
 class Selection(NamedTuple):
     """One half of an update.
@@ -84,7 +87,13 @@ def choose(eligible: Tensor, score: Tensor, count: int, role: Literal["drop", "g
     chosen = (score > threshold if largest else score < threshold).logical_and_(eligible)
     ties = (score == threshold).logical_and_(eligible)
     missing = count - int(chosen.count_nonzero())
-    chosen[torch.nonzero_static(ties, size=missing).squeeze(1)] = True
+    # In chunks, because the positions of many equal scores, 8 bytes each, would take more than the scores.
+    for chosen_chunk, tied_chunk in zip(chosen.split(CHUNK), ties.split(CHUNK), strict=True):
+        if not missing:
+            break
+        first = tied_chunk.nonzero().squeeze(1)[:missing]
+        chosen_chunk[first] = True
+        missing -= first.numel()
     return chosen, threshold
 
 
