@@ -1,4 +1,4 @@
-"""The decorator of option classes: dataclasses whose values are checked when they are made, each mistake told in one line.
+"""The decorator of option classes: dataclasses whose values are checked when they are made, each mistake reported in one line.
 
 A component declares its options once, beside itself::
 

@@ -25,7 +25,7 @@ from svite_scale.train.options import GuardConfig, OptimizerConfig, TrainConfig
 
 @options
 class SparsityConfig(SparseModelOptions, DropSchedule):
-    """What is sparse, and how its topology moves (the paper's section 3.2)."""
+    """The sparse parts of a model, and how their topology moves (the paper's section 3.2)."""
 
     update_unit: Literal["steps", "epochs"] = "steps"
     """Unit of ``update_every`` and ``update_start``."""
@@ -55,7 +55,7 @@ class Config:
     """A whole run."""
 
     run_dir: str
-    """Where the run's files go; must not hold another run unless it is resumed."""
+    """Directory of the run's files; must not hold another run unless it is resumed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)

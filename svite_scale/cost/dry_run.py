@@ -58,7 +58,7 @@ def _layers(plan: list[LayerPlan]) -> str:
 
 
 def _remarks(layer: LayerPlan) -> list[str]:
-    """What is special about a layer."""
+    """Returns what is special about a layer."""
     remarks = {
         "raised to one weight": layer.raised,
         "kept dense": layer.kept_dense,

@@ -19,7 +19,7 @@ from svite_scale.sparsity.packing import prunable_layers
 
 @dataclass(frozen=True)
 class MatrixProducts:
-    """What a forward of one image multiplies.
+    """The products that a forward of one image computes.
 
     Attributes:
         applications: by prunable layer, how often its weight is applied: multiply-accumulates per element of the weight.

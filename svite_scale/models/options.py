@@ -87,7 +87,7 @@ class TokensConfig:
 
 @options
 class SparseModelOptions(Allocation, MethodOptions):
-    """What of a model is sparse: heads and neurons, the weights of all other layers, and tokens."""
+    """The sparse parts of a model: heads and neurons, the weights of all other layers, and tokens."""
 
     structured: StructuredConfig = field(default_factory=StructuredConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)

@@ -62,14 +62,14 @@ class TokenSelector(nn.Module, Annealed):
         self.num_tokens, self.num_prefix, self.num_patches = num_tokens, num_prefix, num_tokens - num_prefix
         self.mode, self.generator = mode, generator
         self.temperatures = (temperature, final_temperature)
-        # A tensor, since a compiled forward is compiled anew when a number changes. No buffer, since DDP would send it at every
-        # forward and ZeRO would round it. On the CPU, from where operations on every device take it as a number.
+        # A tensor, because a compiled forward is compiled again when a number changes. No buffer, because DDP would send it at
+        # every forward and ZeRO would round it. On the CPU, because operations on every device take such a tensor as a number.
         self._temperature = torch.tensor(temperature, dtype=torch.float64, device="cpu")
         self.weight = nn.Parameter(trunc_normal_(torch.empty(1, embed_dim), std=0.02))
 
     @property
     def temperature(self) -> float:
-        """What the noisy log-probabilities are divided by."""
+        """The divisor of the noisy log-probabilities."""
         return self._temperature.item()
 
     def anneal(self, progress: float) -> None:

@@ -27,7 +27,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that prints, logs and writes single files."""
+        """True on the one rank that prints, logs and writes single files."""
         return self.rank == 0
 
     @classmethod

@@ -24,12 +24,12 @@ squares or magnitudes; another copy of the weight, where an average of weights b
 
 @options
 class Allocation:
-    """How many weights are active, and where: by one of ``density``, ``densities`` and ``masks``."""
+    """The number and places of active weights, given by one of ``density``, ``densities`` and ``masks``."""
 
     density: Density = 1.0
     """Fraction of the prunable weights that is active; 1.0 trains the ordinary dense model."""
     distribution: Literal["uniform", "er", "erk"] = "erk"
-    """How ``density`` is spread over the layers."""
+    """The rule that spreads ``density`` over the layers."""
     power_scale: Annotated[float, Field(gt=0.0)] = 1.0
     """Exponent of ERK's ratio."""
     densities: dict[str, Density] = field(default_factory=dict, hash=False)
@@ -55,7 +55,7 @@ class Allocation:
 
 @options
 class DropSchedule:
-    """Which fraction of the active weights a topology update moves, and until when."""
+    """The fraction of the active weights that a topology update moves, and the end of the updates."""
 
     stop_fraction: Fraction = 0.8
     """Topology updates stop at this fraction of all optimizer steps."""
@@ -86,7 +86,7 @@ class Method:
 
 @options
 class MethodOptions:
-    """Which weights a topology update moves, and how the grown ones start."""
+    """The rule by which a topology update chooses weights, and how the grown ones start."""
 
     method: str | InstanceOf[Method] = "svite"
     """svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static keeps the first mask, dense
@@ -129,4 +129,4 @@ class TopologyOptions(MethodOptions):
     seed: int = 0
     """Of what methods draw. A config has one seed for the whole run."""
     optimizer_state: dict[str, StateKind] = field(default_factory=dict, hash=False)
-    """What elementwise optimizer state of an unknown name is, by name."""
+    """Kinds of elementwise optimizer state, by names that the library doesn't know."""

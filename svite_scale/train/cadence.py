@@ -11,7 +11,7 @@ from svite_scale.train.options import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """What is due after one optimizer step.
+    """The actions that are due after one optimizer step.
 
     Attributes:
         log: a line of metrics.

@@ -99,7 +99,7 @@ class LabelRule:
 
     @property
     def by_folder(self) -> bool:
-        """Whether labels are first looked for in the samples' names."""
+        """True if labels are first looked for in the samples' names."""
         return self.key is None and self.classes is not None
 
     def label(self, members: Mapping[str, bytes]) -> int | None:

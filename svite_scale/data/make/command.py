@@ -139,7 +139,7 @@ class Indexed(NamedTuple):
     changed: str = ""
     """The shard's name, if it had an index of the right size but with another checksum."""
     is_kept: bool = False
-    """Whether the shard had a valid index already."""
+    """True if the shard had a valid index already."""
 
 
 def index_shard(shard: Path, rule: LabelRule) -> Indexed:
