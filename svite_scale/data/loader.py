@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from typing import NamedTuple
 
@@ -110,11 +111,10 @@ class TrainData:
         workers = self._options.workers
         with FetchAhead(self._options, self.indexes, self.steps, last_step, self._seed, self._world.rank) as fetch_ahead:
             rows = self._rows(first_step, last_step, fetch_ahead)
-            for images, labels, damaged, messages in load_batches(
-                self._samples, rows, self._batch_shape, workers, replace=True
-            ):
-                self.damage.report(messages)
-                yield Batch(images, labels, torch.ones_like(damaged), damaged)
+            with closing(load_batches(self._samples, rows, self._batch_shape, workers, replace=True)) as batches:
+                for images, labels, damaged, messages in batches:
+                    self.damage.report(messages)
+                    yield Batch(images, labels, torch.ones_like(damaged), damaged)
 
     def _rows(self, first_step: int, last_step: int | None, fetch_ahead: FetchAhead) -> Iterator[list[Row]]:
         """Yields the (epoch, sample, copy) rows of each micro-batch."""
@@ -170,7 +170,7 @@ class EvalData:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
-        batches = load_batches(self._samples, rows, self._batch_shape, self._workers, replace=False)
-        for (images, labels, damaged, messages), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
-            self.damage.report(messages)
-            yield Batch(images, labels, counted & ~damaged, counted & damaged)
+        with closing(load_batches(self._samples, rows, self._batch_shape, self._workers, replace=False)) as batches:
+            for (images, labels, damaged, messages), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
+                self.damage.report(messages)
+                yield Batch(images, labels, counted & ~damaged, counted & damaged)
