@@ -33,8 +33,8 @@ def flat_moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
     return []
 
 
-class ReplicatedZeroAccess:
-    """A ParameterAccess for ZeRO-1 and 2: parameters are whole on every rank, master values and moments are partitioned."""
+class _ZeroAccess:
+    """The part that is the same for all stages."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer`` is the torch optimizer that DeepSpeed steps.
@@ -47,6 +47,10 @@ class ReplicatedZeroAccess:
 
     def reshard(self) -> None:
         """ZeRO's parameters stay in their place."""
+
+
+class ReplicatedZeroAccess(_ZeroAccess):
+    """A ParameterAccess for ZeRO-1 and 2: parameters are whole on every rank, master values and moments are partitioned."""
 
     def steps(self, parameter: nn.Parameter) -> bool:
         # DeepSpeed leaves the attribute on what it was given to step, on ranks that hold no part of it too.
@@ -94,24 +98,12 @@ class ReplicatedZeroAccess:
             lazy_init_hp_params_optimizer_state([parameter], flat, self.optimizer.state)
 
 
-class PartitionedZeroAccess:
+class PartitionedZeroAccess(_ZeroAccess):
     """A ParameterAccess for ZeRO-3: each rank holds one flat slice of each parameter, the last ones padded.
 
     DeepSpeed's own setters of full values fail where a parameter's size isn't a multiple of the world size, so this reads and
     writes the rank's own slice.
     """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer`` is the torch optimizer that DeepSpeed steps.
-
-        Raises:
-            TopologyError: it wraps another.
-        """
-        self.optimizer = optimizer
-        self.steppers = _unwrapped(optimizer)
-
-    def reshard(self) -> None:
-        """ZeRO's parameters stay in their place."""
 
     def steps(self, parameter: nn.Parameter) -> bool:
         try:
