@@ -56,27 +56,26 @@ def load_batches(
         # The loader draws a base seed. Without its own generator it would advance the one of the training process.
         generator=torch.Generator(),
     )
-    # The errors below are raised without torch's own, whose traceback would keep the loader's pipes until Python's cyclic
-    # collector finds them. It may close a pipe that a queue's thread closes too, and so a file that was opened meanwhile.
     try:
         stream = iter(batches)
     except OSError as error:
-        message = f"data.workers = {workers}: loader processes can't be started ({error}); {MORE_ROOM}"
-    else:
-        try:
-            for slot, labels, damaged, messages in stream:
-                yield copy_for_device(slots[slot]), torch.tensor(labels), torch.tensor(damaged), messages
-            return
-        except DataError as error:
-            # The error of a worker arrives as the text of its traceback, whose last line is the message.
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
-            error.__traceback__ = None  # torch's frames hold the error, and it holds them
-        except RuntimeError as error:
-            explained = explain_loader_error(error)
-            if explained is error:
-                raise
-            message = str(explained)
-        del stream
+        raise DataError(f"data.workers = {workers}: loader processes can't be started ({error}); {MORE_ROOM}") from error
+    try:
+        for slot, labels, damaged, messages in stream:
+            yield copy_for_device(slots[slot]), torch.tensor(labels), torch.tensor(damaged), messages
+        return
+    except DataError as error:
+        # The error of a worker arrives as the text of its traceback, whose last line is the message.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        error.__traceback__ = None  # torch's frames hold the error, and it holds them
+    except RuntimeError as error:
+        explained = explain_loader_error(error)
+        if explained is error:
+            raise
+        message = str(explained)
+    # Raised without torch's own error, whose traceback would keep the loader's pipes until Python's cyclic collector finds
+    # them. It may close a pipe that a queue's thread closes too, and so a file that was opened meanwhile.
+    del stream
     raise DataError(message)
 
 

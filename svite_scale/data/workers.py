@@ -23,6 +23,10 @@ from svite_scale.runtime.signals import STOP_SIGNALS
 PR_SET_PDEATHSIG = 1
 """From ``linux/prctl.h``: the signal that the kernel sends to a process when its parent ends."""
 
+UNHEEDED = (signal.SIGINT, *STOP_SIGNALS)
+"""Signals that don't end a loader process: Ctrl-C and the warnings of a scheduler may go to every process of a job, and the
+training process needs its workers to finish the step."""
+
 PATIENCE_S = (5.0, 10.0, 20.0, 40.0, 80.0)
 """Time that each attempt waits for the child's byte, which may come late on a busy machine."""
 
@@ -42,7 +46,12 @@ class LoaderProcess(ForkProcess):
         assert isinstance(process_obj, LoaderProcess)
         for patience in PATIENCE_S:
             process_obj.trainer, process_obj.loader = socket.socketpair()
-            child = ForkProcess._Popen(process_obj)
+            # The child inherits what is blocked, so no signal can reach it before it has said what to do with it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEEDED)
+            try:
+                child = ForkProcess._Popen(process_obj)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             process_obj.loader.close()
             with process_obj.trainer as trainer:
                 trainer.settimeout(patience)
@@ -72,10 +81,7 @@ class LoaderContext(ForkContext):
 
 
 def serve_trainer(trainer: int, worker: int) -> None:
-    """Prepares a loader process: it ends with the training process, or when that sends SIGTERM, and ignores other signals.
-
-    Ctrl-C and the warnings of a scheduler may go to every process of a job, and the training process needs its workers to
-    finish the step.
+    """Prepares a loader process: it ends with the training process, or when that sends SIGTERM.
 
     Args:
         trainer: id of the process that forked this one, from a thread that lives as long as the process.
@@ -85,8 +91,6 @@ def serve_trainer(trainer: int, worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != trainer:
         os._exit(1)  # the training process ended before the call above
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=end_with_trainer, args=(trainer,), name="signals", daemon=True).start()
 
 

@@ -53,6 +53,27 @@ def test_a_warning_to_all_processes_leaves_the_workers_at_work(many: str) -> Non
     assert not members(process.pid)
 
 
+EARLY = """
+import os, signal, sys
+from tests.data.numbered import grey_config, numbers, train_data
+
+def warn():
+    for warning in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), warning)
+
+os.register_at_fork(after_in_child=warn)
+stream = train_data(grey_config(train=sys.argv[1], workers=2), 12).batches()
+print(sum(len(numbers(next(stream))) for _ in range(20)), flush=True)
+stream.close()
+"""
+
+
+def test_a_warning_at_the_moment_of_the_fork_leaves_the_workers_at_work(many: str) -> None:
+    command = [sys.executable, "-c", EARLY, many]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "240\n", "")
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes of a group through /proc")
 def test_workers_end_with_the_training_process(many: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, many], stdout=subprocess.PIPE, text=True, start_new_session=True)
