@@ -50,13 +50,14 @@ KNOWN = {
         )
     ),
     PIECE,
+    "builtins.getattr",  # by which Python 3.11.0 to 3.11.3 pickle a member of an enum
     "torch.Size",
     "torch.serialization._get_layout",
     "pathlib.Path",
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
 }
-"""All globals that ``torch.distributed.checkpoint`` writes into metadata, in this version or another."""
+"""All globals that ``torch.distributed.checkpoint`` writes into metadata, in this version or another. None is called."""
 
 FILE = re.compile(r"__\d+_\d+\.distcp")
 """The names that it gives to files of tensors, all in the checkpoint's directory."""
