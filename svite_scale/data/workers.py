@@ -46,7 +46,7 @@ class LoaderProcess(ForkProcess):
         assert isinstance(process_obj, LoaderProcess)
         for patience in PATIENCE_S:
             process_obj.trainer, process_obj.loader = socket.socketpair()
-            # The child inherits what is blocked, so no signal can reach it before it has said what to do with it.
+            # The child inherits what is blocked, so none of these signals ever ends it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEEDED)
             try:
                 child = ForkProcess._Popen(process_obj)
@@ -95,7 +95,10 @@ def serve_trainer(trainer: int, worker: int) -> None:
 
 
 def end_with_trainer(trainer: int) -> None:
-    """Waits for a SIGTERM from the training process, then ends this one. (A signal handler wouldn't know the sender.)"""
+    """Waits for a SIGTERM from the training process, then ends this one. (A signal handler wouldn't know the sender.)
+
+    The signals that it waits for are blocked since the fork.
+    """
     while (received := signal.sigwaitinfo(STOP_SIGNALS)).si_pid != trainer or received.si_signo != signal.SIGTERM:
         pass
     os._exit(0)
