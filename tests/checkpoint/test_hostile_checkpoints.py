@@ -89,7 +89,7 @@ HOSTILE: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "code beside it": (lambda metadata: (metadata, Code()), "it names 'posix.mkdir', which has no place in it"),
     "code alone": (lambda _: Code(), "it names 'posix.mkdir'"),
     "code, protocol 0": (lambda _: pickle.dumps(Code(), 0), "it names 'posix.mkdir'"),
-    "code, protocol 2": (lambda metadata: pickle.dumps((metadata, Code()), 2), "it names 'posix.mkdir'"),
+    "code, protocol 2": (lambda metadata: pickle.dumps((metadata, Code()), 2, fix_imports=False), "it names 'posix.mkdir'"),
     "code, as INST": (lambda _: b"(S'" + str(PROOF).encode() + b"'\niposix\nmkdir\n.", "it has the instruction STRING"),
     "code for the planner": (changed(planner_data=Code()), "it names 'posix.mkdir'"),
     "code as a version": (changed(version=Code()), "it names 'posix.mkdir'"),
