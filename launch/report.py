@@ -23,7 +23,7 @@ def main() -> int:
     given = arguments()
     # Takes seconds to import, and --help needn't wait for it.
     from svite_scale.report.page import write_report
-    from svite_scale.report.read import read_run
+    from svite_scale.saved_run import read_run
 
     try:
         run = read_run(given.run, given.checkpoint, given.val)

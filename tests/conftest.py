@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +88,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB, that can be filled."""
     with mounted(tmp_path / "disk") as path:
         yield path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the directory of a run of ``tests.saved.RUNS``."""
+    from tests.saved import SavedRuns  # imports the trainer, which most tests needn't wait for
+
+    return SavedRuns(tmp_path_factory.mktemp("saved"))

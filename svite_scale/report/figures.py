@@ -19,7 +19,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.models.token_selector import TokenSelector
-from svite_scale.report.read import Line, damaged_line
+from svite_scale.saved_run import Line, damaged_line
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer

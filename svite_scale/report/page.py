@@ -25,7 +25,7 @@ from svite_scale.report.figures import (
     named_selectors,
     unit_histories,
 )
-from svite_scale.report.read import SavedRun, evaluation_images, load_model
+from svite_scale.saved_run import SavedRun, evaluation_images, load_model
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 PAGE = "report.html"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from svite_scale.report.figures import DARK_BLUE, DIMMED, Curve, curves, dimmed, layer_densities, unit_histories
-from svite_scale.report.read import evaluation_images, load_model, read_run
+from svite_scale.saved_run import evaluation_images, load_model, read_run
 from tests.report.by_hand import NUM_UNITS, tensors, unit_masks, unpacked
 from tests.runs import json_lines
 from tests.tiny import NUM_VAL

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.read import read_run
+from svite_scale.saved_run import read_run
 from tests.command_line import ROOT, Answer
 
 Saved = Callable[[str], Path]

@@ -38,7 +38,8 @@ MAY_IMPORT = {
         "cost",
         "checkpoint",
     },
-    "report": {"errors", "options", "config", "sparsity", "data", "models", "tracking", "checkpoint"},
+    "saved_run": {"errors", "config", "data", "models", "tracking", "checkpoint"},
+    "report": {"errors", "config", "sparsity", "models", "tracking", "saved_run"},
     "": {"errors", "sparsity", "models", "engines", "cost", "train"},
 }
 """By part of the package ("" is its __init__), the other parts that it may import. Besides, all may import the options of

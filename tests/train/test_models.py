@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svite_scale.report.page import write_report
-from svite_scale.report.read import read_run
+from svite_scale.saved_run import read_run
 from tests.ranks import run_on_ranks
 from tests.runs import ENGINES, losses_of, metrics_of, run
 from tests.tiny import tiny_config

@@ -1,4 +1,4 @@
-"""Reading a saved run: its files up to one of its checkpoints, that checkpoint's model, and its evaluation images."""
+"""A saved run: its files up to one of its checkpoints, that checkpoint's model, and its evaluation images."""
 
 from __future__ import annotations
 
@@ -148,19 +148,26 @@ def damaged_line(path: Path, line: str, error: Exception) -> RunError:
     return RunError(f"{path}: {line} is damaged ({error!r}); restore the line, or delete it")
 
 
-def load_model(run: SavedRun) -> nn.Module:
-    """Returns the checkpoint's model on the CPU, in fp32 and evaluation mode. Local: needs no process group.
+def load_model(run: SavedRun, *, ema: bool = False) -> nn.Module:
+    """Returns the checkpoint's sparse model on the CPU, in fp32 and evaluation mode. Local: needs no process group.
+
+    Args:
+        run: holds the checkpoint.
+        ema: take the moving average of the weights in place of the weights.
 
     Raises:
         ConfigError: the model can't be built.
-        CheckpointError: the checkpoint is damaged, or of another model.
+        CheckpointError: the checkpoint is damaged, of another model, or has no average.
     """
+    if ema and run.config.train.ema_decay is None:
+        raise CheckpointError(f"{run.run_dir} has no moving average (train.ema_decay is null); leave out --ema")
     model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed)
     parameters = dict(model.named_parameters())
+    keys = {name: f"ema/{name}" if ema and each.requires_grad else f"model/{name}" for name, each in parameters.items()}
     # Flat, as every engine saves them.
-    state = {f"model/{name}": torch.empty_like(parameter).flatten() for name, parameter in parameters.items()}
+    state = {keys[name]: torch.empty_like(parameter).flatten() for name, parameter in parameters.items()}
     try:
-        check_same_tensors(run.checkpoint, state, prefix="model/")
+        check_same_tensors(run.checkpoint, {f"model/{name}": state[key] for name, key in keys.items()}, prefix="model/")
         with warnings.catch_warnings():
             # Torch warns that there is no process group, as no_dist says.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -170,7 +177,7 @@ def load_model(run: SavedRun) -> nn.Module:
         raise CheckpointError(f"{run.checkpoint} can't be read ({what}); restore it, or give another --checkpoint") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[f"model/{name}"].view_as(parameter))
+            parameter.copy_(state[keys[name]].view_as(parameter))
     return model.eval()
 
 
