@@ -11,6 +11,15 @@ from torch import Tensor
 from svite_scale.data.loader import Batch
 from svite_scale.engines.backend import StepResult
 
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "eval_accuracy": "test accuracy",
+    "samples_per_second": "samples/s",
+    "density": "density",
+}
+"""The metrics beside the count of steps, and their labels there."""
+
 
 class MetricsAverage:
     """Loss, accuracy and throughput since the last line of metrics, over all ranks.

@@ -30,7 +30,7 @@ from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.guard import Guard
 from svite_scale.train.loss import TrainingLoss
-from svite_scale.train.metrics import MetricsAverage
+from svite_scale.train.metrics import SHOWN, MetricsAverage
 from svite_scale.train.optimizer import build_schedule
 
 
@@ -118,7 +118,7 @@ class Trainer:
             open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
-            Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
+            Progress("train", self.last_step, "steps", done=self.step, enabled=self.world.is_main) as self.progress,
         ):
             self.begin()
             due = self.cadence.due(self.step, stopping=self.asked_to_stop())
@@ -206,7 +206,7 @@ class Trainer:
         if update:
             self.tracker.log_topology(update.step, update.unit_masks)
         self.tracker.log(self.step, metrics)
-        self.progress.show(metrics)
+        self.progress.show({label: metrics[name] for name, label in SHOWN.items() if name in metrics})
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates the weights, and their moving average if the config asks for it. A collective."""
