@@ -55,6 +55,10 @@ class SavedRun:
     topology: list[Line]
     val: str | None = None
 
+    def evaluation_folder(self, *, ema: bool = False) -> Path:
+        """Returns the folder where the evaluation of the checkpoint lies, if there was one."""
+        return self.run_dir / "evaluation" / (self.checkpoint.name + ("-ema" if ema else ""))
+
     def evaluation_config(self) -> Config:
         """Returns the config with the evaluation shards to use.
 
