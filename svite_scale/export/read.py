@@ -9,10 +9,16 @@ from pathlib import Path
 from torch import nn
 
 from svite_scale.errors import ConfigError, ExportError
-from svite_scale.export import packed_form, program_form, timm_form
+from svite_scale.export import onnx_form, packed_form, program_form, sliced_form, timm_form
 from svite_scale.export.form import Description, Form, Preprocessing, read_description
 
-FORMS: Mapping[str, Form] = {"timm": timm_form, "packed": packed_form, "pt2": program_form}
+FORMS: Mapping[str, Form] = {
+    "timm": timm_form,
+    "sliced": sliced_form,
+    "packed": packed_form,
+    "onnx": onnx_form,
+    "pt2": program_form,
+}
 """By name, the module that writes and reads a form."""
 
 CAN_RUN_CODE = frozenset({"pt2"})
