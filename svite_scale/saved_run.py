@@ -70,7 +70,7 @@ class SavedRun:
         if self.config.data.val.startswith(PIPE):
             raise RunError(
                 f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and commands in a run "
-                "directory are not run; give --val with shards, or with that command if you trust it"
+                "directory are not run; give other shards (--val, or data.val=SHARDS), or that command if you trust it"
             )
         return self.config
 

@@ -92,7 +92,7 @@ def test_a_report_refuses_shards_of_a_command_in_the_config(
     assert (answer.status, answer.err) == (
         2,
         f"report error: {run_dir}/config.yaml: data.val = 'pipe:mkdir {PROOF} #a.tar' is a command, and commands in a run "
-        "directory are not run; give --val with shards, or with that command if you trust it\n",
+        "directory are not run; give other shards (--val, or data.val=SHARDS), or that command if you trust it\n",
     )
     answer = command(capsys, *arguments, "--val", shards)
     assert (answer.status, answer.err) == (0, "")
