@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
-        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
+        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``profile``, ``dry_run``, ``ranks``.
 
     Returns:
         The exit status: 0; 2 after a mistake in the config; 85 if a signal stopped the run and it has saved; 1 after any other
@@ -40,7 +40,8 @@ def main(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals:
             from svite_scale.train.run import train
 
-            return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
+            options = {name: getattr(arguments, name) for name in ("resume", "auto_resume", "profile")}
+            return train(config, world, signals, failure, **options)
     except BaseException as error:
         status = failure.report(error)
         if status == EXIT_CONFIG and failure.world.local_rank > 0:
