@@ -17,20 +17,16 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import timm
 from PIL import Image
 
-from tests.command_line import ROOT, run_command, run_here
+from tests.command_line import run_command, run_here
+from tests.repository.pages import PAGES, ROOT, Block, blocks
 from tests.tiny import write_config_file
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
-BLOCK = re.compile(
-    r"^(?: *<!-- not run by the tests: (?P<reason>[^>]+) -->\n+)? *```(?P<language>\w*)\n(?P<text>.*?)^ *```",
-    re.DOTALL | re.MULTILINE,
-)
 COMMANDS = {"", "sh", "bash", "console"}
 """Languages of blocks that hold commands, one a line; in ``console`` after ``$ ``, between what they print."""
 
@@ -60,23 +56,6 @@ RUNS = {"runs/quickstart": "weights", "runs/structured": "single", "runs/tokens"
 
 NEWEST = "step-00000016"
 """Name of the newest checkpoint of these runs."""
-
-
-class Block(NamedTuple):
-    """A block of code: its line on the page, the reason why no test runs it, its language and its text."""
-
-    line: int
-    reason: str | None
-    language: str
-    text: str
-
-
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
-    return [
-        Block(text.count("\n", 0, found.start("language")) + 1, found["reason"], found["language"], found["text"])
-        for found in BLOCK.finditer(text)
-    ]
 
 
 def commands(block: Block) -> Iterator[str]:
