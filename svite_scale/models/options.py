@@ -20,6 +20,9 @@ class ModelConfig:
     """The dense timm model. A field that is null keeps what ``name`` says, and one that the model doesn't take is refused."""
 
     name: str = "deit_tiny_patch16_224"
+    weights: str | None = None
+    """The weights that a run starts from: a state dict of timm's model, ``.safetensors`` or ``.pth``, or an exported folder of
+    the form timm, sliced or packed. Null draws them."""
     num_classes: Annotated[int, Field(ge=1)] = 1000
     image_size: Annotated[int, Field(ge=1)] = 224
     """Pixels, height and width alike."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.data.format.patterns import check_contents, largest_label
@@ -59,13 +61,23 @@ def fingerprint(data: TrainData) -> dict[str, object]:
     return {"samples": data.num_samples, "sha256": sha256("".join(index.sha256 for index in data.indexes).encode()).hexdigest()}
 
 
-def build_sparse_model(config: Config, world: World, device: torch.device, *, skip_nonfinite: bool) -> tuple[Backend, float]:
+def build_sparse_model(
+    config: Config, world: World, device: torch.device, *, skip_nonfinite: bool, resume: bool
+) -> tuple[Backend, float]:
     """Builds the sparse model and wraps it in its engine. A collective: all ranks call it.
+
+    Args:
+        config: of the run.
+        world: this rank's.
+        device: this rank's.
+        skip_nonfinite: skip steps whose gradients aren't finite.
+        resume: a checkpoint is to replace all weights and masks, so no file of first ones is read.
 
     Returns:
         The backend, and the active fraction of the prunable weights.
     """
-    model, plan = build_sparse(config.model, config.sparsity, config.seed)
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume else None
+    model, plan = build_sparse(config.model, config.sparsity, config.seed, saved)
     if config.distillation.teacher is not None:
         enable_distillation_heads(model)
     options = EngineOptions(

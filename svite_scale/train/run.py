@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
@@ -50,7 +51,8 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
     Returns:
         The exit status.
     """
-    validate(config, world.size)
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume or auto_resume else None
+    validate(config, world.size, saved)
     device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
