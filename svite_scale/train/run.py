@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
@@ -61,7 +62,8 @@ def train(
     Returns:
         The exit status.
     """
-    validate(config, world.size)
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume or auto_resume else None
+    validate(config, world.size, saved)
     profiled_steps = None if profile is None else parse_steps(profile)
     device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")

@@ -87,7 +87,9 @@ class Trainer:
         self.guard = Guard(config.guard)
         self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
         skip_nonfinite = self.guard.skips_nonfinite
-        self.backend, self.model_summary = build_sparse_model(config, world, device, skip_nonfinite=skip_nonfinite)
+        self.backend, self.model_summary = build_sparse_model(
+            config, world, device, skip_nonfinite=skip_nonfinite, resume=resume
+        )
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
