@@ -16,3 +16,8 @@ class ParallelConfig:
     backend: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"
     zero_stage: Annotated[Literal[1, 2, 3], BeforeValidator(whole_choice)] = 3
     """For ``backend: deepspeed``."""
+
+    @property
+    def engine(self) -> str:
+        """The engine's name, with the stage of ZeRO where it has one."""
+        return f"deepspeed ZeRO-{self.zero_stage}" if self.backend == "deepspeed" else self.backend
