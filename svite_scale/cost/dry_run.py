@@ -9,13 +9,11 @@ from torch import nn
 
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import ModelCost, count_flops
-from svite_scale.cost.memory import ModelSize, bytes_per_rank
+from svite_scale.cost.memory import ModelSize, bytes_per_rank, model_sizes
 from svite_scale.models.sparse import SparseModel
 from svite_scale.models.teacher import build_teacher
 from svite_scale.models.token_selector import token_selectors
-from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_density
-from svite_scale.sparsity.layers.base import sparse_layers
 
 
 def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
@@ -31,11 +29,7 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         CheckpointError: the teacher's file can't be used.
     """
     cost = count_flops(sparse.model, config.model.image_size)
-    layers = sparse_layers(sparse.model).values()
-    mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
-    recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
-    packed = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + recently_grown_bytes)
-    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
+    packed, dense = model_sizes(sparse.model, cost)
     sections = (
         _layers(sparse.layers),
         "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
