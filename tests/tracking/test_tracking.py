@@ -60,8 +60,6 @@ def test_flatten_config_joins_names_by_dots_and_keeps_mappings_of_patterns() -> 
     assert flatten_config(nested) == flat
 
 
-
-
 def test_what_a_step_draws_depends_on_where_it_is_alone() -> None:
     def draw(*entropy: int) -> tuple[float, float, float]:
         import random
