@@ -66,7 +66,7 @@ def _reader(images: Tensor) -> Any:
     """Returns onnxruntime's reader of images, one by one."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         inputs: Iterator[Tensor] = track(images.split(1), "calibrate", len(images), "images")
 
         def get_next(self) -> dict[str, Any] | None:
