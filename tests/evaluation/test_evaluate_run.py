@@ -27,8 +27,8 @@ from svite_scale.train.evaluate import score
 from tests.command_line import ROOT, Answer, run_command, run_here
 from tests.evaluation.by_hand import logits_of, numbers
 from tests.ranks import free_port, run_on_ranks
-from tests.runs import metrics_of
-from tests.tiny import NUM_VAL
+from tests.runs import ENGINES, metrics_of, run
+from tests.tiny import NUM_VAL, tiny_config
 
 SCRIPT = ROOT / "launch" / "evaluate.py"
 NUMBERS = ("accuracy", "top5", "loss", "damaged")
@@ -75,6 +75,25 @@ def test_two_ranks_evaluate_a_run_of_sharded_units_and_tokens(saved: Saved, tmp_
     assert json.loads(answer.out) == found_in(out), "one rank prints"
     assert {name: found_in(out)[name] for name in NUMBERS} == pytest.approx(own_evaluation(run_dir), abs=1e-6)
     assert (found_in(out)["world_size"], found_in(out)["samples"]) == (2, NUM_VAL)
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2)])
+def test_evaluate_computes_in_bf16_as_the_run_did(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, world_size: int
+) -> None:
+    """One process computes under autocast, FSDP2 with parameters in bf16; in fp32 the loss is another."""
+    run_dir = tmp_path / "run"
+    config = tiny_config(
+        digits, run_dir, *ENGINES[engine], "train.precision=bf16", "train.epochs=1", "sparsity.tokens.keep=0.6"
+    )
+    run_on_ranks(world_size, run, config)
+    expected, found = own_evaluation(run_dir), {}
+    for precision in ("bf16", "fp32"):
+        answer = evaluate_here(capsys, "--run", run_dir, "--out", tmp_path / precision, f"train.precision={precision}")
+        assert answer.status == 0, answer.err
+        found[precision] = found_in(tmp_path / precision)
+    assert {name: found["bf16"][name] for name in NUMBERS} == pytest.approx(expected, abs=1e-6)
+    assert 1e-5 < abs(found["fp32"]["loss"] - expected["loss"]) < 1e-2
 
 
 def test_all_numbers_are_those_by_hand(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +198,7 @@ def test_confusion_picture_is_a_png_for_few_and_for_many_labels(num_labels: int)
 
 
 MISTAKES = {
-    "another model": (["model.depth=3"], 2, "config error: model.depth = '3': belongs to the trained weights, so an evaluation "),
+    "another model": (["model.depth=3"], 2, "config error: model.depth = '3': belongs to the trained weights, so an evalu"),
     "no such checkpoint": (["--checkpoint", "step-1"], 1, "error on rank 0: .* holds no checkpoint 'step-1'; give"),
     "no average": (["--ema"], 1, r"error on rank 0: .* has no moving average \(train.ema_decay is null\); leave out --ema"),
     "no data": (["data.val=nothing-*.tar"], 1, "error on rank 0: data.val = 'nothing-.*.tar': no shard matches"),
