@@ -21,7 +21,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
-        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
+        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``profile``, ``dry_run``, ``ranks``.
 
     Returns:
         The exit status: that of :func:`run_on_every_rank`, or 85 if a signal stopped the run and it has saved.
@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals:
             from svite_scale.train.run import train
 
-            return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
+            options = {name: getattr(arguments, name) for name in ("resume", "auto_resume", "profile")}
+            return train(config, world, signals, failure, **options)
 
     return run_on_every_rank(command)
 
