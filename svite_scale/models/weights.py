@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +21,11 @@ from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
 from svite_scale.errors import OptionError
+from svite_scale.models import sliced_model
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.layers.base import SparseLayer
 
-REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm"
-SAFETENSORS = "model.safetensors"
-"""The file of weights in an exported folder."""
-
+REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm or sliced"
 POSITIONS = "pos_embed"
 MOST_NAMES = 4
 """Tensors of a kind that an error names."""
@@ -89,18 +89,29 @@ def open_weights(path: str, field: str = "weights") -> Weights:
     """
     file = Path(path)
     if file.is_dir():
-        file /= SAFETENSORS
+        file /= sliced_model.WEIGHTS
         if not file.is_file():
-            raise OptionError(field, path, f"is a folder without {SAFETENSORS}", REMEDY)
+            raise OptionError(field, path, f"is a folder without {file.name}", REMEDY)
     if not file.is_file():
         raise OptionError(field, path, "is no file", f"check the path; {REMEDY}")
     try:
+        if _is_sliced(file):
+            return _of_tensors(field, path, sliced_model.dense_state_dict(file.parent))
         if file.suffix == ".safetensors":
             return _of_safetensors(field, path, file)
         return _of_tensors(field, path, _read_pth(file))
     except Exception as error:  # the readers of damaged files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(field, path, f"can't be read as a state dict ({reason})", REMEDY) from error
+
+
+def _is_sliced(file: Path) -> bool:
+    """Returns whether a file of weights is that of a sliced export."""
+    with suppress(OSError, ValueError, RecursionError):
+        description = json.loads((file.parent / sliced_model.DESCRIPTION).read_text())
+        is_ours = isinstance(description, dict) and description.get("format") == sliced_model.FORMAT
+        return is_ours and file.name == sliced_model.WEIGHTS
+    return False
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
