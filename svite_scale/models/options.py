@@ -96,7 +96,7 @@ class TokensConfig:
 
 
 @options
-class SparseModelOptions(Allocation, MethodOptions):
+class SparseModelOptions(MethodOptions, Allocation):
     """The sparse parts of a model: heads and neurons, the weights of all other layers, and tokens."""
 
     structured: StructuredConfig = field(default_factory=StructuredConfig)

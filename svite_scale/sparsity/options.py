@@ -68,7 +68,7 @@ class DropSchedule:
     drop_fraction: Fraction = 0.5
     """Fraction of the active weights dropped at an update, at the start."""
     final_drop_fraction: Fraction = 0.005
-    """The same at the last update, where the schedule falls to."""
+    """The same at ``stop_fraction`` of training, where the schedule ends."""
 
     def __post_init__(self) -> None:
         if self.drop_schedule == "constant":

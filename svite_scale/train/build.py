@@ -133,5 +133,6 @@ def open_tracker(config: Config, resumed_step: int | None, world: World) -> Trac
         resumed_step,
         config_text=to_yaml(config),
         parameters=flatten_config(to_dict(config)),
+        tags={"engine": config.parallel.engine, "world_size": str(world.size)},
         enabled=world.is_main,
     )
