@@ -9,13 +9,11 @@ from torch import nn
 
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import ModelCost, count_flops
-from svite_scale.cost.memory import ModelSize, bytes_per_rank
+from svite_scale.cost.memory import ModelSize, bytes_per_rank, model_sizes
 from svite_scale.models.sparse import SparseModel
 from svite_scale.models.teacher import build_teacher
 from svite_scale.models.token_selector import token_selectors
-from svite_scale.sparsity import bits
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_density
-from svite_scale.sparsity.layers.base import sparse_layers
 
 
 def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
@@ -31,15 +29,10 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         CheckpointError: the teacher's file can't be used.
     """
     cost = count_flops(sparse.model, config.model.image_size)
-    layers = sparse_layers(sparse.model).values()
-    mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
-    recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
-    packed = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + recently_grown_bytes)
-    dense = ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
     sections = (
         _layers(sparse.layers),
         "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
-        _bytes(config, world_size, packed, dense),
+        _bytes(config, world_size, *model_sizes(sparse.model, cost)),
     )
     return "\n\n".join(sections)
 
@@ -99,9 +92,7 @@ def _teacher(config: Config) -> list[str]:
 
 
 def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:
-    backend = config.parallel.backend
-    engine = f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend
-    ema = config.train.ema_decay is not None
+    engine, ema = config.parallel.engine, config.train.ema_decay is not None
     packed, twin = (
         bytes_per_rank(config.parallel, config.train.precision, world_size, size, ema=ema) for size in (sparse, dense)
     )

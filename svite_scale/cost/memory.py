@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from svite_scale.cost.flops import ModelCost
 from svite_scale.engines.options import ParallelConfig
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.layers.base import sparse_layers
 
 FP32 = 4
 MOMENTS = 2 * FP32
@@ -24,6 +29,15 @@ class ModelSize:
     trainable: int
     mask_bytes: int
     statistics_bytes: int
+
+
+def model_sizes(model: nn.Module, cost: ModelCost) -> tuple[ModelSize, ModelSize]:
+    """Returns the sizes of a sparse model, which no engine has wrapped, and those of its dense twin. Local."""
+    layers = sparse_layers(model).values()
+    mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
+    recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)
+    sparse = ModelSize(trainable=cost.params_active, mask_bytes=mask_bytes, statistics_bytes=mask_bytes + recently_grown_bytes)
+    return sparse, ModelSize(trainable=cost.params_dense, mask_bytes=0, statistics_bytes=0)
 
 
 def bytes_per_rank(

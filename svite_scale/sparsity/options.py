@@ -60,10 +60,11 @@ class DropSchedule:
     stop_fraction: Fraction = 0.8
     """Topology updates stop at this fraction of all optimizer steps."""
     drop_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From ``drop_fraction`` at the start to ``final_drop_fraction`` at the stop; constant stays at the former."""
+    """From ``drop_fraction`` at the start to ``final_drop_fraction`` at the stop; ``constant`` stays at the former."""
     drop_fraction: Fraction = 0.5
     """Fraction of the active weights dropped at an update, at the start."""
     final_drop_fraction: Fraction = 0.005
+    """The same at the last update, where the schedule falls to."""
 
     def __post_init__(self) -> None:
         if self.drop_schedule == "constant":
@@ -89,8 +90,9 @@ class MethodOptions:
     """The rule by which a topology update chooses weights, and how the grown ones start."""
 
     method: str | InstanceOf[Method] = "svite"
-    """svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static keeps the first mask, dense
-    trains the ordinary dense model, whatever the density. Or ``my_package.my_module:my_method``, a :class:`Method`."""
+    """``svite`` drops by magnitude and grows by gradient, ``set`` grows at random, ``mixed`` does both, ``static`` keeps the
+    first mask, ``dense`` trains the ordinary dense model, whatever the density. Or ``my_package.my_module:my_method``, a
+    :class:`Method`."""
     random_share: Fraction = 0.5
     """Fraction of the grown weights that ``mixed`` draws at random."""
     grow_window: Annotated[int, Field(ge=1)] = 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
+from svite_scale.cost.flops import ModelCost, count_flops
+from svite_scale.cost.memory import ModelSize, model_sizes
 from svite_scale.data.format.patterns import check_contents, largest_label
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.engines.backend import Backend, EngineOptions
@@ -59,13 +62,23 @@ def fingerprint(data: TrainData) -> dict[str, object]:
     return {"samples": data.num_samples, "sha256": sha256("".join(index.sha256 for index in data.indexes).encode()).hexdigest()}
 
 
-def build_sparse_model(config: Config, world: World, device: torch.device, *, skip_nonfinite: bool) -> tuple[Backend, float]:
-    """Builds the sparse model and wraps it in its engine. A collective: all ranks call it.
+class ModelSummary(NamedTuple):
+    """The numbers of a sparse model that a run reports."""
 
-    Returns:
-        The backend, and the active fraction of the prunable weights.
-    """
+    density: float
+    """The active fraction of the prunable weights."""
+    cost: ModelCost
+    sizes: tuple[ModelSize, ModelSize]
+    """Of the model, and of its dense twin."""
+
+
+def build_sparse_model(
+    config: Config, world: World, device: torch.device, *, skip_nonfinite: bool
+) -> tuple[Backend, ModelSummary]:
+    """Builds the sparse model and wraps it in its engine. A collective: all ranks call it."""
     model, plan = build_sparse(config.model, config.sparsity, config.seed)
+    cost = count_flops(model, config.model.image_size)
+    summary = ModelSummary(plan_density(plan), cost, model_sizes(model, cost))
     if config.distillation.teacher is not None:
         enable_distillation_heads(model)
     options = EngineOptions(
@@ -78,7 +91,7 @@ def build_sparse_model(config: Config, world: World, device: torch.device, *, sk
         skip_nonfinite=skip_nonfinite,
     )
     backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
-    return backend, plan_density(plan)
+    return backend, summary
 
 
 def build_topology(config: Config, backend: Backend, steps_per_epoch: float, total_steps: int) -> TopologyEngine:

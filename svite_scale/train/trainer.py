@@ -30,7 +30,7 @@ from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.guard import Guard
 from svite_scale.train.loss import TrainingLoss
-from svite_scale.train.metrics import MetricsAverage
+from svite_scale.train.metrics import SHOWN, MetricsAverage, flops_per_second
 from svite_scale.train.optimizer import build_schedule
 
 
@@ -82,7 +82,8 @@ class Trainer:
 
         self.guard = Guard(config.guard)
         self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
-        self.backend, self.density = build_sparse_model(config, world, device, skip_nonfinite=self.guard.skips_nonfinite)
+        skip_nonfinite = self.guard.skips_nonfinite
+        self.backend, self.model_summary = build_sparse_model(config, world, device, skip_nonfinite=skip_nonfinite)
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
@@ -118,7 +119,7 @@ class Trainer:
             open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
             reporting(self.on_error),
-            Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
+            Progress("train", self.last_step, "steps", done=self.step, enabled=self.world.is_main) as self.progress,
         ):
             self.begin()
             due = self.cadence.due(self.step, stopping=self.asked_to_stop())
@@ -169,7 +170,8 @@ class Trainer:
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
             self.activity.enter("data")
-            batch = next(self.batches)
+            with self.average.waiting_for_data():
+                batch = next(self.batches)
             self.activity.enter("compute")
             yield batch
 
@@ -181,11 +183,12 @@ class Trainer:
         """
         metrics = update.metrics() if update else {}
         metrics |= self.average.reduce(self.config.train.global_batch_size)
+        metrics |= flops_per_second(self.model_summary.cost, metrics["samples_per_second"])
         self.train_data.damage.add(self.average.damaged, self.average.samples)
         metrics |= {
             "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
-            "density": self.density,
+            "density": self.model_summary.density,
             "drop_fraction": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
@@ -206,7 +209,7 @@ class Trainer:
         if update:
             self.tracker.log_topology(update.step, update.unit_masks)
         self.tracker.log(self.step, metrics)
-        self.progress.show(metrics)
+        self.progress.show({label: metrics[name] for name, label in SHOWN.items() if name in metrics})
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates the weights, and their moving average if the config asks for it. A collective."""
@@ -268,7 +271,7 @@ class Trainer:
             {
                 "steps": self.step,
                 "seconds": time.perf_counter() - started,
-                "density": self.density,
+                "density": self.model_summary.density,
                 **evaluation,
                 "backend": parallel.backend,
                 "zero_stage": parallel.zero_stage if parallel.backend == "deepspeed" else None,

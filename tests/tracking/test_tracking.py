@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from svite_scale.config.load import flatten_config, read_config
 from svite_scale.config.schema import Config
-from svite_scale.data.loader import Batch
 from svite_scale.data.randomness import seed_step
-from svite_scale.engines.backend import StepResult
 from svite_scale.errors import RunError
 from svite_scale.tracking.options import TrackingConfig
-from svite_scale.train.metrics import MetricsAverage
-from tests.ranks import run_on_ranks
 from tests.runs import metrics_of
 from tests.tracking.trackers import tracker_of
 
@@ -63,55 +58,6 @@ def test_flatten_config_joins_names_by_dots_and_keeps_mappings_of_patterns() -> 
     nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": None}}, "sparsity": {"densities": {"blocks.*": 0.3}}}
     flat = {"a": 1, "b.c": [2, 3], "b.d.e": None, "sparsity.densities": {"blocks.*": 0.3}}
     assert flatten_config(nested) == flat
-
-
-def averages(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str, float]]:
-    """Returns the averages and counts of two steps each, twice. A micro-batch is (loss, labels); class 1 is always guessed."""
-    average = MetricsAverage(torch.device("cpu"))
-    found = []
-    for first in (0, 2):
-        for step in micro_batches[dist.get_rank()][first : first + 2]:
-            loss, labels = step
-            # Samples of class 2 count as damaged.
-            batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
-            average.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
-            average.end_step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
-        found.append({**average.reduce(global_batch_size=8), "samples": average.samples, "damaged": average.damaged})
-        average.restart()
-    return found
-
-
-def test_metrics_average_weighs_all_samples_of_all_ranks_alike() -> None:
-    ours = [(1.0, [1, 1, 0, 2]), (2.0, [0, 0, 0, 1]), (3.0, [1, 1, 1, 1]), (4.0, [2, 2, 2, 2])]
-    theirs = [(3.0, [0, 0, 1, 1]), (6.0, [0, 0, 0, 0]), (1.0, [1, 0, 1, 0]), (0.0, [1, 1, 2, 1])]
-    for first, second in run_on_ranks(2, averages, [ours, theirs]):
-        assert (first["loss"], first["accuracy"]) == ((1 + 2 + 3 + 6) / 4, 5 / 16)
-        assert (second["loss"], second["accuracy"]) == ((3 + 4 + 1 + 0) / 4, 9 / 16)
-        assert (first["samples"], first["damaged"]) == (16, 1)
-        assert (second["samples"], second["damaged"]) == (16, 5)
-        assert "grad_norm" not in first
-        assert first["samples_per_second"] > 0
-    assert second["grad_norm"] == 0.0
-
-
-def test_metrics_average_leaves_skipped_steps_out() -> None:
-    for skipped, nothing in run_on_ranks(2, averages_with_skipped_steps):
-        assert (skipped["loss"], skipped["accuracy"], skipped["grad_norm"]) == (2.0, 1.0, 7.0)
-        assert nothing.keys() == {"samples_per_second"}
-
-
-def averages_with_skipped_steps() -> list[dict[str, float]]:
-    """One of an applied step between two skipped ones, and one of a skipped step."""
-    average = MetricsAverage(torch.device("cpu"))
-    batch = Batch(torch.empty(0), torch.tensor([1]), torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
-    found = []
-    for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
-        for loss in losses:
-            average.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), batch)
-            average.end_step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
-        found.append(average.reduce(global_batch_size=2))
-        average.restart()
-    return found
 
 
 def test_what_a_step_draws_depends_on_where_it_is_alone() -> None:
