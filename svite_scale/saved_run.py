@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from svite_scale.checkpoint.compatibility import check_same_tensors
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, newest_valid
-from svite_scale.checkpoint.load import TensorReader, read_run_state
+from svite_scale.checkpoint.load import TensorReader, read_run_state, saved_counts
 from svite_scale.checkpoint.manifest import problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
@@ -55,6 +55,10 @@ class SavedRun:
     topology: list[Line]
     val: str | None = None
 
+    def evaluation_folder(self, *, ema: bool = False) -> Path:
+        """Returns the folder where the evaluation of the checkpoint lies, if there was one."""
+        return self.run_dir / "evaluation" / (self.checkpoint.name + ("-ema" if ema else ""))
+
     def evaluation_config(self) -> Config:
         """Returns the config with the evaluation shards to use.
 
@@ -66,7 +70,7 @@ class SavedRun:
         if self.config.data.val.startswith(PIPE):
             raise RunError(
                 f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and commands in a run "
-                "directory are not run; give --val with shards, or with that command if you trust it"
+                "directory are not run; give other shards (--val, or data.val=SHARDS), or that command if you trust it"
             )
         return self.config
 
@@ -84,14 +88,24 @@ def read_run(run_dir: Path, checkpoint: str | None = None, val: str | None = Non
         ConfigError: its config can't be read.
         CheckpointError: there is no such checkpoint.
     """
-    config_path = run_dir / "config.yaml"
-    if not config_path.is_file():
-        raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
-    config = read_config(config_path)
+    config = read_run_config(run_dir)
     path = find_checkpoint(run_dir / CHECKPOINTS, checkpoint)
     step: int = read_run_state(path)["step"]
     metrics, topology = (read_lines(run_dir / name, step) for name in (METRICS, TOPOLOGY))
     return SavedRun(run_dir, config, path, step, metrics, topology, val)
+
+
+def read_run_config(run_dir: Path) -> Config:
+    """Returns the resolved config of a run.
+
+    Raises:
+        RunError: the directory holds no run.
+        ConfigError: the config can't be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
+    return read_config(path)
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:
@@ -121,13 +135,15 @@ def find_checkpoint(directory: Path, name: str | None) -> Path:
 def read_lines(path: Path, last_step: int) -> list[Line]:
     """Returns the JSON objects of a file up to a step, one per line; empty without the file.
 
+    A last line without its end is left out, because the run is writing it, or was stopped while it did.
+
     Raises:
         RunError: a line is no object with a step; the message has the line's number. Or the file can't be read.
     """
     if not path.exists():
         return []
     try:
-        texts = path.read_text(errors="replace").splitlines()
+        texts = path.read_text(errors="replace").split("\n")[:-1]
     except OSError as error:
         raise RunError(f"{path} can't be read ({error}); restore it, or remove it") from error
     lines = []
@@ -161,7 +177,7 @@ def load_model(run: SavedRun, *, ema: bool = False) -> nn.Module:
     """
     if ema and run.config.train.ema_decay is None:
         raise CheckpointError(f"{run.run_dir} has no moving average (train.ema_decay is null); leave out --ema")
-    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed)
+    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed, saved_counts(run.checkpoint))
     parameters = dict(model.named_parameters())
     keys = {name: f"ema/{name}" if ema and each.requires_grad else f"model/{name}" for name, each in parameters.items()}
     # Flat, as every engine saves them.

@@ -14,7 +14,7 @@ class CheckpointConfig:
     """Options of saving. The end of the run is always saved too."""
 
     every_epochs: Annotated[int | None, Field(ge=1)] = None
-    """Epochs between two saves; null saves no epoch."""
+    """Epochs between two saves; null is off."""
     every_steps: Annotated[int | None, Field(ge=1)] = None
     """Optimizer steps between two saves, in addition to ``every_epochs``; null is off."""
     keep_last: Annotated[int | None, Field(ge=1)] = 3

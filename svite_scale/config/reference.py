@@ -46,14 +46,7 @@ A config is a YAML file of the sections and keys of this page. A key that it lea
 def reference() -> str:
     """Returns the page: a table of the sections, then one table of the keys of each section, in the order of the schema."""
     sections = list(walk(Config))
-    overview = [
-        [
-            f"[`{name}`](#{name.replace('.', '')})",
-            meaning(kind),
-            ", ".join(f"[{page.partition('#')[0]}]({page})" for page in PAGES.get(name, [])),
-        ]
-        for name, kind in sections[1:]
-    ]
+    overview = [[f"[`{name}`](#{name.replace('.', '')})", meaning(kind), links(name)] for name, kind in sections[1:]]
     parts = [BEGIN, table(["section", "what it sets", "pages"], overview), "## Outside of all sections\n", keys(Config)]
     for name, kind in sections[1:]:
         parts += [f"## `{name}`\n", f"{meaning(kind)}\n", keys(kind)]
@@ -66,6 +59,11 @@ def walk(kind: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     for key, hint in field_hints(kind).items():
         if is_dataclass(hint):
             yield from walk(hint, f"{name}.{key}" if name else key)
+
+
+def links(name: str) -> str:
+    """Returns links to the pages of a section."""
+    return ", ".join(f"[{page.partition('#')[0]}]({page})" for page in PAGES.get(name, []))
 
 
 def keys(kind: Any) -> str:

@@ -25,8 +25,7 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         sparse: its model on the meta device, from :func:`~svite_scale.config.validate.validate`.
 
     Raises:
-        ConfigError: the teacher can't be built.
-        CheckpointError: the teacher's file can't be used.
+        ConfigError: the teacher can't be built, or its file can't be used.
     """
     cost = count_flops(sparse.model, config.model.image_size)
     sections = (
@@ -66,6 +65,7 @@ def _costs(config: Config, cost: ModelCost) -> list[str]:
     macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
     return [
         f"model               {config.model.name}, {config.model.image_size} px",
+        f"weights             {config.model.weights or 'drawn'}",
         f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
         f"forward, one image  {macs}",
         f"optimizer step      {config.train.global_batch_size:,} samples",

@@ -32,7 +32,12 @@ class ModelSize:
 
 
 def model_sizes(model: nn.Module, cost: ModelCost) -> tuple[ModelSize, ModelSize]:
-    """Returns the sizes of a sparse model, which no engine has wrapped, and those of its dense twin. Local."""
+    """Returns the sizes of a sparse model, on any device, and of its dense twin.
+
+    Args:
+        model: no engine wraps it.
+        cost: of the same model.
+    """
     layers = sparse_layers(model).values()
     mask_bytes = sum(bits.num_bytes(layer.shape.numel()) for layer in layers)
     recently_grown_bytes = sum(bits.num_bytes(layer.num_active) for layer in layers)

@@ -110,11 +110,13 @@ class Notes:
         usage: Markdown: how to load the model in a few lines.
         facts: values by name, for a table; for example an accuracy that was measured in this form.
         limits: sentences.
+        library: the library that loads the form, as model hubs name it.
     """
 
     usage: str
     facts: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
+    library: str = "pytorch"
 
 
 class Form(Protocol):

@@ -9,11 +9,20 @@ from pathlib import Path
 from torch import nn
 
 from svite_scale.errors import ConfigError, ExportError
-from svite_scale.export import timm_form
+from svite_scale.export import onnx_form, packed_form, program_form, sliced_form, timm_form
 from svite_scale.export.form import Description, Form, Preprocessing, read_description
 
-FORMS: Mapping[str, Form] = {"timm": timm_form}
+FORMS: Mapping[str, Form] = {
+    "timm": timm_form,
+    "sliced": sliced_form,
+    "packed": packed_form,
+    "onnx": onnx_form,
+    "pt2": program_form,
+}
 """By name, the module that writes and reads a form."""
+
+CAN_RUN_CODE = frozenset({"pt2"})
+"""Forms whose files torch unpickles."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,25 @@ class Exported:
         return self.description.model.name
 
 
-def read_export(path: Path) -> Exported:
+def read_export(path: Path, *, trusted: bool = False) -> Exported:
     """Reads an exported model.
 
     Args:
         path: of the folder, or of a file in it.
+        trusted: you trust whoever made the folder. The form ``pt2`` needs this, because its files can run code.
 
     Raises:
-        ExportError: the folder holds no export, or one of its files is missing or damaged.
+        ExportError: the folder holds no export, one of its files is missing or damaged, or its form needs trust.
     """
     folder = path if path.is_dir() else path.parent
     description = read_description(folder)
     if description.form not in FORMS:
         raise ExportError(f"{folder} is of the form {description.form!r}, which is unknown; known are {', '.join(FORMS)}")
+    if description.form in CAN_RUN_CODE and not trusted:
+        raise ExportError(
+            f"{folder} is of the form {description.form}, and loading such a file can run code that is in it; if you trust "
+            "whoever made it, load it by read_export(path, trusted=True), or use another form of the model"
+        )
     try:
         return Exported(FORMS[description.form].read(folder, description), description)
     except ConfigError as error:

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from svite_scale.errors import ExportError
+from svite_scale.export.form import Description, Export, Notes
 from svite_scale.models import sliced_model
 from svite_scale.models.dense import check_model
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.dense import to_dense
 from svite_scale.sparsity.layers.units import UnitLayer
+
+
+def write(export: Export, folder: Path) -> Notes:
+    """Writes ``model.json``, ``model.safetensors``, and ``sliced_model.py``, which builds the model from them."""
+    description = describe(export.model, export.description.model)
+    sliced_model.save(slice_model(export.model, export.description.model), description, folder)
+    shutil.copyfile(sliced_model.__file__, folder / "sliced_model.py")
+    limits = ("Inactive weights within active heads and neurons are stored as zeros.",)
+    return Notes(USAGE, limits=limits)
+
+
+def read(folder: Path, description: Description) -> nn.Module:
+    """Returns the sliced model. It is built by this package's own ``sliced_model.py``, not by the folder's.
+
+    Raises:
+        ExportError: a file is missing or damaged, or of another model than ``export.json`` says.
+    """
+    try:
+        found = sliced_model.read_description(folder)
+        if found["architecture"] != description.model.name:
+            raise ValueError(f"it is of {found['architecture']!r}, and export.json of {description.model.name!r}")
+        return sliced_model.load(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{folder} can't be used ({error}); export the model again") from error
+
+
+def is_smaller(model: nn.Module) -> bool:
+    """Returns whether the sliced model lacks anything that the dense one has: heads, neurons or tokens."""
+    return any(isinstance(module, (UnitLayer, TokenSelector)) for module in model.modules())
 
 
 def slice_model(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -64,3 +98,15 @@ def active_units(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if isinstance(module, UnitLayer):
             units[module.unit][name] = module.active_units()
     return units
+
+
+USAGE = """\
+With torch, timm and safetensors, in this folder or with it on the path:
+
+```python
+from sliced_model import load
+
+model = load(".")
+logits = model(images)  # normalised float32 [B, C, H, W]
+```
+"""

@@ -41,7 +41,8 @@ def write(export: Export, folder: Path) -> Notes:
             "crop_pct": preprocessing.eval_crop,
         },
     )
-    return Notes(usage=USAGE, limits=("Inactive weights are stored as zeros: the file is as large as the dense model's.",))
+    limit = "Inactive weights are stored as zeros, so the file is as large as the dense model's, and it computes as much."
+    return Notes(usage=USAGE, limits=(limit,), library="timm")
 
 
 def read(folder: Path, description: Description) -> nn.Module:

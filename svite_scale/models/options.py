@@ -21,6 +21,9 @@ class ModelConfig:
 
     name: str = "deit_tiny_patch16_224"
     """timm's name of the model; ``timm.list_models()`` lists them, and docs/models.md says which train."""
+    weights: str | None = None
+    """The weights that a run starts from: a state dict of timm's model, ``.safetensors`` or ``.pth``, or an exported folder of
+    the form timm, sliced or packed. Null draws them."""
     num_classes: Annotated[int, Field(ge=1)] = 1000
     """Outputs of the head. Every label of the data must be below."""
     image_size: Annotated[int, Field(ge=1)] = 224
@@ -93,7 +96,7 @@ class TokensConfig:
 
 
 @options
-class SparseModelOptions(Allocation, MethodOptions):
+class SparseModelOptions(MethodOptions, Allocation):
     """The sparse parts of a model: heads and neurons, the weights of all other layers, and tokens."""
 
     structured: StructuredConfig = field(default_factory=StructuredConfig)

@@ -33,7 +33,7 @@ class Progress:
             enabled: False shows nothing, for all ranks but the main one.
         """
         self._name, self._total, self._units, self._enabled = name, total, units, enabled
-        self._done, self._counted, self._values = done, 0, ""
+        self._done, self._counted, self._values, self._closed = done, 0, "", False
         self._started = self._line_time = time.monotonic()
         self._bar: tqdm[None] | None = None
         if enabled and sys.stderr.isatty():
@@ -64,7 +64,7 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Prints lines of text to stderr, above the bar."""
-        if self._bar is not None:
+        if self._bar is not None and not self._closed:
             tqdm.write(text, file=sys.stderr)
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
@@ -73,9 +73,9 @@ class Progress:
         """Ends the bar, or prints the last line. A second call does nothing."""
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif not self._closed:
             self.write(self._line())
-        self._bar, self._enabled = None, False
+        self._closed = True
 
     def _line(self) -> str:
         """Returns the present state as one line."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import ModelCost, count_flops
@@ -73,10 +75,19 @@ class ModelSummary(NamedTuple):
 
 
 def build_sparse_model(
-    config: Config, world: World, device: torch.device, *, skip_nonfinite: bool
+    config: Config, world: World, device: torch.device, *, skip_nonfinite: bool, resume: bool
 ) -> tuple[Backend, ModelSummary]:
-    """Builds the sparse model and wraps it in its engine. A collective: all ranks call it."""
-    model, plan = build_sparse(config.model, config.sparsity, config.seed)
+    """Builds the sparse model and wraps it in its engine. A collective: all ranks call it.
+
+    Args:
+        config: of the run.
+        world: this rank's.
+        device: this rank's.
+        skip_nonfinite: skip steps whose gradients aren't finite.
+        resume: a checkpoint is to replace all weights and masks, so no file of first ones is read.
+    """
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume else None
+    model, plan = build_sparse(config.model, config.sparsity, config.seed, saved)
     cost = count_flops(model, config.model.image_size)
     summary = ModelSummary(plan_density(plan), cost, model_sizes(model, cost))
     if config.distillation.teacher is not None:

@@ -31,9 +31,9 @@ class OptimizerConfig:
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     """Epochs over which the learning rate rises from ``warmup_lr`` to ``lr``; 0 is off."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 1e-6
-    """Learning rate at the start of the warm-up, as it is; at most the rate after it."""
+    """Learning rate at the start of the warm-up, not scaled with the batch; at most the rate that the warm-up ends with."""
     min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
-    """Learning rate at the end of the cosine, as it is; at most the rate after the warm-up."""
+    """Learning rate at the end of the cosine, not scaled with the batch; at most the rate after the warm-up."""
 
 
 @options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svite_scale import to_dense
+from svite_scale.errors import ExportError
+from svite_scale.export.read import read_export
 from svite_scale.export.sliced_form import describe, slice_model
+from svite_scale.export.write import export_run
 from svite_scale.models import sliced_model
 from svite_scale.models.sliced_model import dense_state_dict, load, save
+from svite_scale.saved_run import evaluation_images, load_model, read_run
 from tests.command_line import run_command
 from tests.export.sparse_models import MODELS, images_for, logits_of, sparse_model
+
+Saved = Callable[[str], Path]
 
 
 def write(name: str, folder: Path) -> Path:
@@ -92,6 +99,45 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     save_file(tensors | {"blocks.0.mlp.fc1.weight": tensors["blocks.0.mlp.fc1.weight"][:-1].contiguous()}, path)
     with pytest.raises(RuntimeError, match=r"blocks\.0\.mlp\.fc1\.weight"):
         load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def exported(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with absent heads, neurons and tokens."""
+    return export_run(read_run(saved("tokens")), "sliced", tmp_path_factory.mktemp("sliced") / "out")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_exported_folder_has_the_file_and_gives_the_logits_of_the_run(saved: Saved, exported: Path) -> None:
+    files = ["README.md", "export.json", "model.json", "model.safetensors", "sliced_model.py"]
+    assert sorted(path.name for path in exported.iterdir()) == files
+    assert (exported / "sliced_model.py").read_text() == Path(sliced_model.__file__).read_text()
+    run = read_run(saved("tokens"))
+    images = evaluation_images(run.config, 8).inputs
+    expected = logits_of(load_model(run), images)
+    torch.testing.assert_close(logits_of(read_export(exported).model, images), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        (
+            "architecture",
+            "deit_tiny_patch16_224",
+            "it is of 'deit_tiny_patch16_224', and export.json of 'vit_tiny_patch16_224'",
+        ),
+        ("heads", {"blocks.7.attn": {"active": 1, "of": 2}}, "no attribute `7`"),
+        ("neurons", {"blocks.0.mlp": 3}, "subscriptable"),
+    ],
+)
+def test_folder_with_another_description_is_refused(
+    field: str, value: object, problem: str, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / sliced_model.DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ExportError, match=rf"^{tmp_path} can't be used \(.*{problem}"):
+        read_export(tmp_path)
 
 
 STANDALONE = """

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svite_scale.report.figures import DARK_BLUE, DIMMED, Curve, curves, dimmed, layer_densities, unit_histories
+from svite_scale.report.layers import last_update, layer_densities, picture_of_units, split_name, unit_histories
+from svite_scale.report.patches import DARK_BLUE, DIMMED, dimmed, picture_of_image
+from svite_scale.report.reported_run import Curve, read_reported_run
 from svite_scale.saved_run import evaluation_images, load_model, read_run
 from tests.report.by_hand import NUM_UNITS, tensors, unit_masks, unpacked
 from tests.runs import json_lines
@@ -63,42 +65,89 @@ def test_an_older_checkpoint_shows_nothing_of_later_steps(saved: Saved) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_layer_densities_of_units_are_those_of_the_masks(saved: Saved, engine: str) -> None:
     run = read_run(saved(engine))
-    found = {entry.layer: entry.density for entry in layer_densities(load_model(run))}
+    found = layer_densities(load_model(run))
     assert found == {name: mask.mean() for name, mask in unit_masks(run.checkpoint).items()}
     assert sorted(set(found.values())) == [4 / 8, 76 / 128]
 
 
 def test_layer_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None:
     run = read_run(saved("weights"))
-    by_hand, entries = tensors(run.checkpoint), layer_densities(load_model(run))
-    assert [entry.layer for entry in entries] == [name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")]
-    assert len({entry.density for entry in entries}) > 1, "ERK tells layers apart"
-    for entry in entries:
-        size = {"qkv": 32 * 96, "proj": 32 * (16 if "patch" in entry.layer else 32), "fc1": 32 * 128, "fc2": 32 * 128}
-        numel = size.get(entry.layer.rpartition(".")[2], 320)
-        assert (entry.unit, entry.density) == ("weights", unpacked(by_hand[f"{entry.layer}.mask"], numel).sum() / numel)
+    by_hand, densities = tensors(run.checkpoint), layer_densities(load_model(run))
+    assert list(densities) == [name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")]
+    assert len({*densities.values()}) > 1, "ERK tells layers apart"
+    for layer, density in densities.items():
+        size = {"qkv": 32 * 96, "proj": 32 * (16 if "patch" in layer else 32), "fc1": 32 * 128, "fc2": 32 * 128}
+        numel = size.get(layer.rpartition(".")[2], 320)
+        assert density == unpacked(by_hand[f"{layer}.mask"], numel).sum() / numel
     assert unit_histories(load_model(run), run.topology, Path()) == []
 
 
+@pytest.mark.parametrize(("name", "metrics"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["loss"])])
+def test_a_curve_has_every_line_with_the_metric(saved: Saved, name: str, metrics: list[str]) -> None:
+    lines, run = json_lines(saved(name) / "metrics.jsonl"), read_reported_run(saved(name), None, None)
+    for metric in (*metrics, "eval_accuracy", "drop_fraction"):
+        having = [line for line in lines if metric in line]
+        assert having
+        assert run.curve(metric) == Curve([line["step"] for line in having], [line[metric] for line in having])
+    assert run.curve("loss ") == Curve([], [])
+
+
+def test_a_curve_leaves_out_what_is_not_finite_and_takes_old_names(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((saved("weights") / "config.yaml").read_text())
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "drop_rate": 0.5, "loss": NaN}\n{"step": 2, "drop_fraction": 0.25, "loss": 2}\n'
+        '{"step": 3, "loss": Infinity, "layers/grown_survival/head": 0.5, "layers/grown_survival/a.b": 0.25,'
+        ' "layers/grown_survival/blocks.0.attn.heads": 1}\n'
+    )
+    run = read_reported_run(tmp_path, None, None)
+    assert run.curve("drop_fraction") == Curve([1, 2], [0.5, 0.25])
+    assert run.curve("loss") == Curve([2], [2.0])
+    assert (run.curve("grown_survival").values, run.curve("heads/grown_survival").values) == ([0.375], [1.0])
+
+
+def test_last_update_has_the_figures_of_each_layer(saved: Saved) -> None:
+    lines = json_lines(saved("weights") / "metrics.jsonl")
+    update = [line for line in lines if "ever_active" in line][-1]
+    found = last_update(lines, "ever_active")
+    assert found == {name.split("/")[2]: value for name, value in update.items() if name.startswith("layers/ever_active/")}
+    assert found.keys() == layer_densities(load_model(read_run(saved("weights")))).keys()
+    assert last_update(lines, "ever") == {}
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["ever_active"])]
+    ("layer", "expected"),
+    [
+        ("blocks.11.attn.qkv", ("11", "attn.qkv")),
+        ("stages.0.blocks.2.mlp.fc1", ("stages.0.2", "mlp.fc1")),
+        ("patch_embed.proj", ("", "patch_embed.proj")),
+        ("stem.0", ("", "stem.0")),
+    ],
 )
-def test_curves_have_every_line_with_the_metric(saved: Saved, name: str, expected: list[str]) -> None:
-    lines = json_lines(saved(name) / "metrics.jsonl")
-    found = {curve.name: curve for curve in curves(read_run(saved(name)).metrics)}
-    assert list(found) == [*expected, "drop_fraction"]
-    for metric, curve in found.items():
-        assert curve.steps == [line["step"] for line in lines if metric in line]
-        assert curve.values == [line[metric] for line in lines if metric in line]
-    assert len(found["drop_fraction"].steps) == len(lines)
-    assert 3 <= len(found[expected[0]].steps) <= 4
-    assert curves([{"step": 1, "loss": 2.0}]) == []
+def test_split_name_tells_the_block_from_the_layer(layer: str, expected: tuple[str, str]) -> None:
+    assert split_name(layer) == expected
 
 
-def test_curves_draw_the_drop_rate_of_older_runs_as_drop_fraction() -> None:
-    assert curves([{"step": 1, "drop_rate": 0.5}, {"step": 2, "drop_rate": 0.25}]) == [
-        Curve("drop_fraction", [1, 2], [0.5, 0.25])
-    ]
+def test_picture_of_units_shows_each_unit_and_update() -> None:
+    active = np.random.default_rng(0).random((5, 7)) < 0.5
+    shown = np.asarray(Image.open(io.BytesIO(picture_of_units(active))))
+    np.testing.assert_array_equal(shown[..., 3], np.where(active, 255, 0))
+
+
+def test_picture_of_units_shows_means_of_many_units_longest_active_first() -> None:
+    active = np.zeros((128, 3), dtype=bool)
+    active[::2] = True  # each second one always, and one of them later
+    active[4] = [False, True, True]
+    shown = np.asarray(Image.open(io.BytesIO(picture_of_units(active))))[..., 3]
+    assert shown.shape == (64, 3)
+    np.testing.assert_array_equal(shown[:31], 255)
+    np.testing.assert_array_equal(shown[31], [128, 255, 255])
+    np.testing.assert_array_equal(shown[32:], 0)
+
+
+def test_picture_of_a_small_image_is_exact() -> None:
+    image = np.random.default_rng(0).random((8, 12, 3), dtype=np.float32)
+    shown = np.asarray(Image.open(io.BytesIO(picture_of_image(image))))
+    np.testing.assert_allclose(shown / 255, image, atol=0.5 / 255 + 1e-6)
 
 
 def evaluation_samples(shards: Path) -> list[tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8]], int]]:

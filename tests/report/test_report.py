@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Callable
 from html.parser import HTMLParser
-from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from svite_scale.saved_run import read_run
 from tests.command_line import ROOT, Answer
+from tests.runs import json_lines
 
 Saved = Callable[[str], Path]
-NO_SELECTOR = "The run has no token selector"
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Answer:
@@ -36,71 +32,72 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Answer:
 
 
 class Page(HTMLParser):
-    """The sources of a page's images, everything else it points to, and whether its elements are closed in order."""
+    """What is on a page, whose elements must be closed in order, and which must hold all it shows."""
 
     VOID = ("meta", "img")
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.images: list[bytes] = []
+        self.ids: list[str] = []
         self.links: list[str] = []
         self.open: list[str] = []
-        self.text = ""
+        self.text = self.title = self.policy = ""
         self.feed(path.read_text())
         self.close()
         assert not self.open
+        assert {f"#{name}" for name in self.ids} == {*self.links}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in ("script", "link", "iframe")
         if tag not in self.VOID:
             self.open.append(tag)
-        for name, value in attrs:
-            if tag == "img" and name == "src":
-                kind, _, content = (value or "").partition(",")
-                assert kind == "data:image/png;base64"
-                self.images.append(b64decode(content, validate=True))
-            elif name in ("src", "href", "srcset", "data"):
-                self.links.append(value or "")
+        given = {name: value or "" for name, value in attrs}
+        assert not [name for name in given if name.startswith("on") or name in ("srcset", "data")]
+        if "src" in given:
+            kind, _, content = given["src"].partition(",")
+            assert (tag, kind) in (("img", "data:image/png;base64"), ("img", "data:image/webp;base64"))
+            self.images.append(b64decode(content, validate=True))
+        if "id" in given:
+            self.ids.append(given["id"])
+        if "href" in given:
+            self.links.append(given["href"])
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.open and self.open[-1] == "title":
+            self.title = data
 
 
-def check_png(content: bytes) -> None:
-    """Of a size that a screen shows, and not blank."""
-    image = Image.open(BytesIO(content))
-    assert image.format == "PNG"
-    assert 150 <= image.width <= 2000
-    assert 150 <= image.height <= 2000
-    assert np.asarray(image.convert("L")).std() > 5
-
-
-EXPECTED = {
-    "single": {"heads", "neurons", "densities", "curves"},
-    "fsdp2": {"heads", "neurons", "densities", "curves"},
-    "weights": {"densities", "curves"},
+BASE = ["summary", "training", "topology", "layers", "cost", "configuration"]
+UNITS = [f"run1-blocks.{block}.{unit}.png" for block in (0, 1) for unit in ("attn.heads", "mlp.neurons")]
+EXPECTED: dict[str, tuple[list[str], list[str]]] = {
+    "single": ([*BASE[:4], "heads-and-neurons", *BASE[4:]], UNITS),
+    "fsdp2": ([*BASE[:4], "heads-and-neurons", *BASE[4:]], UNITS),
+    "weights": (BASE, []),
 }
+"""By run, the sections of its page and the pictures."""
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_report_writes_pictures_and_one_page(
+def test_report_has_the_sections_that_the_run_can_fill(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     answer = command(capsys, "--run", saved(name), "--out", tmp_path / "out")
     assert (answer.status, answer.out, answer.err) == (0, f"{tmp_path}/out/report.html\n", "")
-    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
-    assert pictures.keys() == EXPECTED[name]
-    for content in pictures.values():
-        check_png(content)
+    sections, pictures = EXPECTED[name]
     page = Page(tmp_path / "out" / "report.html")
-    assert sorted(page.images) == sorted(pictures.values())
-    assert page.links == []
-    assert "http" not in re.sub('base64,[^"]*', "", (tmp_path / "out" / "report.html").read_text())
-    assert NO_SELECTOR in page.text
-    assert ("topology.jsonl has no lines" in page.text) == (name == "weights")
+    assert (page.title, page.ids) == (name, sections)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "pictures").glob("*")}
+    assert files.keys() == {*pictures}
+    assert sorted(page.images) == sorted(files.values())
+    assert "http:" not in page.text
+    assert "https:" not in page.text
 
 
 def test_report_writes_to_the_run_directory_by_default(
@@ -108,34 +105,95 @@ def test_report_writes_to_the_run_directory_by_default(
 ) -> None:
     run_dir = shutil.copytree(saved("single"), tmp_path / "run")
     assert command(capsys, "--run", run_dir, "--checkpoint", "step-00000010").status == 0
-    assert "step-00000010, after 10 optimizer steps" in Page(run_dir / "report" / "report.html").text
+    page = Page(run_dir / "report" / "report.html")
+    assert "step-00000010" in page.text
+    assert "not finished, 50% done" in page.text
 
 
-def test_report_has_a_picture_for_each_selector(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_shows_the_numbers_of_the_run(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, "--run", saved("weights"), "--out", tmp_path).status == 0
+    text = Page(tmp_path / "report.html").text
+    last = json_lines(saved("weights") / "metrics.jsonl")[-1]
+    for metric, places in (("accuracy", 2), ("eval_accuracy", 1), ("eval_ema_accuracy", 2)):
+        assert text.count(f"{100 * last[metric]:.1f}".removesuffix(".0") + "%") >= places, metric
+    assert f"evaluation {last['eval_loss']:.3g}" in text
+    # 8 x 8 pixels in patches of 4: 5 tokens, width 32. Linear layers of 2 blocks, patches, head; two products of attention.
+    macs = 2 * 5 * 12 * 32**2 + 4 * 16 * 32 + 10 * 32 + 2 * 2 * 5 * 5 * 32
+    assert f"of {macs / 1000:.0f} k, forward" in text
+
+
+def test_report_has_a_picture_for_each_image_and_selector(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = command(capsys, "--run", saved("tokens"), "--images", 10, "--out", tmp_path)
     assert (answer.status, answer.err) == (0, "")
     page = Page(tmp_path / "report.html")
-    for name in ("patches-selector0", "patches-selector1"):
-        content = (tmp_path / f"{name}.png").read_bytes()
-        check_png(content)
-        assert content in page.images
-    assert len(page.images) == 6
-    assert NO_SELECTOR not in page.text
+    for selector in (0, 1):
+        shown = [path.read_bytes() for path in (tmp_path / "pictures").glob(f"run1-selector{selector}-sample*.webp")]
+        assert len(shown) == 10
+        assert {*shown} <= {*page.images}
+    assert len(page.images) == 2 * 10 + len(UNITS)
     assert "What block 0 and those after it get: 2 of 4 patches" in page.text
     assert "What block 1 and those after it get: 1 of 4 patches" in page.text
 
 
-def test_report_names_shards_that_are_gone(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_says_which_shards_are_gone(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = shutil.copytree(saved("tokens"), tmp_path / "run")
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace(f"{saved('tokens').parent}/digits/val", "/nowhere/val"))
+    assert command(capsys, "--run", run_dir).status == 0
+    page = Page(run_dir / "report" / "report.html")
+    assert "kept-patches" not in page.ids
+    assert "Kept patches are left out: data.val = '/nowhere/val-*.tar': no shard matches '/nowhere/val-*.tar'; " in page.text
+
+
+def going(saved: Saved, run_dir: Path) -> Path:
+    """Leaves of a run what there is after 6 of its 20 steps, before its first checkpoint, while it writes a line."""
+    run_dir.mkdir()
+    shutil.copy(saved("fsdp2") / "config.yaml", run_dir)
+    for name, lines in (("metrics.jsonl", 6), ("topology.jsonl", 2)):
+        text = (saved("fsdp2") / name).read_text().splitlines(keepends=True)
+        (run_dir / name).write_text("".join(text[:lines]) + text[lines][:20])
+    return run_dir
+
+
+def test_report_shows_a_run_that_is_still_going(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = going(saved, tmp_path / "run")
     answer = command(capsys, "--run", run_dir)
-    assert (answer.status, answer.err) == (
-        2,
-        "report error: data.val = '/nowhere/val-*.tar': no shard matches '/nowhere/val-*.tar'; "
-        "correct it, or write shards with launch/make_shards.py\n",
-    )
-    assert not (run_dir / "report").exists()
+    assert (answer.status, answer.err) == (0, "")
+    page = Page(run_dir / "report" / "report.html")
+    assert page.ids == EXPECTED["fsdp2"][0]
+    assert "not finished, 30% done" in page.text
+    assert "6 / 20" in page.text
+    assert "none yet" in page.text
+    assert len(page.images) == len(UNITS)
+
+
+def test_report_shows_a_run_that_has_logged_nothing_yet(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = going(saved, tmp_path / "run")
+    for name in ("metrics.jsonl", "topology.jsonl"):
+        (run_dir / name).unlink()
+    assert command(capsys, "--run", run_dir).status == 0
+    page = Page(run_dir / "report" / "report.html")
+    assert page.ids == ["summary", "layers", "cost", "configuration"]
+    assert "0 steps done" in page.text
+
+
+def test_report_compares_runs_on_one_page(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [shutil.copytree(saved(name), tmp_path / folder / "run") for name, folder in (("weights", "a"), ("single", "b"))]
+    answer = command(capsys, "--run", runs[0], "--run", runs[1])
+    assert (answer.status, answer.out) == (0, f"{runs[0]}/comparison/report.html\n")
+    page = Page(runs[0] / "comparison" / "report.html")
+    assert page.title == f"{runs[0]} and {runs[1]}"
+    assert page.ids == EXPECTED["single"][0]
+    for option in ("sparsity.density", "sparsity.structured.heads", "train.ema_decay"):
+        assert option in page.text
+    assert "sparsity.update_everytrain" not in page.text
+    assert {path.name for path in (runs[0] / "comparison" / "pictures").iterdir()} == {
+        name.replace("run1", "run2") for name in UNITS
+    }
 
 
 def truncate(path: Path) -> None:
@@ -157,8 +215,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "{run} holds no run: it has no config.yaml; give the run_dir of a run",
     ),
     "no config": (lambda run: (run / "config.yaml").write_text("a: 1"), "a = 1: is no known key; "),
-    "no checkpoint": (
-        lambda run: shutil.rmtree(run / "checkpoints"),
+    "no complete checkpoint": (
+        lambda run: [path.unlink() for path in run.glob("checkpoints/*/manifest.json")],
         "{run}/checkpoints holds no complete checkpoint; train the run until it saves one",
     ),
     "another model": (
@@ -166,7 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "{run}/checkpoints/step-00000020: model/blocks.1.attn.mask is only in the checkpoint; use the config",
     ),
     "half a line": (
-        lambda run: (run / "topology.jsonl").open("a").write('{"step": 17, "ma'),
+        lambda run: (run / "topology.jsonl").open("a").write('{"step": 17, "ma\n'),
         "{run}/topology.jsonl: line 6 is damaged (JSONDecodeError",
     ),
     "no hexadecimal": (
@@ -178,7 +236,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "{run}/topology.jsonl: the line of step 4, layer blocks.0.attn.heads, is damaged (ValueError",
     ),
     "no object": (lambda run: (run / "metrics.jsonl").write_text("3\n"), "{run}/metrics.jsonl: line 1 is damaged (TypeError"),
-    "out is a file": (lambda run: (run / "report").write_text(""), "can't write to {run}/report ([Errno 17] File exists"),
+    "out is a file": (lambda run: (run / "report").write_text(""), "can't write to {run}/report ([Errno 20] Not a directory"),
 }
 
 
@@ -214,5 +272,10 @@ def test_report_refuses_wrong_arguments_in_one_line(saved: Saved, capsys: pytest
     answer = command(capsys, "--run", saved("single"), "--checkpoint", "step-00000011")
     assert answer.status == 2
     assert "holds no checkpoint 'step-00000011'; give --checkpoint one of step-00000010, step-00000020\n" in answer.err
+    answer = command(capsys, "--run", saved("single"), "--run", saved("weights"), "--checkpoint", "step-00000010")
+    assert (answer.status, answer.err) == (
+        2,
+        "report error: --checkpoint = 'step-00000010': names a checkpoint of one run, not of 2; leave it out\n",
+    )
     answer = command(capsys, "--run", saved("single"), "--images", 0)
     assert (answer.status, answer.err) == (2, "report error: --images = 0: is no number of images; use at least 1\n")

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "saved_run",
         "export",
     },
-    "report": {"errors", "config", "sparsity", "models", "tracking", "cost", "saved_run", "export"},
+    "report": {"errors", "config", "sparsity", "models", "tracking", "cost", "checkpoint", "saved_run", "export"},
     "publish": {"errors", "config", "models", "tracking", "saved_run", "export", "report"},
     "": {"errors", "sparsity", "models", "engines", "cost", "train"},
 }

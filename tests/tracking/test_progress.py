@@ -60,9 +60,11 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         progress.advance()
         progress.write("a line above the bar")
         progress.advance()
+    progress.write("a line after the bar")
     shown = terminal.getvalue()
     assert re.search(r"\rverify:  33%.*1/3 ", shown)
     assert re.search(r"\rverify: 100%.*3/3 .*loss 0\.5", shown)
+    assert shown.endswith("\na line after the bar\n")
     assert "\ra line above the bar\n" in re.sub(r"\r +\r", "\r", shown)
 
 

@@ -1,0 +1,118 @@
+"""The layers of a run: their densities, and the heads and neurons that were active after each update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+
+from svite_scale.report.reported_run import number
+from svite_scale.saved_run import Line, damaged_line
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.layers.units import UnitLayer
+
+UNIT_COLOR = (77, 137, 230)
+"""Of active heads and neurons; in between the first color of a light page and that of a dark one."""
+
+MAX_ROWS, MAX_COLUMNS = 64, 256
+
+
+@dataclass(frozen=True)
+class UnitHistory:
+    """The active units of one layer, at the start and after each update.
+
+    Attributes:
+        layer: its name.
+        unit: ``heads`` or ``neurons``.
+        active: bool ``[N, updates + 1]``. The first column is the start.
+    """
+
+    layer: str
+    unit: str
+    active: npt.NDArray[np.bool_]
+
+
+def unit_histories(model: nn.Module, lines: Sequence[Line], path: Path) -> list[UnitHistory]:
+    """Returns the history of each layer of heads or neurons, in the model's order; empty without lines.
+
+    Args:
+        model: not wrapped by any engine.
+        lines: of ``topology.jsonl``.
+        path: of that file, for errors.
+
+    Raises:
+        RunError: a line has no mask of a layer, or one that isn't of its size.
+    """
+    layers = {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, UnitLayer)}
+    if not lines:
+        return []
+    return [
+        UnitHistory(name, layer.unit, np.stack([_active(line, name, layer.shape.numel(), path) for line in lines], axis=1))
+        for name, layer in layers.items()
+    ]
+
+
+def _active(line: Line, layer: str, num_units: int, path: Path) -> npt.NDArray[np.bool_]:
+    """Returns a layer's mask in a line, bool ``[num_units]``."""
+    try:
+        masks: Mapping[str, str] = line["masks"]
+        mask = torch.frombuffer(bytearray.fromhex(masks[layer]), dtype=torch.uint8)
+        return bits.unpack(mask, num_units).numpy()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged_line(path, f"the line of step {line['step']}, layer {layer},", error) from error
+
+
+def layer_densities(model: nn.Module) -> dict[str, float]:
+    """Returns the active fraction of each sparse layer's weights, heads or neurons, in the model's order.
+
+    Args:
+        model: not wrapped by any engine; on any device.
+    """
+    return {name: layer.num_active / layer.shape.numel() for name, layer in sparse_layers(model).items()}
+
+
+def last_update(metrics: Sequence[Line], figure: str) -> dict[str, float]:
+    """Returns a figure of the last topology update by layer, from lines of ``metrics.jsonl``; empty if none has it."""
+    prefix = f"layers/{figure}/"
+    for line in reversed(metrics):
+        if found := {name.removeprefix(prefix): number(line, name) for name in line if name.startswith(prefix)}:
+            return found
+    return {}
+
+
+def picture_of_units(active: npt.NDArray[np.bool_]) -> bytes:
+    """Returns a PNG of the units of a layer over its updates: a row per unit, a column per update, clear where it is absent.
+
+    If there are more than :data:`MAX_ROWS` units, those that were active longest come first, and a row is the mean of several.
+
+    Args:
+        active: bool ``[N, updates + 1]``.
+    """
+    rows = active.astype(np.float64)
+    if len(rows) > MAX_ROWS:
+        order = np.argsort(-rows.sum(axis=1), kind="stable")
+        rows = np.stack([part.mean(axis=0) for part in np.array_split(rows[order], MAX_ROWS)])
+    if rows.shape[1] > MAX_COLUMNS:
+        rows = rows[:, np.linspace(0, rows.shape[1] - 1, MAX_COLUMNS).round().astype(int)]
+    pixels = np.empty((*rows.shape, 4), dtype=np.uint8)
+    pixels[..., :3], pixels[..., 3] = UNIT_COLOR, (255 * rows).round()
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, "png", optimize=True)
+    return content.getvalue()
+
+
+def split_name(layer: str) -> tuple[str, str]:
+    """Returns the block that a layer is in, and its name there: ``("3", "attn.qkv")`` for ``blocks.3.attn.qkv``,
+    ``("stages.0.2", "conv_dw")`` for ``stages.0.blocks.2.conv_dw``, and ``("", "head")`` for a layer that is in no block.
+    """
+    found = re.fullmatch(r"(.*\.\d+)\.(.+)", layer)
+    return (re.sub(r"\bblocks\.", "", found[1]), found[2]) if found else ("", layer)
