@@ -26,6 +26,8 @@ DEFAULTS = {
     # A server that doesn't answer holds up the start and the end of a run. MLflow's own timeouts add up to many minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # MLflow tries a model that it logs. On a GPU it couldn't: torch.export has fixed the model's device.
+    "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
 }
 """MLflow's environment variables, where the user sets none."""
 
