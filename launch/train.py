@@ -16,6 +16,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print layers, costs and bytes per rank, and start nothing")
     parser.add_argument("--ranks", type=int, help="with --dry-run: world size to plan for, instead of the launched one")
     parser.add_argument(
+        "--profile", metavar="STEPS", help="trace these optimizer steps, 12 or 10-12 say, into profile/ in the run directory"
+    )
+    parser.add_argument(
         "--log-dir", metavar="DIR", help="folder for each rank's output, rank-N.log, and exit status, rank-N.status"
     )
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="replaces a value of the config file")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
     from svite_scale.models.structure import pack_units
     from svite_scale.models.token_selector import insert_token_selectors
+    from svite_scale.models.weights import load_weights
     from svite_scale.sparsity.dense import to_dense
     from svite_scale.sparsity.options import Method, TopologyOptions
     from svite_scale.sparsity.packing import sparsify
@@ -45,6 +46,7 @@ __all__ = [
     "attach",
     "count_flops",
     "insert_token_selectors",
+    "load_weights",
     "pack_units",
     "parameter_groups",
     "sparsify",
@@ -63,6 +65,7 @@ _HOMES = {
     "attach": "engines.attach",
     "count_flops": "cost.flops",
     "insert_token_selectors": "models.token_selector",
+    "load_weights": "models.weights",
     "pack_units": "models.structure",
     "parameter_groups": "sparsity.parameter_groups",
     "sparsify": "sparsity.packing",

@@ -60,3 +60,7 @@ class DivergedError(SviteScaleError):
 
 class RunError(SviteScaleError):
     """A run directory holds no run, or one of its files can't be read or written."""
+
+
+class ExportError(SviteScaleError):
+    """A model can't be exported, or an exported folder can't be written or read."""

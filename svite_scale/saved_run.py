@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from svite_scale.checkpoint.compatibility import check_same_tensors
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, newest_valid
-from svite_scale.checkpoint.load import TensorReader, read_run_state
+from svite_scale.checkpoint.load import TensorReader, read_run_state, saved_counts
 from svite_scale.checkpoint.manifest import problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
@@ -55,6 +55,10 @@ class SavedRun:
     topology: list[Line]
     val: str | None = None
 
+    def evaluation_folder(self, *, ema: bool = False) -> Path:
+        """Returns the folder where the evaluation of the checkpoint lies, if there was one."""
+        return self.run_dir / "evaluation" / (self.checkpoint.name + ("-ema" if ema else ""))
+
     def evaluation_config(self) -> Config:
         """Returns the config with the evaluation shards to use.
 
@@ -66,7 +70,7 @@ class SavedRun:
         if self.config.data.val.startswith(PIPE):
             raise RunError(
                 f"{self.run_dir / 'config.yaml'}: data.val = {self.config.data.val!r} is a command, and commands in a run "
-                "directory are not run; give --val with shards, or with that command if you trust it"
+                "directory are not run; give other shards (--val, or data.val=SHARDS), or that command if you trust it"
             )
         return self.config
 
@@ -173,7 +177,7 @@ def load_model(run: SavedRun, *, ema: bool = False) -> nn.Module:
     """
     if ema and run.config.train.ema_decay is None:
         raise CheckpointError(f"{run.run_dir} has no moving average (train.ema_decay is null); leave out --ema")
-    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed)
+    model, _ = build_sparse(run.config.model, run.config.sparsity, run.config.seed, saved_counts(run.checkpoint))
     parameters = dict(model.named_parameters())
     keys = {name: f"ema/{name}" if ema and each.requires_grad else f"model/{name}" for name, each in parameters.items()}
     # Flat, as every engine saves them.

@@ -13,8 +13,8 @@ import torch
 
 from svite_scale.config.plain_yaml import PlainYamlError, load
 from svite_scale.data.remote.cache import ShardCache
-from svite_scale.errors import CheckpointError, DataError, SparsifyError
-from svite_scale.models.teacher import load_weights
+from svite_scale.errors import DataError, OptionError, SparsifyError
+from svite_scale.models.weights import open_weights
 from svite_scale.sparsity.allocation.mask_file import MaskFile
 
 
@@ -28,13 +28,13 @@ class Code:
         return os.mkdir, (str(self.proof),)
 
 
-@pytest.mark.parametrize("name", ["teacher.pth", "teacher.safetensors"])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_teacher_runs_nothing(tmp_path: Path, name: str, legacy: bool) -> None:
+def test_weights_run_nothing(tmp_path: Path, name: str, legacy: bool) -> None:
     path, code = tmp_path / name, Code(tmp_path / "ran")
     torch.save({"weight": torch.ones(2), "code": code}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(torch.nn.Linear(2, 2), "a teacher", str(path))
+    with pytest.raises(OptionError) as caught:
+        open_weights(str(path))
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not code.proof.exists()

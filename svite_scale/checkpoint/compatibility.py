@@ -34,9 +34,9 @@ FIXED_FIELDS = (
 )
 """Config fields and sections (with a dot at the end) that define what is computed. A resumed run must not change them."""
 
-FREE_FIELDS = ("model.activation_checkpointing", "sparsity.masks")
-"""Fields of those sections that change no number: what is kept for backward, and the file of the first masks, which the
-checkpoint's masks replace."""
+FREE_FIELDS = ("model.activation_checkpointing", "model.weights", "sparsity.masks")
+"""Fields of those sections that change no number: what is kept for backward, and the files of the first weights and masks. A
+checkpoint replaces these."""
 
 RENAMED_TENSORS = ("topology/recently_grown/", "topology/newcomers/")
 """Prefix of tensors' names, today and in older checkpoints."""

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from svite_scale.checkpoint import plain_pickle
-from svite_scale.checkpoint.directory import RUN_STATE
+from svite_scale.checkpoint.directory import RUN_STATE, CheckpointDirectory
 from svite_scale.checkpoint.plain_pickle import Made, PlainPickleError
 from svite_scale.errors import CheckpointError
 
 METADATA = ".metadata"
+MODEL, VALUES = "model/", ".values"
+"""Beginning and end of the name of a packed layer's active weights."""
+
 CLASSES = "torch.distributed.checkpoint.metadata."
 PIECE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 DTYPES = {f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
@@ -95,6 +99,32 @@ def saved_sizes(checkpoint: Path) -> dict[str, torch.Size]:
     """
     entries = TensorReader(checkpoint).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def saved_counts(checkpoint: Path) -> dict[str, int]:
+    """Returns the number of active weights of each layer that is packed by weights in a checkpoint, by name.
+
+    Raises:
+        CheckpointError: as :meth:`TensorReader.read_metadata`.
+    """
+    values = {name: size.numel() for name, size in saved_sizes(checkpoint).items() if name.endswith(VALUES)}
+    return {name.removeprefix(MODEL).removesuffix(VALUES): count for name, count in values.items() if name.startswith(MODEL)}
+
+
+def counts_of_run(checkpoints: Path) -> dict[str, int] | None:
+    """Returns the :func:`saved_counts` of a run, which are those of each of its checkpoints. Local.
+
+    Args:
+        checkpoints: the run's directory of checkpoints.
+
+    Returns:
+        None if no checkpoint is there whose metadata can be read.
+    """
+    with suppress(OSError):
+        for path in CheckpointDirectory(checkpoints).named():
+            with suppress(CheckpointError):
+                return saved_counts(path)
+    return None
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:

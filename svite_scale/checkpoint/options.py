@@ -14,8 +14,9 @@ class CheckpointConfig:
     """Options of saving. The end of the run is always saved too."""
 
     every_epochs: Annotated[int | None, Field(ge=1)] = None
+    """Epochs between two saves; null is off."""
     every_steps: Annotated[int | None, Field(ge=1)] = None
-    """Optimizer steps; beside ``every_epochs``, not instead of it."""
+    """Optimizer steps between two saves, in addition to ``every_epochs``; null is off."""
     keep_last: Annotated[int | None, Field(ge=1)] = 3
     """Number of the newest to keep; null keeps all."""
     keep_every_epochs: Annotated[int | None, Field(ge=1)] = None

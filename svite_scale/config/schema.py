@@ -24,7 +24,7 @@ from svite_scale.train.options import GuardConfig, OptimizerConfig, TrainConfig
 
 
 @options
-class SparsityConfig(SparseModelOptions, DropSchedule):
+class SparsityConfig(DropSchedule, SparseModelOptions):
     """The sparse parts of a model, and how their topology moves (the paper's section 3.2)."""
 
     update_unit: Literal["steps", "epochs"] = "steps"
@@ -57,6 +57,7 @@ class Config:
     run_dir: str
     """Directory of the run's files; must not hold another run unless it is resumed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Of everything random: first weights and masks, order of the samples, augmentation, token noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from svite_scale.config.schema import Config
 from svite_scale.errors import ConfigError
 from svite_scale.models.sparse import SparseModel, plan_sparse
@@ -10,19 +12,20 @@ from svite_scale.options import in_section
 from svite_scale.sparsity.topology.methods import find_method
 
 
-def validate(config: Config, world_size: int | None) -> SparseModel:
+def validate(config: Config, world_size: int | None, saved: Mapping[str, int] | None = None) -> SparseModel:
     """Checks a config; what a section can tell of itself was checked when it was made.
 
     Args:
         config: of the run.
         world_size: ranks that are to train; None leaves out what depends on them.
+        saved: active weights of the checkpoint that the run resumes from; see
+            :func:`~svite_scale.models.sparse.build_sparse`. None for a new run.
 
     Returns:
         The model on the meta device, and what is sparse in it.
 
     Raises:
         ConfigError: the first mistake.
-        CheckpointError: the teacher's file isn't there.
     """
     if world_size is not None:
         check_world_size(config, world_size)
@@ -39,7 +42,7 @@ def validate(config: Config, world_size: int | None) -> SparseModel:
         if config.sparsity.update_unit == "steps":  # where it is epochs, the data says how many steps they have
             config.sparsity.refuse_long_windows(config.update_schedule(steps_per_epoch=1.0, total_steps=1).update_every)
     check_teacher(config.distillation, config.data)
-    return plan_sparse(config.model, config.sparsity)
+    return plan_sparse(config.model, config.sparsity, saved)
 
 
 def check_world_size(config: Config, world_size: int) -> None:

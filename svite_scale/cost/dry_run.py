@@ -25,15 +25,13 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         sparse: its model on the meta device, from :func:`~svite_scale.config.validate.validate`.
 
     Raises:
-        ConfigError: the teacher can't be built.
-        CheckpointError: the teacher's file can't be used.
+        ConfigError: the teacher can't be built, or its file can't be used.
     """
     cost = count_flops(sparse.model, config.model.image_size)
-    packed, dense = model_sizes(sparse.model, cost)
     sections = (
         _layers(sparse.layers),
         "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
-        _bytes(config, world_size, packed, dense),
+        _bytes(config, world_size, *model_sizes(sparse.model, cost)),
     )
     return "\n\n".join(sections)
 
@@ -67,6 +65,7 @@ def _costs(config: Config, cost: ModelCost) -> list[str]:
     macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
     return [
         f"model               {config.model.name}, {config.model.image_size} px",
+        f"weights             {config.model.weights or 'drawn'}",
         f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
         f"forward, one image  {macs}",
         f"optimizer step      {config.train.global_batch_size:,} samples",
@@ -93,9 +92,7 @@ def _teacher(config: Config) -> list[str]:
 
 
 def _bytes(config: Config, world_size: int, sparse: ModelSize, dense: ModelSize) -> str:
-    backend = config.parallel.backend
-    engine = f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend
-    ema = config.train.ema_decay is not None
+    engine, ema = config.parallel.engine, config.train.ema_decay is not None
     packed, twin = (
         bytes_per_rank(config.parallel, config.train.precision, world_size, size, ema=ema) for size in (sparse, dense)
     )

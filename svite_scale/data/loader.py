@@ -141,6 +141,7 @@ class EvalData:
 
     Attributes:
         num_samples: samples in the evaluation shards, over all ranks.
+        samples: int64 ``[batches, B]``, number of each sample of this rank's batches among them.
         indexes: of the shards, in order.
         damage: counts damaged samples, and limits them.
 
@@ -160,17 +161,17 @@ class EvalData:
         channels, _, image_size = image_shape
         transform = eval_transform(options, image_size)
         self.indexes: list[ShardIndex] = load_indexes(options.val, "data.val", options)
-        self._samples = ShardDataset(self.indexes, transform, channels, seed=0, max_pixels=options.max_pixels)
-        self.num_samples = len(self._samples)
+        self._dataset = ShardDataset(self.indexes, transform, channels, seed=0, max_pixels=options.max_pixels)
+        self.num_samples = len(self._dataset)
         if not self.num_samples:
             raise DataError(f"data.val = {options.val!r} holds no samples; write shards that do")
         self._batch_shape, self._workers = (batch_size, *image_shape), options.workers
-        self._rows, self._valid = evaluation_rows(self.num_samples, batch_size, world.rank, world.size)
+        self.samples, self._valid = evaluation_rows(self.num_samples, batch_size, world.rank, world.size)
         self.damage = DamageLimit("data.val", options.max_damaged, "it is left out")
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = ([(0, sample, 0) for sample in batch] for batch in self._rows.tolist())
-        with closing(load_batches(self._samples, rows, self._batch_shape, self._workers, replace=False)) as batches:
+        rows = ([(0, sample, 0) for sample in batch] for batch in self.samples.tolist())
+        with closing(load_batches(self._dataset, rows, self._batch_shape, self._workers, replace=False)) as batches:
             for (images, labels, damaged, messages), counted in zip(batches, torch.from_numpy(self._valid), strict=True):
                 self.damage.report(messages)
                 yield Batch(images, labels, counted & ~damaged, counted & damaged)

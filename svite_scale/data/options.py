@@ -15,13 +15,17 @@ class AugmentConfig:
     """Training-time augmentation. ``deit`` is the DeiT recipe through timm; ``affine`` is light and suits digits."""
 
     recipe: Literal["none", "affine", "deit"] = "none"
+    """``none`` only resizes."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's policy string, for ``recipe: deit``."""
     random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability that a rectangle of an image is filled with noise; 0 is off."""
     mixup: Annotated[float, Field(ge=0.0)] = 0.0
     """Alpha of mixup's beta distribution; 0 is off."""
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    """Alpha of cutmix's beta distribution; 0 is off. If both are on, each micro-batch takes one of them at random."""
     label_smoothing: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
+    """Fraction of a label's weight that is spread over all classes."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Repeated augmentation: copies of a sample in an epoch, whose length stays the same."""
 
@@ -58,6 +62,7 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, for pixels in 0..1."""
     std: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.229, 0.224, 0.225)
+    """Per channel, in the same unit; pixels are normalised to (pixel - mean) / std."""
     eval_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
     """Centre crop at evaluation, as a fraction of the resized image (224 of 256)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

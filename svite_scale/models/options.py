@@ -20,18 +20,28 @@ class ModelConfig:
     """The dense timm model. A field that is null keeps what ``name`` says, and one that the model doesn't take is refused."""
 
     name: str = "deit_tiny_patch16_224"
+    """timm's name of the model; ``timm.list_models()`` lists them, and docs/models.md says which train."""
+    weights: str | None = None
+    """The weights that a run starts from: a state dict of timm's model, ``.safetensors`` or ``.pth``, or an exported folder of
+    the form timm, sliced or packed. Null draws them."""
     num_classes: Annotated[int, Field(ge=1)] = 1000
+    """Outputs of the head. Every label of the data must be below."""
     image_size: Annotated[int, Field(ge=1)] = 224
     """Pixels, height and width alike."""
     in_channels: Annotated[Literal[1, 3], BeforeValidator(whole_choice)] = 3
+    """Channels of the images: 3 for RGB, 1 for grey."""
     patch_size: Size = None
+    """Pixels, height and width of a patch alike."""
     embed_dim: Size = None
+    """Width: the features of a token."""
     depth: Size = None
+    """Number of blocks."""
     num_heads: Size = None
+    """Attention heads of each block."""
     drop_path: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
     """Stochastic depth rate of the last block; earlier blocks ramp up to it."""
     activation_checkpointing: bool = False
-    """Keep only block inputs for backward and compute the rest again."""
+    """Keeps only the inputs of blocks for backward, and computes the rest again: less memory, more time."""
 
 
 @options
@@ -62,9 +72,9 @@ class TokensConfig:
     mode: Literal["gather", "mask"] = "gather"
     """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
     temperature: Annotated[float, Field(gt=0.0)] = 10.0
-    """Of the Gumbel softmax at the start of training."""
+    """Temperature of the Gumbel softmax at the start of training."""
     final_temperature: Annotated[float, Field(gt=0.0)] = 0.1
-    """The same at its end; the temperature falls on a line by optimizer step."""
+    """The same at the end of training; in between the temperature falls on a line, by optimizer step."""
 
     def __post_init__(self) -> None:
         blocks = list(self.blocks)
@@ -86,7 +96,7 @@ class TokensConfig:
 
 
 @options
-class SparseModelOptions(Allocation, MethodOptions):
+class SparseModelOptions(MethodOptions, Allocation):
     """The sparse parts of a model: heads and neurons, the weights of all other layers, and tokens."""
 
     structured: StructuredConfig = field(default_factory=StructuredConfig)
@@ -114,7 +124,7 @@ class DistillationConfig:
     mean: tuple[float, ...] | None = None
     """Per channel, for pixels in 0..1, as the teacher was trained; null is ``data.mean``."""
     std: PositiveList | None = None
-    """The same; null is ``data.std``."""
+    """Standard deviations, in the same way; null is ``data.std``."""
 
     def __post_init__(self) -> None:
         for name, other in (("teacher", "checkpoint"), ("checkpoint", "teacher"), ("mean", "std"), ("std", "mean")):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from svite_scale.errors import OptionError
 from svite_scale.models.options import StructuredConfig
-from svite_scale.models.packed_attention import PackedAttention
+from svite_scale.models.packed_attention import QKV, PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
 from svite_scale.models.token_selector import TokenSelector, require_vision_transformer
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
-from svite_scale.sparsity.packing import random_mask, refuse_shared, replace_module
+from svite_scale.sparsity.packing import largest, random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
 """The submodule of a block that holds the units, by their kind."""
@@ -32,19 +32,22 @@ def pack_units(
     neurons: float = StructuredConfig.neurons,
     grow: str = StructuredConfig.grow,
     seed: int = 0,
+    by_magnitude: bool = False,
 ) -> list[LayerPlan]:
     """Packs the heads and neurons of each block of a VisionTransformer, in place: all blocks, or none on an error.
 
     Call it before any engine wraps the model, on every rank with the same arguments: the active units then agree without
-    communication, since they are a function of (seed, layer name). Absent units have no weights and no biases. Active units
-    keep their initial values. ``sparsify`` and ``insert_token_selectors`` may come before it or after it.
+    communication, since they are a function of (seed, layer name), or of the weights. Absent units have no weights and no
+    biases. Active units keep their values. ``sparsify`` and ``insert_token_selectors`` may come before it or after it.
 
     Args:
         model: timm's VisionTransformer; on the meta device only shapes are planned and packed.
         heads: fraction of each block's heads that is active, in (0, 1]: ``int(heads * number of heads)`` of them.
         neurons: the same of the hidden neurons of each block's MLP.
         grow: score of an absent unit: ``candidate`` tries one with weights of its own; ``paper`` is the reference's.
-        seed: of the first active units and of candidates.
+        seed: of the first active units, if they are drawn, and of candidates.
+        by_magnitude: the units of largest :func:`magnitudes` are active at first, for a model that is trained already; units
+            that are pruned already, whose weights are 0, come last. False draws them.
 
     Returns:
         One entry per weight that became smaller, named as in the dense model; empty if ``heads`` and ``neurons`` are 1.
@@ -64,8 +67,12 @@ def pack_units(
         for field, density in densities.items():
             dense, name = getattr(block, PARTS[field], None), f"blocks.{index}.{PARTS[field]}"
             num_units = check_packable(field, density, dense, name)
-            with torch.device("cpu"):  # even if the model is on the meta device
-                active = random_mask(num_units, count_active(field, density, num_units), seed, f"{name}.{field}")
+            num_active = count_active(field, density, num_units)
+            if by_magnitude and not _moving(dense)[0].is_meta:
+                active = largest(magnitudes(cast(Any, dense)), num_active).cpu()
+            else:
+                with torch.device("cpu"):  # even if the model is on the meta device
+                    active = random_mask(num_units, num_active, seed, f"{name}.{field}")
             chosen.append((field, name, dense, active))
     plan = [entry for _, name, dense, active in chosen for entry in _plan(name, dense, active)]
     refuse_shared(model, {entry.name for entry in plan})
@@ -74,6 +81,17 @@ def pack_units(
         packed_type = PackedAttention if field == "heads" else PackedMlp
         replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=options.grow))
     return plan
+
+
+def magnitudes(dense: Attention | Mlp) -> Tensor:
+    """Returns the magnitude of each head or neuron, fp32 ``[units]``: the L1 norm of the weights that lead to it (queries, keys
+    and values, or its row of ``fc1``) and from it. It is 0 where no weight leads to the unit.
+    """
+    first, last = (getattr(dense, child).weight.detach().float() for child in _children(dense))
+    repeats, num_units = (QKV, dense.num_heads) if isinstance(dense, Attention) else (1, first.shape[0])
+    incoming = first.unflatten(0, (repeats, num_units, -1)).abs().sum(dim=(0, 2, 3))
+    outgoing = last.unflatten(1, (num_units, -1)).abs().sum(dim=(0, 2))
+    return (incoming + outgoing) * (incoming != 0)
 
 
 def count_active(field: str, density: float, num_units: int) -> int:

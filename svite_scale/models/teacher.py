@@ -7,13 +7,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from svite_scale.data.options import DataConfig
-from svite_scale.errors import CheckpointError, ConfigError
+from svite_scale.errors import ConfigError
 from svite_scale.models.dense import create
 from svite_scale.models.options import DistillationConfig, ModelConfig
+from svite_scale.models.weights import fit, open_weights
+from svite_scale.options import in_section
 
 
 def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
@@ -21,8 +22,7 @@ def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
 
     Raises:
         ConfigError: timm doesn't know the teacher, or it was trained on images normalised in another way than the run's, and
-            the config doesn't say in which.
-        CheckpointError: there is no such file.
+            the config doesn't say in which; or there is no such file.
     """
     if config.teacher is None:
         return
@@ -38,7 +38,7 @@ def check_teacher(config: DistillationConfig, data: DataConfig) -> None:
             "set distillation.mean and distillation.std to those that the checkpoint was trained with",
         )
     if not Path(str(config.checkpoint)).is_file():
-        raise CheckpointError(f"distillation.checkpoint = {config.checkpoint!r} is no file; name the teacher's weights")
+        raise ConfigError("distillation.checkpoint", config.checkpoint, "is no file", "name the teacher's weights")
 
 
 def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
@@ -49,8 +49,7 @@ def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
         model: the student's, whose classes, image size and channels are the teacher's too.
 
     Raises:
-        ConfigError: timm can't build it so.
-        CheckpointError: the file can't be read, or isn't of this model.
+        ConfigError: timm can't build it so, or the file can't be read, or isn't of this model.
     """
     assert config.teacher is not None, "there is no teacher"
     assert config.checkpoint is not None, "a teacher has a file"
@@ -59,40 +58,9 @@ def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
     if known is not None and known.fixed_input_size:
         options["img_size"] = model.image_size
     teacher = create("distillation.teacher", config.teacher, options, "use another teacher")
-    load_weights(teacher, config.teacher, config.checkpoint)
+    with in_section("distillation"):
+        fit(teacher, open_weights(config.checkpoint, "checkpoint"), exactly=True).load(teacher)
     return teacher.eval().requires_grad_(False)
-
-
-def load_weights(teacher: nn.Module, name: str, checkpoint: str) -> None:
-    """Loads the weights of ``teacher`` from a file.
-
-    Raises:
-        CheckpointError: the file can't be read, or isn't of this model; names a tensor.
-    """
-    field = f"distillation.checkpoint = {checkpoint!r}"
-    remedy = (
-        "save the state_dict() of that timm model, with the run's classes, channels and image size, to a .safetensors or .pth"
-    )
-    try:
-        found: dict[str, Tensor] = load_state_dict(checkpoint, use_ema=False, weights_only=True)
-        shapes = {key: tuple(value.shape) for key, value in found.items()}
-    except Exception as error:  # the readers of damaged files raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{field} can't be read as a state dict ({reason}); {remedy}") from error
-    wanted = {key: tuple(value.shape) for key, value in teacher.state_dict().items()}
-    wrong = [key for key in (*wanted, *shapes) if wanted.get(key) != shapes.get(key)]
-    if wrong:
-        key = wrong[0]
-        raise CheckpointError(
-            f"{field} isn't of {name}: {len(set(wrong))} tensors differ, first {key}, {shape_text(shapes, key)} in the file "
-            f"and {shape_text(wanted, key)} in the model; {remedy}"
-        )
-    teacher.load_state_dict(found)
-
-
-def shape_text(shapes: dict[str, tuple[int, ...]], key: str) -> str:
-    """Returns a tensor's shape as text, for an error."""
-    return str(list(shapes[key])) if key in shapes else "absent"
 
 
 def enable_distillation_heads(model: nn.Module) -> None:

@@ -7,33 +7,27 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from svite_scale.errors import OptionError
 from svite_scale.models.options import TokensConfig
+from svite_scale.models.sliced_model import DeterministicSelector
 from svite_scale.sparsity.access import Annealed
 from svite_scale.sparsity.layers.plain_layer import refuse_wrapped
 
 
-class TokenSelector(nn.Module, Annealed):
-    """Lets the prefix tokens and the patch tokens of highest score pass; a score is the token's product with :attr:`weight`.
+class TokenSelector(DeterministicSelector, Annealed):
+    """A :class:`~svite_scale.models.sliced_model.DeterministicSelector` that learns.
 
     In training, Gumbel noise is added to the log-softmax of the scores, and the patch tokens of highest sum pass: a draw
     without replacement from softmax(scores), whatever the temperature. The temperature sets the gradient. With
     p = softmax((log-softmax + noise) / temperature) over the patch tokens, a token that passes is multiplied by
     1 + p - stop_gradient(p): by exactly 1, with the gradient of p. So the scores learn through the tokens that pass.
 
-    In evaluation there is no noise. Each sample's choice is its own, and ties go to the lower index, in training too.
-
-    Scores and probabilities are computed in fp32, under autocast and for bf16 inputs too; inputs of fp64 stay in fp64.
+    In evaluation there is no noise. The softmax would cancel a bias, and ``sparsify`` leaves the weight dense.
 
     Attributes:
-        weight: ``[1, embed_dim]``, a linear layer's. Not an ``nn.Linear``, so ``sparsify`` leaves it dense; without a bias,
-            which the softmax would cancel.
-        num_tokens: tokens that pass, prefix tokens included.
-        num_prefix: class, distillation and register tokens, which stand first and always pass.
         generator: of the noise, on the inputs' device; None draws from torch's global generator, the only one from which
             activation checkpointing draws the same noise again.
     """
@@ -49,23 +43,17 @@ class TokenSelector(nn.Module, Annealed):
         final_temperature: float = 0.1,
         generator: torch.Generator | None = None,
     ) -> None:
-        """``mode`` is ``gather`` or ``mask``; the rest is described above and in :meth:`anneal`.
+        """The arguments are described above and in :meth:`anneal`.
 
         Raises:
             ValueError: ``num_tokens`` leaves no patch token, or there is no such mode.
         """
-        super().__init__()
-        if mode not in ("gather", "mask"):
-            raise ValueError(f"mode {mode!r} is neither 'gather' nor 'mask'")
-        if num_tokens <= num_prefix:
-            raise ValueError(f"{num_tokens} tokens leave no patch token beside {num_prefix} prefix tokens")
-        self.num_tokens, self.num_prefix, self.num_patches = num_tokens, num_prefix, num_tokens - num_prefix
-        self.mode, self.generator = mode, generator
+        super().__init__(embed_dim, num_tokens, num_prefix, mode)
+        self.generator = generator
         self.temperatures = (temperature, final_temperature)
         # A tensor, because a compiled forward is compiled again when a number changes. No buffer, because DDP would send it at
         # every forward and ZeRO would round it. On the CPU, because operations on every device take such a tensor as a number.
         self._temperature = torch.tensor(temperature, dtype=torch.float64, device="cpu")
-        self.weight = nn.Parameter(trunc_normal_(torch.empty(1, embed_dim), std=0.02))
 
     @property
     def temperature(self) -> float:
@@ -91,47 +79,26 @@ class TokenSelector(nn.Module, Annealed):
         return first + (final - first) * progress
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, N, embed_dim]`` to ``[batch, num_tokens, embed_dim]``, in the same order; in mode ``mask`` to
-        ``[batch, N, embed_dim]``, where the other tokens are 0.
+        """See the base class.
 
         Raises:
             ValueError: N is below ``num_tokens``.
         """
         if x.shape[1] < self.num_tokens:
             raise ValueError(f"can't keep {self.num_tokens} of {x.shape[1]} tokens")
+        if not self.training:
+            return super().forward(x)
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        scores = self.scores(patches)
-        if self.training:
-            scores = scores.log_softmax(dim=-1) + self._gumbel(scores)
-            soft = (scores / self._temperature).softmax(dim=-1)
-            patches = patches * (soft - soft.detach() + 1).to(x.dtype).unsqueeze(-1)
-        return torch.cat([prefix, self._passed(patches, highest(scores.detach(), self.num_patches))], dim=1)
-
-    def scores(self, patches: Tensor) -> Tensor:
-        """``[batch, patches, embed_dim]`` to fp32 (fp64 for fp64) ``[batch, patches]``."""
-        dtype = torch.promote_types(patches.dtype, torch.float32)
-        # Not a matrix product: its rounding depends on the rows that it computes together, so on the batch.
-        return (patches.to(dtype) * self.weight.to(dtype)).sum(dim=-1)
-
-    def _passed(self, patches: Tensor, passing: Tensor) -> Tensor:
-        """Leaves out, or sets to 0, the patch tokens whose indices aren't in ``passing``, ascending int64 ``[batch, kept]``."""
-        if self.mode == "gather":
-            return patches.gather(1, passing.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        mask = torch.zeros(patches.shape[:2], dtype=patches.dtype, device=patches.device).scatter(1, passing, 1.0)
-        return patches * mask.unsqueeze(-1)
+        scores = self.scores(patches).log_softmax(dim=-1)
+        scores = scores + self._gumbel(scores)
+        soft = (scores / self._temperature).softmax(dim=-1)
+        patches = patches * (soft - soft.detach() + 1).to(x.dtype).unsqueeze(-1)
+        return torch.cat([prefix, self.select(patches, scores.detach())], dim=1)
 
     def _gumbel(self, like: Tensor) -> Tensor:
         exponential = torch.empty_like(like).exponential_(generator=self.generator)
         # A draw of exactly 0 would make the noise infinite.
         return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()
-
-    def extra_repr(self) -> str:
-        return f"num_tokens={self.num_tokens}, num_prefix={self.num_prefix}, mode={self.mode}"
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """Ascending indices of the ``count`` highest of the last dimension; ties go to the lower index, unlike in ``topk``."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
 def insert_token_selectors(

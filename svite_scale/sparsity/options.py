@@ -14,6 +14,9 @@ from svite_scale.options import options, refuse_unused
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
 
+FROM_WEIGHTS = "from_weights"
+"""The value of ``masks`` that takes the zeros of the weights."""
+
 METHODS = ("svite", "set", "mixed", "static", "dense")
 """The built-in methods; :mod:`svite_scale.sparsity.topology.methods` has their scores."""
 
@@ -35,7 +38,8 @@ class Allocation:
     densities: dict[str, Density] = field(default_factory=dict, hash=False)
     """Instead of ``density``: a layer's own, by pattern of its name (``blocks.*.attn.qkv``); the first that matches decides."""
     masks: str | None = None
-    """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict."""
+    """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict. Or
+    ``from_weights``: weights that are 0 are inactive, for a model that is pruned already."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
 
@@ -60,10 +64,11 @@ class DropSchedule:
     stop_fraction: Fraction = 0.8
     """Topology updates stop at this fraction of all optimizer steps."""
     drop_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From ``drop_fraction`` at the start to ``final_drop_fraction`` at the stop; constant stays at the former."""
+    """From ``drop_fraction`` at the start to ``final_drop_fraction`` at the stop; ``constant`` stays at the former."""
     drop_fraction: Fraction = 0.5
     """Fraction of the active weights dropped at an update, at the start."""
     final_drop_fraction: Fraction = 0.005
+    """The same at ``stop_fraction`` of training, where the schedule ends."""
 
     def __post_init__(self) -> None:
         if self.drop_schedule == "constant":
@@ -89,8 +94,9 @@ class MethodOptions:
     """The rule by which a topology update chooses weights, and how the grown ones start."""
 
     method: str | InstanceOf[Method] = "svite"
-    """svite drops by magnitude and grows by gradient, set grows at random, mixed does both, static keeps the first mask, dense
-    trains the ordinary dense model, whatever the density. Or ``my_package.my_module:my_method``, a :class:`Method`."""
+    """``svite`` drops by magnitude and grows by gradient, ``set`` grows at random, ``mixed`` does both, ``static`` keeps the
+    first mask, ``dense`` trains the ordinary dense model, whatever the density. Or ``my_package.my_module:my_method``, a
+    :class:`Method`."""
     random_share: Fraction = 0.5
     """Fraction of the grown weights that ``mixed`` draws at random."""
     grow_window: Annotated[int, Field(ge=1)] = 1

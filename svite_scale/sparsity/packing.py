@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike, fspath
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from svite_scale.errors import TopologyError
+from svite_scale.errors import OptionError, TopologyError
+from svite_scale.sparsity.allocation.first_masks import FirstMasks, NonzeroWeights
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_layers
 from svite_scale.sparsity.allocation.mask_file import MaskFile
 from svite_scale.sparsity.hashing import hashed_uniform
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 from svite_scale.sparsity.layers.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.module_names import named_modules
-from svite_scale.sparsity.options import Allocation
+from svite_scale.sparsity.options import FROM_WEIGHTS, Allocation
 from svite_scale.sparsity.update import grow
 
 PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -35,12 +36,13 @@ def sparsify(
     masks: str | PathLike[str] | None = None,
     keep_dense: Sequence[str] = (),
     seed: int = 0,
+    by_magnitude: bool = False,
 ) -> list[LayerPlan]:
     """Replaces the prunable Linear and Conv2d modules of a model by packed ones, in place: all of them, or none on an error.
 
     Call it before any engine wraps the model, on every rank with the same arguments: the masks then agree without
-    communication, since each is a function of (seed, layer name), or comes from a file. Active weights keep their initial
-    values. Norms, biases, position embeddings and class tokens stay dense.
+    communication, since each is a function of (seed, layer name), of the weights, or comes from a file. Active weights keep
+    their values. Norms, biases, position embeddings and class tokens stay dense.
 
     Where the active weights are is said by exactly one of ``density``, ``densities`` and ``masks``. Counts are exact, and a
     layer whose part of the density is below one weight keeps one, which is logged. Patterns are those of
@@ -52,9 +54,13 @@ def sparsify(
         distribution: of ``density`` over the layers, ``erk``, ``er`` or ``uniform``.
         power_scale: exponent of ERK's ratio, above 0.
         densities: density in (0, 1] by pattern of layer names; the first pattern that matches a layer decides it.
-        masks: a safetensors file that :class:`~svite_scale.sparsity.allocation.mask_file.MaskFile` describes.
+        masks: a safetensors file that :class:`~svite_scale.sparsity.allocation.mask_file.MaskFile` describes; or
+            ``from_weights``, for a model that is pruned already: weights that are 0 are inactive, in exact numbers. A layer
+            without zeros stays dense.
         keep_dense: patterns of layers that aren't made sparse, and don't count in ``density``.
-        seed: of the masks.
+        seed: of the masks that are drawn.
+        by_magnitude: the weights of largest magnitude are active at first, in each layer as many as its density says: for a
+            model that is trained already. False draws them.
 
     Returns:
         The plan, layer by layer, in order of registration.
@@ -70,6 +76,8 @@ def sparsify(
     given = [name for name, is_given in found.items() if is_given]
     if len(given) != 1:
         raise ValueError(f"give exactly one of density, densities and masks, not {' and '.join(given) or 'none'}")
+    if by_magnitude and masks is not None:
+        raise OptionError("by_magnitude", True, "isn't used where masks is given", "leave it out")
     allocation = Allocation(
         density=1.0 if density is None else density,
         distribution=distribution,  # type: ignore[arg-type]
@@ -78,25 +86,42 @@ def sparsify(
         masks=None if masks is None else fspath(masks),
         keep_dense=tuple(keep_dense),
     )
-    return pack_weights(model, allocation, seed)
+    return pack_weights(model, allocation, seed, by_magnitude=by_magnitude)
 
 
 def pack_weights(
-    model: nn.Module, allocation: Allocation, seed: int, packed_otherwise: Collection[str] = ()
+    model: nn.Module,
+    allocation: Allocation,
+    seed: int,
+    packed_otherwise: Collection[str] = (),
+    *,
+    masks: FirstMasks | None = None,
+    by_magnitude: bool = False,
 ) -> list[LayerPlan]:
     """Does what :func:`sparsify` says for an allocation.
 
     Args:
         model: see :func:`sparsify`, which says what is returned and raised too.
         allocation: says where the active weights are.
-        seed: of the masks.
+        seed: of the masks that are drawn.
         packed_otherwise: names of layers that are packed already, by heads or neurons; ``keep_dense`` may match them.
+        masks: the first masks, in place of those that ``allocation.masks`` names; unused where that is None.
+        by_magnitude: see :func:`sparsify`.
     """
     layers = prunable_layers(model)
-    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation, packed_otherwise)
+    masks = masks if allocation.masks and masks else _first_masks(layers, allocation)
+    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation, packed_otherwise, masks)
     refuse_shared(model, {entry.name for entry in plan if not entry.kept_dense})
-    file = None if allocation.masks is None else MaskFile(allocation.masks)
-    packed = {entry.name: _packed(layers[entry.name], entry, file, seed) for entry in plan if entry.is_packed}
+
+    def first_mask(entry: LayerPlan) -> Tensor:
+        weight = layers[entry.name].weight
+        if masks is not None:
+            return masks.read(entry.name, entry.shape).to(weight.device)
+        if by_magnitude:
+            return largest(weight.detach().abs().flatten(), entry.num_active)
+        return random_mask(entry.numel, entry.num_active, seed, entry.name, weight.device)
+
+    packed = {entry.name: _packed(layers[entry.name], entry, first_mask) for entry in plan if entry.is_packed}
     # Nothing can fail any more, and nothing was changed yet.
     for name, module in packed.items():
         replace_module(model, name, module)
@@ -158,11 +183,26 @@ def random_mask(numel: int, num_active: int, seed: int, name: str, device: torch
     Returns:
         bool ``[N]`` with exactly ``num_active`` set.
     """
-    nothing = torch.zeros(numel, dtype=torch.bool, device=device)
-    return grow(nothing, hashed_uniform(seed, 0, name, numel, device), num_active).active
+    return largest(hashed_uniform(seed, 0, name, numel, device), num_active)
 
 
-def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None, seed: int) -> PackedLayer:
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Returns where the ``count`` largest of some scores are, bool ``[N]`` for ``[N]``; of equal ones the first.
+
+    Raises:
+        TopologyError: a score is NaN.
+    """
+    return grow(torch.zeros_like(scores, dtype=torch.bool), scores, count).active
+
+
+def _first_masks(layers: Mapping[str, nn.Linear | nn.Conv2d], allocation: Allocation) -> FirstMasks | None:
+    """Returns the masks that ``allocation.masks`` names; None if a density says where the weights are."""
+    if allocation.masks == FROM_WEIGHTS:
+        return NonzeroWeights(lambda name, _: layers[name].weight.detach().flatten() != 0)
+    return None if allocation.masks is None else MaskFile(allocation.masks)
+
+
+def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[[LayerPlan], Tensor]) -> PackedLayer:
     """Returns the packed layer for a dense one, which isn't changed."""
     weight = dense.weight
     lost = lost_in_packing(dense)
@@ -175,11 +215,7 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, file: MaskFile | None
     layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]
     _copy_attributes(dense, layer, plan.name)
     if not weight.is_meta:
-        if file is None:
-            mask = random_mask(plan.numel, plan.num_active, seed, plan.name, weight.device)
-        else:
-            mask = file.read(plan.name, plan.shape).to(weight.device)
-        layer.set_weight(weight, mask)
+        layer.set_weight(weight, first_mask(plan))
     return layer
 
 

@@ -1,34 +1,36 @@
-"""A run in MLflow."""
+"""A run in MLflow: where it is, and what it is made of."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
 import re
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from svite_scale.errors import RunError
-from svite_scale.tracking.backlog import Backlog, first_line
 from svite_scale.tracking.options import TrackingConfig
+from svite_scale.tracking.sqlite_file import SqliteFile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-QUIET = {
+DEFAULTS = {
     # A training job should connect to nobody without being told to.
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # While a server doesn't answer, it holds up training. MLflow's own timeouts add up to many minutes.
+    # A server that doesn't answer holds up the start and the end of a run. MLflow's own timeouts add up to many minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
 """MLflow's environment variables, where the user sets none."""
+
+RUN_ID_FILE = "mlflow_run_id"
+"""File of the run directory that holds MLflow's name for the run."""
 
 MAX_METRICS = 1000
 """Most metrics that MLflow takes in one request."""
@@ -36,257 +38,217 @@ MAX_METRICS = 1000
 MAX_PARAMS = 100
 """Most parameters that it takes in one request."""
 
-RETRY_S = 60.0
-"""Shortest pause in seconds after a request that failed, because each request holds up training."""
-
-BUSY_S = 5.0
-"""Longest wait in seconds for a SQLite file that another process writes to. MLflow itself would wait a minute or two."""
-
-LOCK_S = 120.0
-"""Longest wait in seconds for other runs that start at the same time. MLflow makes a database in seconds, so one of them
-hangs then."""
-
 ATTEMPTS = 5
 RACE = re.compile("already exists|UNIQUE constraint")
 """Errors of MLflow when another run makes the same database or experiment at the same time."""
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 
+Entry = tuple[str, float, int, int]
+"""One value of a metric: name, value, milliseconds since 1970, optimizer step."""
+
 RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}")
 
 logger = logging.getLogger("svite_scale")
 
 
-class MlflowRun:
-    """A run in MLflow, by default in a SQLite file beside the run directories, which needs no server.
-
-    Training continues whatever MLflow, its server or its database do: metrics wait in memory until they are taken. A run or an
-    experiment that was deleted there is made again.
+class Store:
+    """The place of a run in MLflow: an address, and an experiment's name.
 
     Attributes:
-        uri: MLflow's address.
-        run_id: MLflow's name for the run; None until MLflow is reached.
+        uri: the address: of the config, of ``MLFLOW_TRACKING_URI``, or of a SQLite file in the run directory's parent.
+        experiment: the name: of the config, of ``MLFLOW_EXPERIMENT_NAME``, or ``svite_scale``.
+        file: the SQLite file of the address; None for another address.
     """
 
-    def __init__(
-        self, options: TrackingConfig, parameters: Mapping[str, object], run_dir: Path, *, resumed: bool = False
-    ) -> None:
-        """Resumes the run that the run directory names, or makes one.
-
-        Args:
-            options: of tracking.
-            parameters: of the run, by dotted names.
-            run_dir: of the run.
-            resumed: the run has trained before, so a mistake in the config isn't likely: a failure is no error, but waits.
-
-        Raises:
-            RunError: this is the run's first start, and no server answers, or MLflow refuses the address or the experiment's
-                name.
-        """
-        for name, value in QUIET.items():
+    def __init__(self, options: TrackingConfig, run_dir: Path) -> None:
+        """Sets :data:`DEFAULTS`, because MLflow reads its environment variables from here on."""
+        for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
         # They would print each failure with a traceback, and each retry.
         for name in ("mlflow.store.db.utils", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._options, self._parameters = options, parameters
-        self._run_dir, self._parent = run_dir, run_dir.resolve().parent
-        self._id_file = run_dir / "mlflow_run_id"
-        self.uri = options.uri or f"sqlite:///{self._parent / 'mlflow.db'}"
-        self._database, self._inode, self._times_lost = database_of(self.uri), 0, 0
-        self._backlog: Backlog[tuple[str, float, int, int]] = Backlog("MLflow", "metrics", self._send, RETRY_S)
+        by_default = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+        self.uri, self._uri_source = _first(("tracking.uri", options.uri), "MLFLOW_TRACKING_URI", by_default)
+        self.experiment, self._experiment_source = _first(
+            ("tracking.experiment", options.experiment), "MLFLOW_EXPERIMENT_NAME", "svite_scale"
+        )
+        self.file = SqliteFile.from_uri(self.uri)
+
+    @property
+    def ui_command(self) -> str:
+        """How to see the runs: a server's address for a browser, otherwise the command that starts one."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"a browser at {self.uri}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+    @property
+    def artifact_location(self) -> str | None:
+        """Where files of a new experiment go: beside the SQLite file. None leaves it to a server."""
+        return None if self.file is None else (self.file.path.resolve().parent / "mlartifacts").as_uri()
+
+    def refuse_mistakes(self, error: Exception) -> None:
+        """Raises an error if the user has to correct something: no server answers, or MLflow refuses a name.
+
+        Raises:
+            RunError: names what the user gave.
+        """
+        if "experiment name" in str(error).lower():
+            given = f"{self._experiment_source} = {self.experiment!r}"
+            raise RunError(f"{given}: MLflow refuses it ({first_line(error)}); name another") from error
+        if self.file is None:
+            # An address may be a mistake. A locked or damaged file isn't.
+            remedy = "start the server or correct the address, or set tracking.mlflow=false"
+            problem = f"{self._uri_source} = {self.uri!r}: MLflow can't be used ({first_line(error)}); {remedy}"
+            raise RunError(problem) from error
+
+
+class MlflowRun:
+    """One run in MLflow. Its calls wait for MLflow; :class:`~svite_scale.tracking.mlflow_queue.MlflowQueue` makes them in a
+    thread of its own.
+
+    A run or an experiment that was deleted there is made again.
+
+    Attributes:
+        run_id: MLflow's name for the run; None until MLflow is reached.
+    """
+
+    def __init__(self, store: Store, run_dir: Path, parameters: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Remembers what to log; makes no connection.
+
+        Args:
+            store: where the run goes.
+            run_dir: of the run; its ``config.yaml`` is logged as it is.
+            parameters: of the run, by dotted names.
+            tags: of this start of the run, by name.
+        """
+        self.store, self._run_dir, self._parameters, self._tags = store, run_dir, parameters, tags
+        self._id_file = run_dir / RUN_ID_FILE
+        self._uri = store.uri
         self.run_id: str | None = None
-        is_first_start, started = not resumed and not self._id_file.exists(), time.monotonic()
-        try:
-            self._connect()
-        except Exception as error:  # MLflow passes on what its database and network raise
-            if is_first_start:
-                self._refuse_mistakes(error)
-            self._backlog.postpone(error, started)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs metrics after an optimizer step."""
-        now = int(time.time() * 1000)
-        self._backlog.add((name, float(value), now, step) for name, value in metrics.items())
-
-    def end(self, status: Status) -> None:
-        """Sends what waits, and the status with which the run ends; warns if that fails."""
-        self._backlog.close()
-        if self._backlog.waiting:
-            return
-        try:
-            self._send().set_terminated(self.run_id, status)
-        except Exception as error:
-            logger.warning("MLflow doesn't know that the run is %s: %s", status, first_line(error))
-
-    def _send(self) -> MlflowClient:
-        """Sends what waits, to a new run if the old one is gone."""
-        if self._is_lost():
-            self._times_lost += 1
-            self.run_id = None
-        client = self._connect() if self.run_id is None else self._client
-        check_writable(self._database)
-        try:
-            self._send_to(client)
-        except Exception:
-            if not self._is_gone(client, self.run_id):
-                raise
-            client = self._connect()
-            self._send_to(client)
-        return client
-
-    def _send_to(self, client: MlflowClient) -> None:
-        from mlflow.entities import Metric
-
-        while waiting := self._backlog.waiting:
-            client.log_batch(self.run_id, [Metric(*metric) for metric in waiting[:MAX_METRICS]])
-            del waiting[:MAX_METRICS]
-
-    def _connect(self) -> MlflowClient:
-        """Finds the run or makes one; tries again if another run gets in between."""
+    def connect(self) -> None:
+        """Finds the run that the run directory names, or makes one; tries again if another run gets in between."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with only_one(self._database):
-                    check_writable(self._database)
-                    return self._find_or_create()
+                with self.store.file.locked() if self.store.file else nullcontext():
+                    self._check_writable()
+                    self._find_or_create()
+                return
             except Exception as error:
                 if attempt == ATTEMPTS or not RACE.search(str(error)):
                     raise
                 time.sleep(random.SystemRandom().uniform(0.1, 1.0))  # not a generator of training
-        raise AssertionError("unreachable")
 
-    def _find_or_create(self) -> MlflowClient:
-        from mlflow import MlflowClient  # takes seconds to import
+    def send(self, entries: Sequence[Entry]) -> None:
+        """Logs at most :data:`MAX_METRICS` values, to a new run if the old one is gone."""
+        self._reconnect_if_lost()
+        try:
+            self._log(entries)
+        except Exception:
+            if not self._is_gone(self.run_id):
+                raise
+            self.connect()
+            self._log(entries)
 
-        self._client = client = MlflowClient(self._address())
-        self._inode = inode_of(self._database)
+    def terminate(self, status: Status) -> None:
+        """Logs the status with which the run ends."""
+        self._reconnect_if_lost()
+        self._client.set_terminated(self.run_id, status)
+
+    def _log(self, entries: Sequence[Entry]) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(self.run_id, [Metric(*entry) for entry in entries])
+
+    def _reconnect_if_lost(self) -> None:
+        """Connects for the first time, or again after the SQLite file was deleted or replaced."""
+        file = self.store.file
+        if file is not None and self.run_id is not None and file.is_lost():
+            self._uri, self.run_id = file.new_address(), None
+        if self.run_id is None:
+            self.connect()
+        self._check_writable()
+
+    def _check_writable(self) -> None:
+        if self.store.file is not None:
+            self.store.file.check_writable()
+
+    def _find_or_create(self) -> None:
+        from mlflow import MlflowClient
+
+        self._client: MlflowClient = MlflowClient(self._uri)
+        if self.store.file is not None:
+            self.store.file.opened()
         known = self._id_file.read_text(errors="replace").strip() if self._id_file.exists() else None
-        if known is not None and not self._is_gone(client, known):
-            client.update_run(known, status="RUNNING")
-            self.run_id = known
-            return client
-        self.run_id = self._create(client)
-        self._id_file.write_text(f"{self.run_id}\n")
-        if known is not None:
-            logger.warning("MLflow has no run %s any more; it continues as a new one, %s", repr(known[:40]), self.run_id)
-        return client
+        run = self._find(known)
+        if run is None:
+            run = self._client.create_run(self._find_experiment(), run_name=self._run_dir.name)
+            self._id_file.write_text(f"{run.info.run_id}\n")
+            if known is not None:
+                message = "MLflow has no run %s any more; it continues as a new one, %s"
+                logger.warning(message, repr(known[:40]), run.info.run_id)
+        else:
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        self._describe(run)
+        self.run_id = run.info.run_id
 
-    def _is_lost(self) -> bool:
-        """Returns whether the SQLite file isn't the one that MLflow has opened."""
-        return self.run_id is not None and inode_of(self._database) != self._inode
+    def _describe(self, run: Run) -> None:
+        """Logs tags and config of this start, and the parameters that MLflow lacks: it never changes one."""
+        from mlflow.entities import Param, RunTag
 
-    def _address(self) -> str:
-        """Returns the address for MLflow, which keeps a file open by its address even if the file is gone. The same path,
-        written in another way, makes it open the new file.
-        """
-        if self._database is None or not self._times_lost:
-            return self.uri
-        folder, name = os.path.split(self._database)
-        return self.uri.replace(str(self._database), os.path.join(folder, *["."] * self._times_lost, name), 1)
+        run_id, known = run.info.run_id, run.data.params
+        params = [Param(name, str(value)) for name, value in self._parameters.items() if name not in known]
+        for first in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(run_id, params=params[first : first + MAX_PARAMS])
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in self._tags.items()])
+        try:
+            self._client.log_artifact(run_id, str(self._run_dir / "config.yaml"))
+        except Exception as error:  # the place of a server's files may be away while its database works
+            logger.warning("MLflow doesn't take config.yaml (%s); the run continues", first_line(error))
 
-    def _is_gone(self, client: MlflowClient, run_id: str | None) -> bool:
-        """Returns whether MLflow has no such run. An error if it doesn't answer."""
+    def _find(self, run_id: str | None) -> Run | None:
+        """Returns MLflow's run of a name; None if it has none, or a deleted one. An error if it doesn't answer."""
         from mlflow.exceptions import MlflowException
 
         if run_id is None or not RUN_ID.fullmatch(run_id):
-            return True
+            return None
         try:
-            return bool(client.get_run(run_id).info.lifecycle_stage == "deleted")
+            run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return True
+                return None
             raise
+        return None if run.info.lifecycle_stage == "deleted" else run
 
-    def _create(self, client: MlflowClient) -> str:
-        from mlflow.entities import Param
+    def _is_gone(self, run_id: str | None) -> bool:
+        return self._find(run_id) is None
 
-        run_id: str = client.create_run(self._experiment(client), run_name=self._run_dir.name).info.run_id
-        params = [Param(key, str(value)) for key, value in self._parameters.items()]
-        for first in range(0, len(params), MAX_PARAMS):
-            client.log_batch(run_id, params=params[first : first + MAX_PARAMS])
-        return run_id
-
-    def _experiment(self, client: MlflowClient) -> str:
+    def _find_experiment(self) -> str:
         """Returns the experiment's id, and makes it if it is missing; under another name if it was deleted."""
-        wanted = name = self._options.experiment
+        wanted = name = self.store.experiment
         number = 1
-        while (found := client.get_experiment_by_name(name)) is not None and found.lifecycle_stage == "deleted":
+        while (found := self._client.get_experiment_by_name(name)) is not None and found.lifecycle_stage == "deleted":
             number += 1
             name = f"{wanted}-{number}"
         if name != wanted:
             logger.warning("MLflow's experiment %r is deleted, but keeps its name; the run goes into %r", wanted, name)
         if found is not None:
             return str(found.experiment_id)
-        # Artifacts go beside the SQLite file. A server has its own place for them.
-        location = None if self._options.uri else (self._parent / "mlartifacts").as_uri()
-        return str(client.create_experiment(name, location))
-
-    def _refuse_mistakes(self, error: Exception) -> None:
-        """Raises an error if the config has to be corrected: its server doesn't answer, or MLflow refuses a name."""
-        experiment, uri = self._options.experiment, self._options.uri
-        if "experiment name" in str(error).lower():
-            problem = f"tracking.experiment = {experiment!r}: MLflow refuses it ({first_line(error)}); name another"
-            raise RunError(problem) from error
-        if self._database is None:
-            # An address may be a mistake in the config. A locked or damaged file isn't.
-            remedy = "start the server or correct the address, or set tracking.mlflow=false"
-            raise RunError(f"tracking.uri = {uri!r}: MLflow can't be used ({first_line(error)}); {remedy}") from error
+        return str(self._client.create_experiment(name, self.store.artifact_location))
 
 
-def database_of(uri: str) -> Path | None:
-    """Returns the file of a SQLite address; None for another address."""
-    scheme, _, path = uri.partition(":///")
-    return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
+def _first(option: tuple[str, str | None], variable: str, default: str) -> tuple[str, str]:
+    """Returns the first value that is given, of an option, an environment variable and a default, and its source's name."""
+    name, value = option
+    if value is not None:
+        return value, name
+    if found := os.environ.get(variable):
+        return found, variable
+    return default, name
 
 
-def check_writable(database: Path | None) -> None:
-    """Checks that a SQLite file, which may be new, can be written to now.
-
-    Raises:
-        sqlite3.Error: it can't.
-    """
-    if database is not None:
-        with closing(sqlite3.connect(database, timeout=BUSY_S)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-
-
-def inode_of(path: Path | None) -> int:
-    """Returns the number that identifies a file; 0 if there is none."""
-    try:
-        return 0 if path is None else path.stat().st_ino
-    except OSError:
-        return 0
-
-
-@contextmanager
-def only_one(database: Path | None) -> Iterator[None]:
-    """Locks a SQLite file against other runs: MLflow doesn't expect two of them to make it.
-
-    Does without where a lock can't be had, as on some network file systems, or where another run keeps it too long.
-    """
-    if database is None:
-        yield
-        return
-    try:
-        descriptor = os.open(database.with_name(f"{database.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError:
-        yield
-        return
-    try:
-        wait_for_lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def wait_for_lock(descriptor: int) -> None:
-    """Locks a file, or gives up after :data:`LOCK_S`."""
-    end = time.monotonic() + LOCK_S
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:
-            return
-        else:
-            return
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message that says something."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+    return lines[0] if lines else type(error).__name__

@@ -1,60 +1,112 @@
-"""The progress bar of a run, on the main rank."""
+"""Progress of long work, for people: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from tqdm import tqdm
 
-SHOWN = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "eval_accuracy": "test accuracy",
-    "samples_per_second": "samples/s",
-    "density": "density",
-}
-"""Metrics beside the bar, and their names there."""
+Item = TypeVar("Item")
 
-LOG_INTERVAL_S = 30.0
-"""Seconds between two lines of progress when the output is a file."""
+LINE_INTERVAL_S = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 class Progress:
-    """A bar with steps done, time left, and the latest metrics. Silent on all ranks but the main one."""
+    """A count of finished work on stderr, with the time left. A context: leaving it ends the bar or prints a last line.
 
-    def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
-        self.enabled = enabled
-        interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, disable=not enabled, unit="step", mininterval=interval, dynamic_ncols=True
-        )
-        self.shown: dict[str, str] = {}
+    On a terminal it is a bar. Elsewhere, as in a file, it is a plain line every :data:`LINE_INTERVAL_S` seconds, and one at the
+    end.
+    """
 
-    def advance(self) -> None:
-        """Counts one optimizer step."""
-        self.bar.update()
+    def __init__(self, name: str, total: int, units: str, *, done: int = 0, enabled: bool = True) -> None:
+        """Begins to count.
 
-    def rewind(self, step: int) -> None:
-        """Goes back to an earlier step."""
-        self.bar.n = step
-        self.bar.refresh()
+        Args:
+            name: of the work, ``"train"`` say.
+            total: how many units the work has.
+            units: what is counted, in the plural, ``"steps"`` say.
+            done: how many units are finished already.
+            enabled: False shows nothing, for all ranks but the main one.
+        """
+        self._name, self._total, self._units, self._enabled = name, total, units, enabled
+        self._done, self._counted, self._values, self._closed = done, 0, "", False
+        self._started = self._line_time = time.monotonic()
+        self._bar: tqdm[None] | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=name, unit=f" {units}", dynamic_ncols=True)
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Updates the metrics beside the bar."""
-        self.shown.update({label: f"{metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics})
-        self.bar.set_postfix(self.shown, refresh=False)
+    def advance(self, count: int = 1) -> None:
+        """Counts finished units."""
+        self._done += count
+        self._counted += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._enabled and self._done < self._total and time.monotonic() - self._line_time >= LINE_INTERVAL_S:
+            self._line_time = time.monotonic()
+            self.write(self._line())
 
-    def write(self, line: str) -> None:
-        """Prints a line above the bar."""
-        if self.enabled:
-            tqdm.write(line, file=sys.stderr)
+    def rewind(self, done: int) -> None:
+        """Returns to an earlier number of finished units."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.refresh()
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Sets the numbers beside the count, by label. They appear with the next update."""
+        self._values = ", ".join(f"{label} {value:.4g}" for label, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._values, refresh=False)
+
+    def write(self, text: str) -> None:
+        """Prints lines of text to stderr, above the bar."""
+        if self._bar is not None and not self._closed:
+            tqdm.write(text, file=sys.stderr)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.bar.close()
+        """Ends the bar, or prints the last line. A second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._closed:
+            self.write(self._line())
+        self._closed = True
+
+    def _line(self) -> str:
+        """Returns the present state as one line."""
+        seconds = time.monotonic() - self._started
+        rate = self._counted / seconds if seconds else 0.0
+        parts = [f"{self._done:,} of {self._total:,} {self._units} ({self._done / max(self._total, 1):.0%})"]
+        if self._done >= self._total:
+            parts.append(f"{in_hours(seconds)} in all")
+        elif rate:
+            parts.append(f"{in_hours((self._total - self._done) / rate)} left")
+        if rate:
+            parts.append(f"{rate:.4g} {self._units}/s")
+        return f"{self._name}: {', '.join([*parts, *filter(None, [self._values])])}"
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def track(items: Iterable[Item], name: str, total: int, units: str, *, enabled: bool = True) -> Iterator[Item]:
+    """Yields the items, and shows as :class:`Progress` how many of them are done."""
+    with Progress(name, total, units, enabled=enabled) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def in_hours(seconds: float) -> str:
+    """Returns a time as ``minutes:seconds``, or ``hours:minutes:seconds`` from one hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from svite_scale.errors import RunError
-from svite_scale.runtime.durable import make_directory, replace_durably
-from svite_scale.tracking.backlog import Backlog
-from svite_scale.tracking.mlflow_run import MlflowRun, Status
+from svite_scale.runtime.durable import make_directory
+from svite_scale.tracking.metric_lines import MetricLines
+from svite_scale.tracking.mlflow_queue import MlflowQueue
+from svite_scale.tracking.mlflow_run import RUN_ID_FILE, MlflowRun, Status, Store
 from svite_scale.tracking.options import TrackingConfig
+from svite_scale.tracking.tags import start_tags
 
 METRICS, TOPOLOGY = "metrics.jsonl", "topology.jsonl"
 Metrics = Mapping[str, float]
@@ -37,6 +38,7 @@ class Tracker:
         *,
         config_text: str,
         parameters: Mapping[str, object],
+        tags: Mapping[str, str],
         enabled: bool,
     ) -> None:
         """Makes the run directory and opens its files.
@@ -47,6 +49,7 @@ class Tracker:
             resumed_step: lines after this step are removed from existing files; None for a new run, whose files replace them.
             config_text: the resolved config as YAML, which is written into ``config.yaml`` beside the metrics.
             parameters: the same by dotted names, for MLflow.
+            tags: of this start, for MLflow, besides those that :func:`~svite_scale.tracking.tags.start_tags` finds.
             enabled: whether this is the main rank.
 
         Raises:
@@ -55,7 +58,7 @@ class Tracker:
         self.run_dir, self._enabled = run_dir, enabled
         self.status: Status = "FINISHED"
         self._metrics, self._topology = MetricLines(run_dir / METRICS), MetricLines(run_dir / TOPOLOGY)
-        self._mlflow: MlflowRun | None = None
+        self._mlflow: MlflowQueue | None = None
         if not enabled:
             return
         with self._writing_run_dir():
@@ -67,12 +70,14 @@ class Tracker:
                 else:
                     lines.cut(resumed_step)
             if options.mlflow:
-                self._mlflow = MlflowRun(options, parameters, run_dir, resumed=resumed_step is not None)
+                run = MlflowRun(Store(options, run_dir), run_dir, parameters, {**start_tags(), **tags})
+                first_start = resumed_step is None and not (run_dir / RUN_ID_FILE).exists()
+                self._mlflow = MlflowQueue(run, first_start=first_start)
 
     @property
     def ui_command(self) -> str | None:
-        """The command that shows the run in a browser; None without MLflow."""
-        return f"mlflow ui --backend-store-uri {self._mlflow.uri}" if self._mlflow else None
+        """How to see the run in a browser, as :attr:`~svite_scale.tracking.mlflow_run.Store.ui_command`; None without MLflow."""
+        return self._mlflow.ui_command if self._mlflow else None
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Logs metrics after an optimizer step."""
@@ -130,54 +135,3 @@ class Tracker:
             self._topology.close()
         if self._mlflow:
             self._mlflow.end("FAILED" if error and self.status == "FINISHED" else self.status)
-
-
-class MetricLines:
-    """One such file. The system gets each line at once, so a kill loses none.
-
-    Attributes:
-        path: of the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._backlog: Backlog[bytes] = Backlog(str(path), "lines", self._write)
-
-    def append(self, line: Mapping[str, object]) -> None:
-        """Adds a line, which waits if the disk doesn't take it."""
-        self._backlog.add([json.dumps(line).encode() + b"\n"])
-
-    def close(self) -> None:
-        """Writes the lines that wait, or warns that they are lost."""
-        self._backlog.close()
-
-    def cut(self, last_step: int) -> None:
-        """Removes the lines after a step, and a half-written last line: a run that resumes from that step writes them again.
-
-        Raises:
-            OSError: the file can't be written. Its content is unchanged.
-        """
-        self._backlog.waiting = [line for line in self._backlog.waiting if is_until(last_step, line)]
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines()
-            replace_durably(self.path, "".join(f"{line.decode()}\n" for line in lines if is_until(last_step, line)))
-
-    def _write(self) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = b"".join(self._backlog.waiting)
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                file.truncate(size)
-                raise
-        self._backlog.waiting = []
-
-
-def is_until(last_step: int, line: bytes) -> bool:
-    """Returns whether a line is complete, and of a step up to ``last_step``."""
-    try:
-        return bool(json.loads(line)["step"] <= last_step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False

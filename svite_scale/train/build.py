@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config
+from svite_scale.cost.flops import ModelCost, count_flops
+from svite_scale.cost.memory import ModelSize, model_sizes
 from svite_scale.data.format.patterns import check_contents, largest_label
 from svite_scale.data.loader import EvalData, TrainData
 from svite_scale.engines.backend import Backend, EngineOptions
@@ -59,13 +64,32 @@ def fingerprint(data: TrainData) -> dict[str, object]:
     return {"samples": data.num_samples, "sha256": sha256("".join(index.sha256 for index in data.indexes).encode()).hexdigest()}
 
 
-def build_sparse_model(config: Config, world: World, device: torch.device, *, skip_nonfinite: bool) -> tuple[Backend, float]:
+class ModelSummary(NamedTuple):
+    """The numbers of a sparse model that a run reports."""
+
+    density: float
+    """The active fraction of the prunable weights."""
+    cost: ModelCost
+    sizes: tuple[ModelSize, ModelSize]
+    """Of the model, and of its dense twin."""
+
+
+def build_sparse_model(
+    config: Config, world: World, device: torch.device, *, skip_nonfinite: bool, resume: bool
+) -> tuple[Backend, ModelSummary]:
     """Builds the sparse model and wraps it in its engine. A collective: all ranks call it.
 
-    Returns:
-        The backend, and the active fraction of the prunable weights.
+    Args:
+        config: of the run.
+        world: this rank's.
+        device: this rank's.
+        skip_nonfinite: skip steps whose gradients aren't finite.
+        resume: a checkpoint is to replace all weights and masks, so no file of first ones is read.
     """
-    model, plan = build_sparse(config.model, config.sparsity, config.seed)
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume else None
+    model, plan = build_sparse(config.model, config.sparsity, config.seed, saved)
+    cost = count_flops(model, config.model.image_size)
+    summary = ModelSummary(plan_density(plan), cost, model_sizes(model, cost))
     if config.distillation.teacher is not None:
         enable_distillation_heads(model)
     options = EngineOptions(
@@ -78,7 +102,7 @@ def build_sparse_model(config: Config, world: World, device: torch.device, *, sk
         skip_nonfinite=skip_nonfinite,
     )
     backend = build_backend(config.parallel, model, lambda module: build_optimizer(module, config.optimizer), options)
-    return backend, plan_density(plan)
+    return backend, summary
 
 
 def build_topology(config: Config, backend: Backend, steps_per_epoch: float, total_steps: int) -> TopologyEngine:
@@ -109,5 +133,6 @@ def open_tracker(config: Config, resumed_step: int | None, world: World) -> Trac
         resumed_step,
         config_text=to_yaml(config),
         parameters=flatten_config(to_dict(config)),
+        tags={"engine": config.parallel.engine, "world_size": str(world.size)},
         enabled=world.is_main,
     )

@@ -1,10 +1,11 @@
-"""The training command: from arguments to an exit status."""
+"""Commands that run on every rank of a job: from arguments to an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import time
+from collections.abc import Callable
 
 from svite_scale.config.load import read_config
 from svite_scale.errors import SviteScaleError
@@ -20,17 +21,13 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
-        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``dry_run``, ``ranks``.
+        arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``profile``, ``dry_run``, ``ranks``.
 
     Returns:
-        The exit status: 0; 2 after a mistake in the config; 85 if a signal stopped the run and it has saved; 1 after any other
-        error, which is printed when it happens.
+        The exit status: that of :func:`run_on_every_rank`, or 85 if a signal stopped the run and it has saved.
     """
-    failure = Failure(_explain)
-    try:
-        failure.world = world = World.from_environment()
-        # All ranks warn of the same things, so only the main one does.
-        logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
+
+    def command(world: World, failure: Failure) -> int:
         config = read_config(arguments.config, arguments.overrides)
         # What follows takes seconds to import, and the answer about a typing error shouldn't wait for it.
         if arguments.dry_run:
@@ -40,7 +37,27 @@ def main(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals:
             from svite_scale.train.run import train
 
-            return train(config, world, signals, failure, resume=arguments.resume, auto_resume=arguments.auto_resume)
+            options = {name: getattr(arguments, name) for name in ("resume", "auto_resume", "profile")}
+            return train(config, world, signals, failure, **options)
+
+    return run_on_every_rank(command)
+
+
+def run_on_every_rank(command: Callable[[World, Failure], int]) -> int:
+    """Runs a command on this rank, and reports its error. Every rank calls it.
+
+    Args:
+        command: takes this rank's world, and what reports errors; returns the exit status.
+
+    Returns:
+        The command's exit status; 2 after a mistake in the config; 1 after any other error, which is printed when it happens.
+    """
+    failure = Failure(_explain)
+    try:
+        failure.world = world = World.from_environment()
+        # All ranks warn of the same things, so only the main one does.
+        logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
+        return command(world, failure)
     except BaseException as error:
         status = failure.report(error)
         if status == EXIT_CONFIG and failure.world.local_rank > 0:

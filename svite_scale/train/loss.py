@@ -35,7 +35,7 @@ class Teacher:
     """The teacher's part of the loss. Every rank holds the whole teacher; no engine wraps it, and no checkpoint contains it.
 
     Raises:
-        ConfigError, CheckpointError: the teacher can't be built or loaded.
+        ConfigError: the teacher can't be built or loaded.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class TrainingLoss:
         device: where the model trains.
 
     Raises:
-        ConfigError, CheckpointError: the teacher can't be built or loaded.
+        ConfigError: the teacher can't be built or loaded.
     """
 
     def __init__(self, config: Config, label_smoothing: float, device: torch.device) -> None:

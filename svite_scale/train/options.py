@@ -17,15 +17,23 @@ class OptimizerConfig:
     """The optimizer and its schedule: linear warm-up, then a cosine, by optimizer step."""
 
     name: Literal["adamw", "adam", "nadam", "radam"] = "adamw"
+    """The torch optimizer of this name."""
     lr: Annotated[float, Field(gt=0.0)] = 5e-4
+    """Learning rate after the warm-up, for a batch of ``lr_batch_size``."""
     lr_batch_size: Annotated[int | None, Field(ge=1)] = None
     """Batch size that ``lr`` is meant for: the rate used is lr * global_batch_size / lr_batch_size. Null uses lr as it is."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """Of the values of packed layers and of matrices; biases and norms have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the average of the square, so that nothing is divided by 0."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    """Epochs over which the learning rate rises from ``warmup_lr`` to ``lr``; 0 is off."""
     warmup_lr: Annotated[float, Field(ge=0.0)] = 1e-6
+    """Learning rate at the start of the warm-up, not scaled with the batch; at most the rate that the warm-up ends with."""
     min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
+    """Learning rate at the end of the cosine, not scaled with the batch; at most the rate after the warm-up."""
 
 
 @options
@@ -33,6 +41,7 @@ class TrainConfig:
     """Length, batch, precision and what is written when."""
 
     epochs: Annotated[int, Field(ge=1)] = 300
+    """Passes over the training samples."""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """Stop after this many optimizer steps; schedules still span ``epochs``. Null runs all epochs."""
     global_batch_size: Annotated[int, Field(ge=1)] = 1024
@@ -40,7 +49,7 @@ class TrainConfig:
     accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Micro-batches whose gradients one optimizer step averages."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16; the optimizer's master values stay fp32."""
+    """``bf16`` computes in bfloat16; the optimizer's master values stay fp32."""
     clip_grad_norm: Annotated[float | None, Field(gt=0.0)] = None
     """Largest L2 norm of the whole gradient; null is off, on every backend."""
     ema_decay: Annotated[float | None, Field(ge=0.0, lt=1.0)] = None
@@ -48,8 +57,9 @@ class TrainConfig:
     log_every: Annotated[int, Field(ge=1)] = 50
     """Optimizer steps between two lines of metrics."""
     eval_every_epochs: Annotated[int, Field(ge=1)] = 1
+    """Epochs between two evaluations; the end of the run is always evaluated."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
-    """Samples per rank."""
+    """Samples that a rank evaluates at a time."""
     eval_ema: bool = False
     """Evaluate the average of the weights too, as ``eval_ema_accuracy`` and the like."""
 

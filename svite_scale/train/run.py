@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import validate
 from svite_scale.cost.dry_run import describe
@@ -23,6 +24,7 @@ from svite_scale.runtime.signals import EXIT_PREEMPTED, Preempted, StopSignals
 from svite_scale.runtime.watchdog import Watchdog
 from svite_scale.runtime.world import World
 from svite_scale.tracking.tracker import METRICS
+from svite_scale.train.profile import parse_steps
 from svite_scale.train.trainer import Trainer
 
 
@@ -36,7 +38,16 @@ def dry_run(config: Config, world_size: int, world: World) -> int:
     return 0
 
 
-def train(config: Config, world: World, signals: StopSignals, failure: Failure, *, resume: bool, auto_resume: bool) -> int:
+def train(
+    config: Config,
+    world: World,
+    signals: StopSignals,
+    failure: Failure,
+    *,
+    resume: bool,
+    auto_resume: bool,
+    profile: str | None,
+) -> int:
     """Checks everything that can be checked, then joins the process group and trains. Every rank calls it.
 
     Args:
@@ -46,11 +57,14 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
         failure: reports an error.
         resume: resume from the newest checkpoint, which must exist.
         auto_resume: resume if the run has ever saved. Else start it, over the files of a run that never saved.
+        profile: the optimizer steps to trace, as in :func:`~svite_scale.train.profile.parse_steps`; None traces none.
 
     Returns:
         The exit status.
     """
-    validate(config, world.size)
+    saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume or auto_resume else None
+    validate(config, world.size, saved)
+    profiled_steps = None if profile is None else parse_steps(profile)
     device = ranks.local_device(world)
     check_parallel(config.parallel, device, config.train.precision == "bf16")
     check_run_dir(config, resume or auto_resume)
@@ -58,7 +72,7 @@ def train(config: Config, world: World, signals: StopSignals, failure: Failure, 
     try:
         if auto_resume:
             resume = ranks.broadcast_from_main(world.is_main and has_saved(Path(config.run_dir)))
-        return supervise(config, world, device, store, signals, failure, resume=resume)
+        return supervise(config, world, device, store, signals, failure, resume=resume, profile=profiled_steps)
     finally:
         # Leaving the group waits for the other ranks, and after an error they may be anywhere.
         if world.size == 1:
@@ -74,6 +88,7 @@ def supervise(
     failure: Failure,
     *,
     resume: bool,
+    profile: range | None,
 ) -> int:
     """Trains under the watchdog; returns the exit status once this rank has left the process group."""
     activity, timeout = Activity(), config.guard.hang_timeout_s
@@ -91,7 +106,14 @@ def supervise(
         try:
             with reporting(report):
                 Trainer(
-                    config, world, device, resume=resume, activity=activity, asked_to_stop=asked_to_stop, on_error=report
+                    config,
+                    world,
+                    device,
+                    resume=resume,
+                    profile=profile,
+                    activity=activity,
+                    asked_to_stop=asked_to_stop,
+                    on_error=report,
                 ).run()
         except Preempted as stop:
             signals.saved_status = status = EXIT_PREEMPTED

@@ -30,8 +30,10 @@ from svite_scale.train.ema import Ema
 from svite_scale.train.evaluate import evaluate
 from svite_scale.train.guard import Guard
 from svite_scale.train.loss import TrainingLoss
-from svite_scale.train.metrics import MetricsAverage
+from svite_scale.train.messages import describe_end, describe_start, device_name
+from svite_scale.train.metrics import SHOWN, MetricsAverage, flops_per_second
 from svite_scale.train.optimizer import build_schedule
+from svite_scale.train.profile import TRACES, StepProfiler
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         device: torch.device,
         *,
         resume: bool,
+        profile: range | None = None,
         activity: Activity | None = None,
         asked_to_stop: Callable[[], bool] = never,
         on_error: Callable[[BaseException], object] = leave_to_the_caller,
@@ -60,6 +63,7 @@ class Trainer:
             world: this rank's.
             device: this rank's.
             resume: load the newest checkpoint.
+            profile: the optimizer steps to trace, counted from 1; None traces none.
             activity: records the step and the phase of this rank, for the watchdog.
             asked_to_stop: called before the first step and after each step; True makes the run save and stop. It must return
                 the same on all ranks.
@@ -82,7 +86,10 @@ class Trainer:
 
         self.guard = Guard(config.guard)
         self.loss = TrainingLoss(config, self.train_transform.loss_label_smoothing, device)
-        self.backend, self.density = build_sparse_model(config, world, device, skip_nonfinite=self.guard.skips_nonfinite)
+        skip_nonfinite = self.guard.skips_nonfinite
+        self.backend, self.model_summary = build_sparse_model(
+            config, world, device, skip_nonfinite=skip_nonfinite, resume=resume
+        )
         self.selectors = token_selectors(self.backend.model)
         self.schedule = build_schedule(self.backend.optimizer, config, steps_per_epoch, self.total_steps)
         self.topology = build_topology(config, self.backend, steps_per_epoch, self.total_steps)
@@ -105,6 +112,7 @@ class Trainer:
         )
         self.resumed_step = self.load() if resume else None
         self.step = self.resumed_step or 0
+        self.profiler = StepProfiler(profile, self.run_dir / TRACES, world.rank, done=self.step, last_step=self.last_step)
 
     def run(self) -> None:
         """Trains to the last step; evaluates and saves on the way and at the end. A collective: all ranks call it.
@@ -117,8 +125,9 @@ class Trainer:
         with (
             open_tracker(self.config, self.resumed_step, self.world) as self.tracker,
             closing(self.checkpoint),
+            self.profiler,
             reporting(self.on_error),
-            Progress(self.last_step, self.step, enabled=self.world.is_main) as self.progress,
+            Progress("train", self.last_step, "steps", done=self.step, enabled=self.world.is_main) as self.progress,
         ):
             self.begin()
             due = self.cadence.due(self.step, stopping=self.asked_to_stop())
@@ -160,6 +169,7 @@ class Trainer:
             self.ema.update()
         update = self.topology.step(applied=result.applied)
         self.activity.end_step(self.step)
+        self.profiler.end_step()
         self.progress.advance()
         self.guard.end_step(self.step, result.applied, self.checkpoint.newest_valid)
         return update
@@ -169,7 +179,8 @@ class Trainer:
         for micro_batch in range(self.config.train.accumulation_steps):
             seed_step(self.config.seed, self.step, micro_batch, self.world.rank)
             self.activity.enter("data")
-            batch = next(self.batches)
+            with self.average.waiting_for_data():
+                batch = next(self.batches)
             self.activity.enter("compute")
             yield batch
 
@@ -181,11 +192,12 @@ class Trainer:
         """
         metrics = update.metrics() if update else {}
         metrics |= self.average.reduce(self.config.train.global_batch_size)
+        metrics |= flops_per_second(self.model_summary.cost, metrics["samples_per_second"])
         self.train_data.damage.add(self.average.damaged, self.average.samples)
         metrics |= {
             "epoch": self.step / self.train_data.steps.per_epoch,
             "lr": self.backend.optimizer.param_groups[0]["lr"],
-            "density": self.density,
+            "density": self.model_summary.density,
             "drop_fraction": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
@@ -206,7 +218,7 @@ class Trainer:
         if update:
             self.tracker.log_topology(update.step, update.unit_masks)
         self.tracker.log(self.step, metrics)
-        self.progress.show(metrics)
+        self.progress.show({label: metrics[name] for name, label in SHOWN.items() if name in metrics})
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates the weights, and their moving average if the config asks for it. A collective."""
@@ -250,16 +262,21 @@ class Trainer:
         return self.train_data.batches(self.step + offset, self.last_step + offset)
 
     def begin(self) -> None:
-        """Opens the stream of batches, and records the topology that a new run starts with. A collective."""
+        """Opens the stream of batches, records the topology of a new run, and says what runs. A collective."""
         self.batches = self.remaining_batches()
         if self.resumed_step is None:
             self.tracker.log_topology(self.step, self.topology.unit_masks())
+        data = self.train_data, self.eval_data
+        parts = self.config, self.world, self.device, self.model_summary, *data, self.cadence, self.resumed_step
+        self.progress.write(describe_start(*parts))
         if self.tracker.ui_command:
             self.progress.write(f"watch the run with: {self.tracker.ui_command}")
+        if self.profiler.note:
+            self.progress.write(self.profiler.note)
         self.average.restart()
 
     def finish(self, started: float) -> None:
-        """Writes the summary of a run that started at a time of ``time.perf_counter()``. A collective."""
+        """Writes the summary of a run that began at ``started`` of ``time.perf_counter()``; says what is next. A collective."""
         # If a finished run was resumed, no step has evaluated it.
         evaluation = self.evaluation or self.evaluate()
         self.progress.close()
@@ -268,13 +285,14 @@ class Trainer:
             {
                 "steps": self.step,
                 "seconds": time.perf_counter() - started,
-                "density": self.density,
+                "density": self.model_summary.density,
                 **evaluation,
                 "backend": parallel.backend,
                 "zero_stage": parallel.zero_stage if parallel.backend == "deepspeed" else None,
                 "world_size": self.world.size,
-                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "device": device_name(self.device),
                 "precision": self.config.train.precision,
             }
         )
         self.progress.write(f"{self.run_dir}: {self.step} steps, test accuracy {100 * evaluation['eval_accuracy']:.2f}%")
+        self.progress.write(describe_end(self.config, self.tracker.ui_command))

@@ -21,6 +21,7 @@ from tests.tiny import write_config_file
 MAY_CHANGE = {
     "run_dir",
     "model.activation_checkpointing",
+    "model.weights",
     "sparsity.masks",
     *(f"data.{name}" for name in ("train", "val", "verify_checksums", "cache_dir", "cache_gb", "fetch_attempts", "workers")),
     *("data.max_damaged", "data.eval_crop"),

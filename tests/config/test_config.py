@@ -174,7 +174,7 @@ WRONG_VALUES = [
     ("tracking.mlflow", "no", "no", BOOL, "use true or false"),
     ("tracking.mlflow", "1", 1, BOOL, "use true or false"),
     ("tracking.mlflow", "null", None, BOOL, "use true or false"),
-    ("tracking.experiment", "7", 7, TEXT, "use text, in quotes if need be"),
+    ("tracking.experiment", "7", 7, f"{TEXT} or null", "use text or null, in quotes if need be"),
     ("run_dir", "null", None, TEXT, "use text, in quotes if need be"),
     ("parallel.zero_stage", "4", 4, "is not one of 1, 2, 3", "use one of 1, 2, 3"),
     ("parallel.zero_stage", "true", True, "is not one of 1, 2, 3", "use one of 1, 2, 3"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -68,10 +67,3 @@ def in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ..
     finally:
         for process in processes:
             process.kill()
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float = 60.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "it didn't happen"
-        time.sleep(0.01)

@@ -18,7 +18,8 @@ from svite_scale.data.options import DataConfig
 from svite_scale.data.remote.cache import ROOM, CacheFolder, RemoteShard, ShardCache
 from svite_scale.errors import DataError
 from tests.data.flaky_server import Server
-from tests.data.remote import NUM_BLOBS, SIZE, cache_of, content_of, files_of, in_processes, wait_until
+from tests.data.remote import NUM_BLOBS, SIZE, cache_of, content_of, files_of, in_processes
+from tests.waiting import wait_until
 
 DIGEST = "0" * 64
 

@@ -16,7 +16,8 @@ from svite_scale.data.remote.cache import RemoteShard
 from svite_scale.errors import ConfigError, DataError
 from tests.data.flaky_server import Server
 from tests.data.numbered import grey_config, numbers, train_data, write_numbered
-from tests.data.remote import files_of, link_shards, wait_until
+from tests.data.remote import files_of, link_shards
+from tests.waiting import wait_until
 
 NUM_SHARDS, PER_SHARD, GROUP, BATCH = 8, 6, 2, 4
 STEPS_PER_GROUP = GROUP * PER_SHARD // BATCH

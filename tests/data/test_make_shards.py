@@ -25,7 +25,11 @@ def test_digits_from_the_command_line_train_and_evaluate(
 ) -> None:
     arguments = ["--source", "mnist5k", "--out", str(tmp_path), "--samples-per-shard", "1500"]
     assert command.main(arguments) == 0
-    output = capsys.readouterr().out
+    output, progress = capsys.readouterr()
+    assert [line.partition(" (")[0] for line in progress.splitlines()] == [
+        "train: 4,000 of 4,000 images",
+        "val: 1,000 of 1,000 images",
+    ]
     train, val = f"{tmp_path}/train-{{000000..000002}}.tar", f"{tmp_path}/val-{{000000..000000}}.tar"
     assert f"data.train='{train}'\n" in output
     assert f"data.val='{val}'\n" in output
@@ -195,7 +199,9 @@ def test_every_bad_shard_is_named(
 ) -> None:
     shards = write_shards(numbered(10), tmp_path, "train", 2)
     assert command.main(["--verify", str(tmp_path), "--workers", workers]) == 0
-    assert capsys.readouterr().out == "5 shards are as they were when they were indexed\n"
+    output = capsys.readouterr()
+    assert output.out == "5 shards are as they were when they were indexed\n"
+    assert output.err.startswith("verify: 5 of 5 shards (100%), ")
     overwrite(shards[1], 3 * 512 + 20, b"!")  # in the first image
     os.truncate(shards[3], 1000)
     sidecar_path(shards[4]).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -18,7 +19,7 @@ from svite_scale.tracking.options import TrackingConfig
 from tests.command_line import Answer, run_command
 from tests.ranks import free_port
 from tests.runs import metrics_of
-from tests.tiny import NUM_TRAIN, write_config_file
+from tests.tiny import NUM_TRAIN, NUM_VAL, write_config_file
 
 NUM_STEPS = 4 * NUM_TRAIN // 16
 DENSITY = 15_245 / 25_408
@@ -113,6 +114,31 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
     assert json.loads((checkpoints / "step-00000008" / "run.json").read_text())["topology"]["steps"] == 8
     assert f"{run_dir}: 16 steps, test accuracy" in answer.err
     assert answer.err.count(f"{run_dir}: 16 steps") == 1, "one rank speaks"
+
+
+@each_launcher
+def test_a_run_says_what_it_trains_and_what_to_run_next(digits: Path, launcher: str) -> None:
+    answer, run_dir = launched(launcher, digits)
+    engines = {"python": "single", "torchrun": "fsdp2", "deepspeed": "deepspeed ZeRO-3", "accelerate": "ddp"}
+    ranks = 1 if launcher == "python" else 2
+    lines = [
+        "model   vit_tiny_patch16_224, 8 px",
+        # 10,163 weights are inactive.
+        "active  16,375 of 26,538 parameters, density 0.6 of the prunable ones",
+        f"engine  {engines[launcher]}, fp32",
+        f"ranks   {ranks}, {ranks} on this machine, device cpu, threads on each: 1",
+        f"data    {NUM_TRAIN} samples for training, {NUM_VAL} for evaluation",
+        f"batch   16 samples, {16 // ranks} on each rank",
+        "steps   16, 4 of 4 epochs",
+        f"files   {run_dir}",
+        f"python launch/evaluate.py --run {run_dir}",
+        f"python launch/report.py --run {run_dir}",
+        f"python launch/export.py --run {run_dir} --format timm --out {run_dir}/export/timm",
+    ]
+    for line in lines:
+        assert answer.err.count(f"  {line}\n") == 1, line
+    assert re.search(r"^  memory  [\d.]+ kB of training state on each rank, 0\.6\d\d of the dense twin's$", answer.err, re.M)
+    assert answer.err.count("train: 16 of 16 steps (100%), ") == 1
 
 
 @each_launcher

@@ -97,7 +97,7 @@ def test_a_report_leaves_out_shards_of_a_command_in_the_config(
     page = Page(tmp_path / "out" / "report.html")
     assert (
         f"Kept patches are left out: {run_dir}/config.yaml: data.val = 'pipe:mkdir {PROOF} #a.tar' is a command, and commands "
-        "in a run directory are not run; give --val with shards, or with that command if you trust it"
+        "in a run directory are not run; give other shards (--val, or data.val=SHARDS), or that command if you trust it"
     ) in page.text
     assert len(page.images) == 4
     answer = command(capsys, *arguments, "--val", shards)

@@ -14,25 +14,22 @@ import yaml
 import svite_scale
 from svite_scale.config.load import field_names, read_config
 from svite_scale.config.validate import validate
+from tests.repository.pages import BLOCK, DOCS, PAGES, ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 FILES = [
     f"/{path.relative_to(ROOT)}"
     for folder in ("svite_scale", "launch", "configs", "examples", "benchmarks", "tests", "docs")
     for path in (ROOT / folder).rglob("*.*")
 ]
-BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 KEYS = field_names()
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key} - {"model"}  # which is also a variable on the pages
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks_in(page: Path, language: str) -> list[str]:
     """Returns the code blocks in one language."""
-    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+    return [block.text for block in blocks(page) if block.language == language]
 
 
 def prose(page: Path) -> str:
@@ -42,7 +39,7 @@ def prose(page: Path) -> str:
 
 def code(page: Path) -> list[str]:
     """Returns each piece of code on the page: lines of code blocks, and inline code."""
-    lines = [line for _, text in BLOCK.findall(page.read_text()) for line in text.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks(page) for line in block.text.replace("\\\n", " ").splitlines()]
     return lines + re.findall(r"`([^`]+)`", prose(page))
 
 
@@ -70,7 +67,7 @@ def test_index_has_every_page_once() -> None:
 
 @each_page
 def test_yaml_blocks_are_configs(page: Path, tmp_path: Path) -> None:
-    for block in blocks(page, "yaml"):
+    for block in blocks_in(page, "yaml"):
         path = tmp_path / "config.yaml"
         path.write_text(f"run_dir: a\n{block}")
         config = read_config(path)
@@ -116,7 +113,7 @@ def test_python_names_on_a_page_exist(page: Path) -> None:
         for name in re.findall(r"(?<![\w./-])svite_scale(?:\.\w+)+(?![\w/])", text):
             if not name.endswith((".py", ".sbatch")):
                 assert is_python_name(name), name
-    for block in blocks(page, "python"):
+    for block in blocks_in(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 assert all(is_python_name(f"{node.module}.{alias.name}") for alias in node.names), ast.unparse(node)

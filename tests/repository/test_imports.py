@@ -18,10 +18,10 @@ MAY_IMPORT = {
     "options": {"errors"},
     "runtime": {"errors"},
     "sparsity": {"errors", "options"},
-    "data": {"errors", "options", "runtime"},
+    "tracking": {"errors", "options", "runtime"},
+    "data": {"errors", "options", "runtime", "tracking"},
     "models": {"errors", "options", "sparsity"},
     "engines": {"errors", "options", "sparsity"},
-    "tracking": {"errors", "options", "runtime"},
     "config": {"errors", "options", "sparsity", "models"},
     "cost": {"errors", "options", "config", "sparsity", "models"},
     "checkpoint": {"errors", "options", "runtime", "config", "sparsity", "engines"},
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "saved_run": {"errors", "config", "data", "models", "tracking", "checkpoint"},
     "export": {
         "errors",
+        "options",
         "runtime",
         "config",
         "sparsity",
@@ -96,6 +97,7 @@ NOT_EVEN_LATE = {
     "checkpoint": {"timm", "accelerate", "mlflow", "webdataset", "matplotlib"},
     "cost": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
     "train": {"matplotlib"},
+    "export": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
     "report": {"deepspeed", "accelerate", "mlflow", "webdataset"},
 }
 """Libraries that a part knows nothing of."""

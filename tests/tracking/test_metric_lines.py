@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svite_scale.tracking.tracker import MetricLines
+from svite_scale.tracking.metric_lines import MetricLines
 from tests.runs import json_lines
 from tests.small_disk import fill
 

@@ -1,28 +1,19 @@
-"""Metrics files and MLflow: nothing is lost to a failure, and a resumed run is the same run."""
+"""The files of a run directory, and what its metrics average."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from svite_scale.config.load import flatten_config, read_config
-from svite_scale.config.schema import Config, SparsityConfig
-from svite_scale.data.loader import Batch
+from svite_scale.config.schema import Config
 from svite_scale.data.randomness import seed_step
-from svite_scale.engines.backend import StepResult
 from svite_scale.errors import RunError
-from svite_scale.tracking.mlflow_run import RETRY_S
 from svite_scale.tracking.options import TrackingConfig
-from svite_scale.train.metrics import MetricsAverage
-from tests.ranks import free_port, run_on_ranks
 from tests.runs import metrics_of
 from tests.tracking.trackers import tracker_of
 
@@ -57,72 +48,6 @@ def test_a_resumed_run_removes_the_lines_after_its_checkpoint(tmp_path: Path, re
     assert [(line["step"], line["loss"]) for line in metrics_of(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
 
 
-def test_mlflow_has_one_run_when_a_failed_one_is_resumed(tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
-    run_dir = tmp_path / "runs" / "a"
-    config = Config(run_dir=str(run_dir), tracking=TrackingConfig(uri=uri, experiment="digits"))
-    with pytest.raises(ZeroDivisionError), tracker_of(config, run_dir, None) as tracker:  # noqa: PT012
-        tracker.log(1, {"loss": 2.0})
-        assert tracker.ui_command == f"mlflow ui --backend-store-uri {uri}"
-        raise ZeroDivisionError
-    client = MlflowClient(uri)
-    run_id = (run_dir / "mlflow_run_id").read_text().strip()
-    assert client.get_run(run_id).info.status == "FAILED"
-    with tracker_of(config, run_dir, 1) as tracker:
-        assert client.get_run(run_id).info.status == "RUNNING"
-        tracker.log(2, {"loss": 1.0})
-    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
-    assert (run.info.run_id, run.info.run_name, run.info.status) == (run_id, "a", "FINISHED")
-    assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
-    with tracker_of(config, tmp_path / "runs" / "b", None):
-        pass
-    assert len(client.search_runs([run.info.experiment_id])) == 2
-
-
-def test_metrics_wait_until_mlflow_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
-
-    def ours() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
-
-    refuses = patch.object(MlflowClient, "log_batch", side_effect=MlflowException("the server is away\nmore"))
-    with tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, None) as tracker:
-        tracker.log(1, {"loss": 3.0})
-        with refuses as asked:
-            tracker.log(2, {"loss": 2.0})
-            tracker.log(3, {"loss": 1.0})
-            assert asked.call_count == 1, "not again at once"
-        assert ours() == ["MLflow doesn't take metrics (the server is away); they wait until it does, and the run continues"]
-        with patch.object(time, "monotonic", return_value=time.monotonic() + RETRY_S):
-            tracker.log(4, {"loss": 0.0})
-    client, run_id = MlflowClient(uri), (run_dir / "mlflow_run_id").read_text().strip()
-    assert [(entry.step, entry.value) for entry in client.get_metric_history(run_id, "loss")] == [
-        (1, 3),
-        (2, 2),
-        (3, 1),
-        (4, 0),
-    ]
-    caplog.clear()
-    with tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), run_dir, 4) as tracker, refuses:
-        tracker.log(5, {"loss": 0.0, "density": 0.3})
-        tracker.__exit__(None, None, None)
-    assert ours()[1] == "MLflow lacks its last 2 metrics: the server is away"
-
-
-def test_the_first_start_names_a_server_that_is_away(tmp_path: Path) -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
-    with (
-        patch.dict(os.environ, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
-        pytest.raises(RunError, match=rf"^tracking\.uri = '{uri}': MLflow can't be used \(.*\); start the server or correct"),
-    ):
-        tracker_of(Config(run_dir="a", tracking=TrackingConfig(uri=uri)), tmp_path / "run", None)
-
-
 def test_the_tracker_names_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=rf"^run_dir = '{tmp_path}/file/run' can't be written \(.*Not a directory"):
@@ -133,67 +58,6 @@ def test_flatten_config_joins_names_by_dots_and_keeps_mappings_of_patterns() -> 
     nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": None}}, "sparsity": {"densities": {"blocks.*": 0.3}}}
     flat = {"a": 1, "b.c": [2, 3], "b.d.e": None, "sparsity.densities": {"blocks.*": 0.3}}
     assert flatten_config(nested) == flat
-
-
-def test_mlflow_logs_patterns_of_layers_as_one_parameter(tmp_path: Path) -> None:
-    """Its names of parameters allow no asterisk."""
-    from mlflow import MlflowClient
-
-    uri, run_dir = f"sqlite:///{tmp_path / 'elsewhere.db'}", tmp_path / "runs" / "a"
-    sparsity = SparsityConfig(densities={"blocks.*": 0.3, "*": 0.5})
-    with tracker_of(Config(run_dir="a", sparsity=sparsity, tracking=TrackingConfig(uri=uri)), run_dir, None):
-        pass
-    logged = MlflowClient(uri).get_run((run_dir / "mlflow_run_id").read_text().strip()).data.params
-    assert logged["sparsity.densities"] == str({"blocks.*": 0.3, "*": 0.5})
-
-
-def averages(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[str, float]]:
-    """Returns the averages and counts of two steps each, twice. A micro-batch is (loss, labels); class 1 is always guessed."""
-    average = MetricsAverage(torch.device("cpu"))
-    found = []
-    for first in (0, 2):
-        for step in micro_batches[dist.get_rank()][first : first + 2]:
-            loss, labels = step
-            # Samples of class 2 count as damaged.
-            batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
-            average.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
-            average.end_step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
-        found.append({**average.reduce(global_batch_size=8), "samples": average.samples, "damaged": average.damaged})
-        average.restart()
-    return found
-
-
-def test_metrics_average_weighs_all_samples_of_all_ranks_alike() -> None:
-    ours = [(1.0, [1, 1, 0, 2]), (2.0, [0, 0, 0, 1]), (3.0, [1, 1, 1, 1]), (4.0, [2, 2, 2, 2])]
-    theirs = [(3.0, [0, 0, 1, 1]), (6.0, [0, 0, 0, 0]), (1.0, [1, 0, 1, 0]), (0.0, [1, 1, 2, 1])]
-    for first, second in run_on_ranks(2, averages, [ours, theirs]):
-        assert (first["loss"], first["accuracy"]) == ((1 + 2 + 3 + 6) / 4, 5 / 16)
-        assert (second["loss"], second["accuracy"]) == ((3 + 4 + 1 + 0) / 4, 9 / 16)
-        assert (first["samples"], first["damaged"]) == (16, 1)
-        assert (second["samples"], second["damaged"]) == (16, 5)
-        assert "grad_norm" not in first
-        assert first["samples_per_second"] > 0
-    assert second["grad_norm"] == 0.0
-
-
-def test_metrics_average_leaves_skipped_steps_out() -> None:
-    for skipped, nothing in run_on_ranks(2, averages_with_skipped_steps):
-        assert (skipped["loss"], skipped["accuracy"], skipped["grad_norm"]) == (2.0, 1.0, 7.0)
-        assert nothing.keys() == {"samples_per_second"}
-
-
-def averages_with_skipped_steps() -> list[dict[str, float]]:
-    """One of an applied step between two skipped ones, and one of a skipped step."""
-    average = MetricsAverage(torch.device("cpu"))
-    batch = Batch(torch.empty(0), torch.tensor([1]), torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
-    found = []
-    for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
-        for loss in losses:
-            average.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), batch)
-            average.end_step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
-        found.append(average.reduce(global_batch_size=2))
-        average.restart()
-    return found
 
 
 def test_what_a_step_draws_depends_on_where_it_is_alone() -> None:

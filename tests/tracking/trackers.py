@@ -11,4 +11,5 @@ from svite_scale.tracking.tracker import Tracker
 
 def tracker_of(config: Config, run_dir: Path, resumed_step: int | None, *, enabled: bool = True) -> Tracker:
     parameters = flatten_config(to_dict(config))
-    return Tracker(config.tracking, run_dir, resumed_step, config_text=to_yaml(config), parameters=parameters, enabled=enabled)
+    texts = {"config_text": to_yaml(config), "parameters": parameters, "tags": {"engine": "ddp", "world_size": "2"}}
+    return Tracker(config.tracking, run_dir, resumed_step, **texts, enabled=enabled)

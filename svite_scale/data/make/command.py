@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from tqdm import tqdm
-
 from svite_scale.data.format.index import build_index, confirm_index, find_damage, has_index, is_indexed, save_index
 from svite_scale.data.format.info import check_classes, write_info
 from svite_scale.data.format.labels import LabelRule, read_classes, read_labels
@@ -22,6 +20,7 @@ from svite_scale.data.make.folder import describe_text_order, image_folder, labe
 from svite_scale.data.make.processes import in_processes
 from svite_scale.data.make.shards import Output, Source, shard_pattern
 from svite_scale.errors import DataError, SviteScaleError
+from svite_scale.tracking.progress import Progress, track
 
 EXIT_FAILED, EXIT_STOPPED = 2, 130
 OUT_REMEDY = "make room or repair it and give the same command again, which keeps what is finished; or give another folder"
@@ -91,9 +90,9 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
     total = len(source.keys)
     left = sum(output.counts[number] for number in missing)
     if missing:
-        with tqdm(total=total, initial=total - left, desc=prefix, unit="image") as progress:
+        with Progress(prefix, total, "images", done=total - left) as progress:
             for count in output.write(missing, arguments.workers):
-                progress.update(count)
+                progress.advance(count)
     write_info(output.shards, output.counts, prefix, source.classes)
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
@@ -113,7 +112,7 @@ def index_shards(arguments: argparse.Namespace) -> None:
     shards = find_shards(arguments.index, "--index")
     if rule == LabelRule():
         shards = [shard for shard in shards if not is_indexed(shard)]
-    done = map_with_bar(partial(index_shard, rule=rule), shards, arguments.workers, "index") if shards else []
+    done = map_with_progress(partial(index_shard, rule=rule), shards, arguments.workers, "index") if shards else []
     written = [shard for shard in done if not shard.problem and not shard.is_kept]
     if not written and not any(shard.problem for shard in done):
         print("every shard has its index already")
@@ -171,7 +170,7 @@ def left_out_suffix(left_out: Mapping[str, int]) -> str:
 def verify_shards(pattern: str, workers: int) -> None:
     """Compares shards with the sizes and checksums in their indexes."""
     shards = find_shards(pattern, "--verify")
-    found = map_with_bar(find_damage, shards, workers, "verify")
+    found = map_with_progress(find_damage, shards, workers, "verify")
     report_problems(found, "can't be used as they are")
     print(f"{len(shards)} shards are as they were when they were indexed")
 
@@ -193,5 +192,6 @@ def report_problems(found: Sequence[str], failure: str) -> None:
         raise DataError(f"{len(problems)} of {len(found)} shards {failure}; see above")
 
 
-def map_with_bar(work: Callable[[Path], Result], shards: Sequence[Path], workers: int, name: str) -> list[Result]:
-    return list(tqdm(in_processes(work, shards, workers), total=len(shards), desc=name, unit="shard"))
+def map_with_progress(work: Callable[[Path], Result], shards: Sequence[Path], workers: int, name: str) -> list[Result]:
+    """Returns ``work(shard)`` for each shard, in any order, and shows progress under ``name``."""
+    return list(track(in_processes(work, shards, workers), name, len(shards), "shards"))

@@ -9,9 +9,9 @@ import torch
 
 from svite_scale.errors import SparsifyError
 from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
+from svite_scale.sparsity.allocation.first_masks import FirstMasks
 from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
-from svite_scale.sparsity.allocation.mask_file import MaskFile
-from svite_scale.sparsity.options import Allocation
+from svite_scale.sparsity.options import FROM_WEIGHTS, Allocation
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class LayerPlan:
 
 
 def plan_layers(
-    shapes: Mapping[str, torch.Size], allocation: Allocation, packed_otherwise: Collection[str] = ()
+    shapes: Mapping[str, torch.Size],
+    allocation: Allocation,
+    packed_otherwise: Collection[str] = (),
+    masks: FirstMasks | None = None,
 ) -> list[LayerPlan]:
     """Returns the exact count of active weights of each layer.
 
@@ -57,6 +60,7 @@ def plan_layers(
         shapes: weight shape of each layer that may be made sparse.
         allocation: says where the active weights are.
         packed_otherwise: names of layers that aren't among them, which ``keep_dense`` may match all the same.
+        masks: the first masks, where they say how many weights are active; None where a density does.
 
     Returns:
         One entry per layer, in the order of ``shapes``.
@@ -70,7 +74,10 @@ def plan_layers(
         raise SparsifyError(
             "keep_dense", list(allocation.keep_dense), "keeps every layer dense", "let it leave out at least one"
         )
-    num_active, raised = _counts(sparse, allocation)
+    num_active, raised = (masks.counts(sparse), set()) if masks else _counts(sparse, allocation)
+    if allocation.masks == FROM_WEIGHTS and not packed_otherwise and num_active == _numels(sparse):
+        problem = "no weight is 0, so this model isn't pruned"
+        raise SparsifyError("masks", FROM_WEIGHTS, problem, "give a density, or the weights of a pruned model")
     num_active |= {name: shapes[name].numel() for name in kept}
     return [LayerPlan(name, shape, num_active[name], name in raised, name in kept) for name, shape in shapes.items()]
 
@@ -81,10 +88,12 @@ def plan_density(plan: Sequence[LayerPlan]) -> float:
     return sum(layer.num_active for layer in sparse) / sum(layer.numel for layer in sparse)
 
 
+def _numels(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    return {name: shape.numel() for name, shape in shapes.items()}
+
+
 def _counts(shapes: Mapping[str, torch.Size], allocation: Allocation) -> tuple[dict[str, int], set[str]]:
-    """Returns the active weights of each layer, and the layers whose part of the density is below one weight."""
-    if allocation.masks is not None:
-        return MaskFile(allocation.masks).counts(shapes), set()
+    """Returns the active weights of each layer by its density, and the layers whose part of it is below one weight."""
     densities = layer_densities(shapes, allocation)
     try:
         num_active = counts(shapes, densities)

@@ -1,0 +1,1 @@
+"""Evaluation of a saved run or of exported weights: accuracy, calibration, confusion, throughput."""

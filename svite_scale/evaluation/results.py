@@ -1,0 +1,158 @@
+"""The results of an evaluation sample by sample, and the numbers that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from svite_scale.data.loader import Batch, EvalData
+from svite_scale.data.transforms import DeviceTransform
+from svite_scale.tracking.progress import track
+from svite_scale.train.evaluate import Forward, evaluated_batches, score
+
+BINS = 15
+"""Bins of equal width of the calibration error."""
+
+Column = IntEnum("Column", ["seen", "damaged", "label", "guess", "in_top5", "loss", "confidence"], start=0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of N samples: all of the evaluation samples that can be decoded, in their order.
+
+    Attributes:
+        labels: int64 ``[N]``.
+        guesses: int64 ``[N]``, the label of the highest logit.
+        in_top5: bool ``[N]``, whether the label is among the first five guesses.
+        losses: float64 ``[N]``, the cross entropy.
+        confidences: float64 ``[N]``, the probability that the model gives to its guess.
+        num_labels: L; labels and guesses are below it.
+        damaged: number of samples that can't be decoded.
+    """
+
+    labels: npt.NDArray[np.int64]
+    guesses: npt.NDArray[np.int64]
+    in_top5: npt.NDArray[np.bool_]
+    losses: npt.NDArray[np.float64]
+    confidences: npt.NDArray[np.float64]
+    num_labels: int
+    damaged: int
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """bool ``[N]``, True where the guess is the label."""
+        return self.labels == self.guesses
+
+    def summary(self) -> dict[str, float]:
+        """Returns the numbers of all samples together."""
+        return {
+            "accuracy": float(self.correct.mean()),
+            "top5": float(self.in_top5.mean()),
+            "loss": float(self.losses.mean()),
+            "calibration_error": calibration_error(self.confidences, self.correct),
+            "samples": len(self.labels),
+            "damaged": self.damaged,
+        }
+
+    def per_class(self, names: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Returns for each label its name (None if ``names`` is), its number of samples, their accuracy (None without samples),
+        and how often it is the guess.
+        """
+        samples, correct, guesses = (
+            np.bincount(numbers, minlength=self.num_labels).tolist()
+            for numbers in (self.labels, self.labels[self.correct], self.guesses)
+        )
+        return [
+            {
+                "label": label,
+                "name": None if names is None else names[label],
+                "samples": samples[label],
+                "accuracy": correct[label] / samples[label] if samples[label] else None,
+                "guesses": guesses[label],
+            }
+            for label in range(self.num_labels)
+        ]
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """Returns the number of samples by label and guess, int64 ``[L, L]``."""
+        pairs = self.labels * self.num_labels + self.guesses
+        return np.bincount(pairs, minlength=self.num_labels**2).reshape(self.num_labels, self.num_labels)
+
+
+def calibration_error(confidences: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_]) -> float:
+    """Returns the expected calibration error (arXiv:1706.04599), 0 to 1.
+
+    It is the distance between mean confidence and accuracy within a bin, averaged over bins weighted by their samples. The
+    :data:`BINS` bins have equal width; the confidence on a border belongs to the lower bin.
+
+    Args:
+        confidences: ``[N]``, in [0, 1].
+        correct: ``[N]``.
+    """
+    bins = np.ceil(confidences * BINS).clip(1, BINS).astype(np.int64) - 1
+    gaps = np.bincount(bins, weights=confidences - correct, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidences))
+
+
+def collect_results(
+    forward: Forward, data: EvalData, transform: DeviceTransform, num_labels: int, device: torch.device, *, is_main: bool
+) -> Results:
+    """Evaluates a model on every sample exactly once. A collective: all ranks call it, and all get the results of all samples.
+
+    Args:
+        forward: of the model in evaluation mode, of which every rank has a whole copy.
+        data: this rank's evaluation samples.
+        transform: prepares them on the device.
+        num_labels: of the model; the samples' labels must be smaller.
+        device: of the model.
+        is_main: whether this rank shows the progress.
+
+    Raises:
+        DataError: the samples can't be read, or too many of them can't be decoded.
+    """
+    table = torch.zeros(data.num_samples, len(Column), dtype=torch.float64)
+    batches = track(evaluated_batches(forward, data, transform), "evaluate", len(data.samples), "batches", enabled=is_main)
+    for samples, (logits, batch) in zip(torch.from_numpy(data.samples), batches, strict=True):
+        table[samples[batch.valid]] = rows_of(logits, batch)[batch.valid]
+        table[samples[batch.damaged], Column.damaged] = 1
+    table = table.to(device)
+    dist.all_reduce(table)
+    columns = table.cpu().numpy().T
+    seen, damaged = columns[Column.seen] == 1, int(columns[Column.damaged].sum())
+    assert seen.sum() + damaged == data.num_samples, "every sample is evaluated exactly once"
+    data.damage.check(damaged, data.num_samples)
+    return Results(
+        labels=columns[Column.label, seen].astype(np.int64),
+        guesses=columns[Column.guess, seen].astype(np.int64),
+        in_top5=columns[Column.in_top5, seen].astype(np.bool_),
+        losses=columns[Column.loss, seen],
+        confidences=columns[Column.confidence, seen],
+        num_labels=num_labels,
+        damaged=damaged,
+    )
+
+
+def rows_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns the rows of a batch in the table of results, float64 ``[B, columns]`` on the CPU."""
+    labels = batch.labels.to(logits.device)
+    scores = score(logits, F.one_hot(labels, logits.shape[1]).bool())
+    confidences = logits.softmax(dim=1).gather(1, scores.guess.unsqueeze(1))[:, 0]
+    columns = {
+        Column.seen: torch.ones_like(labels),
+        Column.damaged: torch.zeros_like(labels),
+        Column.label: labels,
+        Column.guess: scores.guess,
+        Column.in_top5: scores.top5,
+        Column.loss: scores.loss,
+        Column.confidence: confidences,
+    }
+    return torch.stack([columns[column].double().cpu() for column in Column], dim=1)

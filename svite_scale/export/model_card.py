@@ -1,0 +1,279 @@
+"""The model card of an export, ``README.md``: what the model is, from the files of its run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from timm.models import VisionTransformer
+from torch import nn
+
+from svite_scale.checkpoint.load import read_run_state
+from svite_scale.config.load import flatten_config, to_dict
+from svite_scale.config.plain_yaml import dump
+from svite_scale.config.schema import Config
+from svite_scale.cost.flops import count_flops
+from svite_scale.data.remote.fetch import PIPE
+from svite_scale.errors import ExportError
+from svite_scale.export.form import Export, Notes
+from svite_scale.models.token_selector import token_selectors
+from svite_scale.saved_run import SavedRun
+from svite_scale.sparsity.layers.base import sparse_layers
+
+CARD = "README.md"
+
+OF_ONE_MACHINE = re.compile(
+    r"run_dir|data\.(train|val|cache_\w+|workers)|tracking\..*|distillation\.checkpoint|sparsity\.masks"
+)
+"""Config keys that aren't shown: paths, and what one machine needs."""
+
+LIMITS = (
+    "The model knows the classes that it was trained on, and says one of them for every image.",
+    "The accuracy is that on the evaluation images above. Robustness to other images, and bias, weren't measured.",
+)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The last evaluation of a checkpoint's model.
+
+    Attributes:
+        top1: accuracy, 0 to 1.
+        values: all numbers, by what they are called on the card.
+        data: evaluation shards, as :func:`_shards` names them.
+        source: who measured them, and when.
+    """
+
+    top1: float
+    values: dict[str, str]
+    data: str
+    source: str
+
+
+def write_card(export: Export, notes: Notes, folder: Path) -> None:
+    """Writes the model card of an exported folder."""
+    (folder / CARD).write_text(card_text(export, notes), encoding="utf-8")
+
+
+def card_text(export: Export, notes: Notes) -> str:
+    """Returns the model card as Markdown, with the YAML at its top that model hubs read."""
+    run, description = export.run, export.description
+    tables = run_tables(run, export.model, ema=description.origin.ema)
+    if notes.facts:
+        tables[f"In the form {description.form}"] = dict(notes.facts)
+    sections = [
+        f"# {_plain(description.origin.run)}",
+        _plain(summary(run, export.model)),
+        f"## Use\n\n{notes.usage.strip()}\n\n`FOLDER` is the path of this folder.",
+        *(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()),
+        f"## Commands\n\n{_commands(export)}",
+        f"## Licence\n\n{_licence(description.license)}",
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*LIMITS, *notes.limits)),
+    ]
+    return f"---\n{dump(_front_matter(export, notes))}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def summary(run: SavedRun, model: nn.Module) -> str:
+    """Returns two sentences that say what a model is, as plain text."""
+    config = run.config
+    cost = count_flops(model, config.model.image_size)
+    return (
+        f"An image classifier: {config.model.name} with {config.model.num_classes:,} classes, for images of "
+        f"{config.model.image_size} px, trained by svite_scale. {cost.params_active / cost.params_dense:.1%} of the parameters "
+        f"are active, and an image takes {1 - cost.saving:.1%} of the dense model's multiply-accumulates."
+    )
+
+
+def run_tables(run: SavedRun, model: nn.Module, *, ema: bool = False) -> dict[str, dict[str, str]]:
+    """Returns what a card says of a run, by section and name, in order. Values are plain text.
+
+    Args:
+        run: up to a checkpoint.
+        model: of that checkpoint, from :func:`~svite_scale.saved_run.load_model`.
+        ema: whether it is the moving average.
+
+    Raises:
+        CheckpointError: the checkpoint's state can't be read.
+    """
+    accuracy = last_accuracy(run, ema=ema)
+    return {
+        "Model": _model(run, model, ema),
+        "Density": densities(model) or {"all layers": "dense"},
+        "Cost": _cost(model, run.config.model.image_size),
+        "Accuracy": {**accuracy.values, "data": accuracy.data, "measured": accuracy.source} if accuracy else {"measured": "no"},
+        "Training": _training(run),
+        "Data": _data(run.config),
+        "Versions": {name: str(version) for name, version in read_run_state(run.checkpoint)["versions"].items()},
+    }
+
+
+def densities(model: nn.Module) -> dict[str, str]:
+    """Returns the density of each kind of sparse layer, such as all ``blocks.*.attn.qkv``; empty if no layer is sparse."""
+    kinds: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, layer in sparse_layers(model).items():
+        kind = re.sub(r"\b\d+\b", "*", name)
+        kinds[kind].append((layer.num_active, layer.shape.numel(), layer.unit))
+    rows = {}
+    for kind, layers in kinds.items():
+        active, total = (sum(layer[part] for layer in layers) for part in (0, 1))
+        rows[kind] = f"{active / total:.4f}: {active:,} of {total:,} {layers[0][2]} in {_count(len(layers), 'layer')}"
+    return rows
+
+
+def last_accuracy(run: SavedRun, *, ema: bool = False) -> Accuracy | None:
+    """Returns the accuracy that ``launch/evaluate.py`` measured, or else that of the run's own last evaluation; None without.
+
+    Raises:
+        ExportError: ``evaluation.json`` is damaged.
+    """
+    path = run.evaluation_folder(ema=ema) / "evaluation.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ExportError(f"{path} is damaged ({error!r}); evaluate the checkpoint again, or remove it") from error
+    prefix = "eval_ema_" if ema else "eval_"
+    line = next((line for line in reversed(run.metrics) if f"{prefix}accuracy" in line), None)
+    if line is None:
+        return None
+    found = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+    return Accuracy(
+        found["accuracy"], _accuracies(found), _shards(run.config.data.val), f"by the run itself, after step {line['step']:,}"
+    )
+
+
+def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
+    rows = {"top-1": f"{found['accuracy']:.2%}"}
+    rows |= {label: f"{found[name]:.2%}" for name, label in (("top5", "top-5"),) if name in found}
+    rows |= {
+        label: f"{found[name]:.4f}"
+        for name, label in (("loss", "loss"), ("calibration_error", "calibration error"))
+        if name in found
+    }
+    return rows | ({"images": f"{found['samples']:,}"} if "samples" in found else {})
+
+
+def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:
+    config = run.config.model
+    sizes = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    rows = {
+        "architecture": f"{config.name} of timm",
+        "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None) or "its own",
+        "classes": f"{config.num_classes:,}",
+        "input": f"{config.in_channels} x {config.image_size} x {config.image_size}",
+        "weights": f"{'moving average' if ema else 'as trained'}, {run.checkpoint.name}",
+    }
+    if selectors := token_selectors(model):
+        vit = cast(VisionTransformer, model)
+        passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
+        rows["tokens"] = f"{vit.patch_embed.num_patches + vit.num_prefix_tokens:,}{passing}"
+    return rows
+
+
+def _cost(model: nn.Module, image_size: int) -> dict[str, str]:
+    cost = count_flops(model, image_size)
+    return {
+        "parameters": f"{cost.params_active:,} active of {cost.params_dense:,} ({cost.params_active / cost.params_dense:.1%})",
+        "multiply-accumulates of an image": f"{cost.sparse_macs:,} of {cost.dense_macs:,} ({1 - cost.saving:.1%})",
+    }
+
+
+def _training(run: SavedRun) -> dict[str, str]:
+    config = run.config
+    rows = {
+        "method": str(config.sparsity.method),
+        "steps": f"{run.step:,}, of {config.train.global_batch_size:,} images each",
+        "epochs": f"{config.train.epochs:,} planned",
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}, weight decay "
+        f"{config.optimizer.weight_decay:g}",
+        "precision": config.train.precision,
+        "engine": config.parallel.backend,
+        "seed": str(config.seed),
+    }
+    if config.distillation.teacher is not None:
+        rows["teacher"] = config.distillation.teacher
+    return rows
+
+
+def _data(config: Config) -> dict[str, str]:
+    data = config.data
+    return {
+        "training shards": _shards(data.train),
+        "evaluation shards": _shards(data.val),
+        "augmentation": data.augment.recipe,
+        "normalisation": f"mean {list(data.mean)}, std {list(data.std)}, of pixels in 0..1",
+        "evaluation crop": f"short side to {config.model.image_size} / {data.eval_crop:g} px (bicubic), then the centre",
+    }
+
+
+def _shards(pattern: str) -> str:
+    """Returns the last two parts of the name of shards, which say what data it is; not where on a machine it was."""
+    return "the output of a command" if pattern.startswith(PIPE) else "/".join(pattern.rstrip("/").split("/")[-2:])
+
+
+def _commands(export: Export) -> str:
+    origin, description = export.description.origin, export.description
+    command = ["python", "launch/export.py", "--run", origin.run, "--checkpoint", origin.checkpoint]
+    command += ["--format", description.form, *(["--ema"] if origin.ema else []), "--out", "FOLDER"]
+    return (
+        "The run was trained by `launch/train.py --config recipe.yaml`, beside `run_dir` and the paths of its data, with this "
+        f"`recipe.yaml`; all other keys had their defaults:\n\n```yaml\n{dump(recipe(export.run.config))}```\n\n"
+        f"and exported by\n\n```\n{shlex.join(command)}\n```"
+    )
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Returns the values of a config that aren't defaults, without paths, as nested dicts."""
+    defaults = flatten_config(to_dict(Config(run_dir=config.run_dir)))
+    nested: dict[str, Any] = {}
+    for name, value in flatten_config(to_dict(config)).items():
+        if value != defaults[name] and not OF_ONE_MACHINE.fullmatch(name):
+            *sections, key = name.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+    return nested
+
+
+def _licence(license: str | None) -> str:
+    return _plain(license) if license else "None was named when the model was exported (`--license`)."
+
+
+def _front_matter(export: Export, notes: Notes) -> dict[str, Any]:
+    run, description = export.run, export.description
+    content: dict[str, Any] = {
+        "library_name": notes.library,
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "sparsity", "svite_scale"],
+    }
+    if description.license:
+        content["license"] = description.license
+    if accuracy := last_accuracy(run, ema=description.origin.ema):
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": accuracy.data, "type": accuracy.data},
+            "metrics": [{"type": "accuracy", "value": round(accuracy.top1, 6)}],
+        }
+        content["model-index"] = [{"name": description.origin.run, "results": [result]}]
+    return content
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items())])
+
+
+def _plain(text: str) -> str:
+    """Returns text so that Markdown shows it as it is, on one line: a run may be somebody else's."""
+    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", " ".join(text.split()))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,83 @@
+"""The table of forms, and reading an exported folder of any form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from svite_scale.errors import ConfigError, ExportError
+from svite_scale.export import onnx_form, packed_form, program_form, sliced_form, timm_form
+from svite_scale.export.form import Description, Form, Preprocessing, read_description
+
+FORMS: Mapping[str, Form] = {
+    "timm": timm_form,
+    "sliced": sliced_form,
+    "packed": packed_form,
+    "onnx": onnx_form,
+    "pt2": program_form,
+}
+"""By name, the module that writes and reads a form."""
+
+CAN_RUN_CODE = frozenset({"pt2"})
+"""Forms whose files torch unpickles."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model that was read from an exported folder.
+
+    Attributes:
+        model: on the CPU, in evaluation mode: fp32 ``[B, C, H, W]``, normalised, to logits ``[B, classes]``.
+        description: the content of ``export.json``.
+    """
+
+    model: nn.Module
+    description: Description
+
+    @property
+    def form(self) -> str:
+        """The name of the form."""
+        return self.description.form
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What to do to an image before the model gets it."""
+        return self.description.preprocessing
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits."""
+        return self.description.model.num_classes
+
+    @property
+    def name(self) -> str:
+        """timm's name of the dense model."""
+        return self.description.model.name
+
+
+def read_export(path: Path, *, trusted: bool = False) -> Exported:
+    """Reads an exported model.
+
+    Args:
+        path: of the folder, or of a file in it.
+        trusted: you trust whoever made the folder. The form ``pt2`` needs this, because its files can run code.
+
+    Raises:
+        ExportError: the folder holds no export, one of its files is missing or damaged, or its form needs trust.
+    """
+    folder = path if path.is_dir() else path.parent
+    description = read_description(folder)
+    if description.form not in FORMS:
+        raise ExportError(f"{folder} is of the form {description.form!r}, which is unknown; known are {', '.join(FORMS)}")
+    if description.form in CAN_RUN_CODE and not trusted:
+        raise ExportError(
+            f"{folder} is of the form {description.form}, and loading such a file can run code that is in it; if you trust "
+            "whoever made it, load it by read_export(path, trusted=True), or use another form of the model"
+        )
+    try:
+        return Exported(FORMS[description.form].read(folder, description), description)
+    except ConfigError as error:
+        raise ExportError(f"{folder} can't be used ({error}); export the model again") from error

@@ -1,0 +1,283 @@
+"""Weights that a model starts from: read from a file or an exported folder, and fitted to a dense timm model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv, clean_state_dict
+from torch import Tensor, nn
+
+from svite_scale.errors import OptionError
+from svite_scale.models.token_selector import TokenSelector
+from svite_scale.sparsity.layers.base import SparseLayer
+
+REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm"
+SAFETENSORS = "model.safetensors"
+"""The file of weights in an exported folder."""
+
+POSITIONS = "pos_embed"
+MOST_NAMES = 4
+"""Tensors of a kind that an error names."""
+
+logger = logging.getLogger("svite_scale")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by the names of a dense timm model. They are read one at a time, except those of a sliced export.
+
+    Attributes:
+        field: the option that names the file, for errors.
+        path: of the file or the folder.
+        shapes: of the tensors.
+        read: returns a tensor, on the CPU.
+        read_mask: returns which elements of a weight are active, bool like the weight.
+    """
+
+    field: str
+    path: str
+    shapes: Mapping[str, torch.Size]
+    read: Callable[[str], Tensor]
+    read_mask: Callable[[str], Tensor]
+
+    def error(self, problem: str, remedy: str = REMEDY) -> OptionError:
+        """Returns the error about something in the file."""
+        return OptionError(self.field, self.path, problem, remedy)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads weights into a dense timm model, in place, before it is made sparse and before an engine wraps it. Local.
+
+    Position embeddings of another image size are interpolated. The first convolution is adapted to another number of channels.
+    A head of another number of classes stays as it is. Each of these is logged in one line.
+
+    Args:
+        model: of timm; ``insert_token_selectors`` may have been called on it.
+        path: a ``.safetensors`` or ``.pth`` file of a timm model's state dict, or an exported folder, or the file of weights in
+            one, of the form timm, sliced or packed. Nothing in it is run.
+
+    Raises:
+        OptionError: the file can't be read, or isn't of this model; names the tensors.
+    """
+    if any(isinstance(module, SparseLayer) for module in model.modules()):
+        raise OptionError("weights", str(path), "can't be loaded into a sparse model", "load them before sparsify")
+    fitted = fit(model, open_weights(str(path)))
+    fitted.log_changes()
+    fitted.load(model)
+
+
+def open_weights(path: str, field: str = "weights") -> Weights:
+    """Opens a file of weights, or an exported folder; reads nothing but names and shapes, except of a sliced export.
+
+    Args:
+        path: of the file or the folder.
+        field: the option that names it, for errors.
+
+    Raises:
+        OptionError: it can't be read, or holds no weights.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file /= SAFETENSORS
+        if not file.is_file():
+            raise OptionError(field, path, f"is a folder without {SAFETENSORS}", REMEDY)
+    if not file.is_file():
+        raise OptionError(field, path, "is no file", f"check the path; {REMEDY}")
+    try:
+        if file.suffix == ".safetensors":
+            return _of_safetensors(field, path, file)
+        return _of_tensors(field, path, _read_pth(file))
+    except Exception as error:  # the readers of damaged files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OptionError(field, path, f"can't be read as a state dict ({reason})", REMEDY) from error
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    """Returns the state dict of a ``.pth``, alone or under ``state_dict`` or ``model``. Its tensors are read when they are
+    used, unless the file is of torch's old format.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints have one
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    nested = next((key for key in ("state_dict", "model") if isinstance(content, dict) and key in content), None)
+    return clean_state_dict(content if nested is None else content[nested])
+
+
+def _of_tensors(field: str, path: str, tensors: Mapping[str, Tensor]) -> Weights:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return Weights(field, path, shapes, tensors.__getitem__, lambda name: tensors[name] != 0)
+
+
+def _of_safetensors(field: str, path: str, file: Path) -> Weights:
+    with safe_open(file, "pt") as stored:
+        shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - no mapping
+
+    def read(name: str) -> Tensor:
+        with safe_open(file, "pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+        return tensor
+
+    return Weights(field, path, shapes, read, lambda name: read(name) != 0)
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Weights, and what becomes of each so that it fits a model.
+
+    Attributes:
+        weights: of the file.
+        kept: tensors of the model that stay as they were drawn, by name.
+        changed: functions that make a tensor of the file fit, by name.
+        changes: all that in words, one line each.
+    """
+
+    weights: Weights
+    kept: set[str] = field(default_factory=set)
+    changed: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+
+    def log_changes(self) -> None:
+        """Logs the changes, one line each."""
+        for change in self.changes:
+            logger.warning("%s: %s", self.weights.path, change)
+
+    @torch.no_grad()
+    def load(self, model: nn.Module) -> None:
+        """Copies the weights into the model that they were fitted to, one tensor at a time.
+
+        Raises:
+            OptionError: a tensor holds no numbers of the kind that the model's does.
+        """
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in self.kept:
+                found = self.read(name)
+                if found.is_floating_point() != tensor.is_floating_point():
+                    raise self.weights.error(f"its tensor {name} is of {found.dtype}, the model's of {tensor.dtype}")
+                tensor.copy_(found)
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as the model gets it."""
+        tensor = self.weights.read(name)
+        return self.changed[name](tensor) if name in self.changed else tensor
+
+    def active(self, layer: str, shape: torch.Size) -> Tensor:
+        """Returns which weights of a layer are active, bool ``[N]``: those that aren't 0, and all of a new head."""
+        name = f"{layer}.weight"
+        if name in self.kept:
+            return torch.ones(shape.numel(), dtype=torch.bool, device="cpu")
+        return (self.read(name) != 0 if name in self.changed else self.weights.read_mask(name)).flatten()
+
+
+def fit(model: nn.Module, weights: Weights, *, exactly: bool = False) -> FittedWeights:
+    """Returns weights fitted to a dense timm model, by names and shapes alone.
+
+    Args:
+        model: on any device, meta too; token selectors may be in it.
+        weights: of the same architecture.
+        exactly: change nothing, so that position embeddings, first convolution and head must fit as they are.
+
+    Raises:
+        OptionError: the weights are of another model; names the tensors.
+    """
+    wanted: dict[str, torch.Size] = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found, fitted = dict(weights.shapes), FittedWeights(weights)
+    if not exactly:
+        _keep_selectors(model, found, fitted)
+        _keep_head(model, wanted, found, fitted)
+        _adapt_channels(model, wanted, found, fitted)
+        _interpolate_positions(model, wanted, found, fitted)
+    missing = [name for name in wanted if name not in found and name not in fitted.kept]
+    unknown = [name for name in found if name not in wanted]
+    other = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and name not in fitted.kept and found[name] != shape
+    ]
+    problems = {"it has no": missing, "the model has no": unknown, "of other shapes": other}
+    if any(problems.values()):
+        text = "; ".join(f"{problem} {_listed(names)}" for problem, names in problems.items() if names)
+        remedy = "use the model that it was saved from, with its sizes"
+        if unknown and all(name.startswith("blocks.selector") for name in unknown):
+            remedy += ", and the token selectors that it was trained with (sparsity.tokens)"
+        raise weights.error(f"isn't of this {_name_of(model)}: {text}", remedy)
+    return fitted
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _name_of(model: nn.Module) -> str:
+    name: str = _known(model).get("architecture") or type(model).__name__
+    return name
+
+
+def _known(model: nn.Module) -> Mapping[str, Any]:
+    """Returns what timm knows of a model."""
+    known = getattr(model, "pretrained_cfg", None)
+    return known if isinstance(known, Mapping) else {}
+
+
+def _names(model: nn.Module, part: str, tensors: Iterable[str]) -> list[str]:
+    """Returns those tensors that are in a part of the model, ``classifier`` or ``first_conv``, which may be several modules."""
+    modules = _known(model).get(part) or ()
+    places = (modules,) if isinstance(modules, str) else modules
+    return [name for name in tensors if any(name.startswith(f"{place}.") for place in places)]
+
+
+Shapes = dict[str, torch.Size]
+
+
+def _keep_selectors(model: nn.Module, found: Shapes, fitted: FittedWeights) -> None:
+    """Keeps the weights of token selectors that the file doesn't have."""
+    selectors = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TokenSelector)}
+    fitted.kept.update(selectors - found.keys())
+
+
+def _keep_head(model: nn.Module, wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:
+    """Keeps the model's head if the file has none, or one of another number of classes."""
+    own, theirs = _names(model, "classifier", wanted), _names(model, "classifier", found)
+    other = next((name for name in own if name in found and found[name][:1] != wanted[name][:1]), None)
+    if not own or (theirs and other is None):
+        return
+    for name in theirs:
+        del found[name]
+    fitted.kept.update(own)
+    theirs_say = "there is none in the file" if other is None else f"the file's has {fitted.weights.shapes[other][0]}"
+    fitted.changes.append(f"the head is new, for {wanted[own[0]][0]} classes; {theirs_say}")
+
+
+def _adapt_channels(model: nn.Module, wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:
+    """Adapts the first convolution to another number of input channels, as timm does."""
+    for name in _names(model, "first_conv", wanted.keys() & found.keys()):
+        ours, theirs = wanted[name], found[name]
+        if len(ours) == len(theirs) == 4 and ours[1] != theirs[1] and (ours[0], *ours[2:]) == (theirs[0], *theirs[2:]):
+            fitted.changed[name] = partial(adapt_input_conv, ours[1], base_chans=theirs[1])
+            fitted.changes.append(f"{name} is adapted from {theirs[1]} channels to {ours[1]}")
+            found[name] = ours
+
+
+def _interpolate_positions(model: nn.Module, wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:
+    """Interpolates the position embeddings of another image size, as timm does."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    ours, theirs = wanted.get(POSITIONS, torch.Size()), found.get(POSITIONS, torch.Size())
+    if grid is None or len(ours) != 3 or len(theirs) != 3 or ours[1] == theirs[1] or ours[2] != theirs[2]:
+        return
+    num_prefix = ours[1] - math.prod(grid)
+    side = math.isqrt(max(0, theirs[1] - num_prefix))
+    if num_prefix < 0 or side == 0 or side**2 != theirs[1] - num_prefix:
+        return
+    fitted.changed[POSITIONS] = partial(resample_abs_pos_embed, new_size=list(grid), num_prefix_tokens=num_prefix)
+    fitted.changes.append(f"position embeddings are interpolated from {side} x {side} patches to {grid[0]} x {grid[1]}")
+    found[POSITIONS] = ours

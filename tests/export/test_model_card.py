@@ -1,0 +1,121 @@
+"""Model cards: as a model hub reads them, and their numbers against the files of the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from svite_scale.config.load import flatten_config, read_config, to_dict
+from svite_scale.errors import ExportError
+from svite_scale.export.model_card import last_accuracy, recipe, run_tables
+from svite_scale.export.write import export_run
+from svite_scale.saved_run import load_model, read_run
+from tests.report.by_hand import tensors, unit_masks, unpacked
+from tests.runs import metrics_of
+
+Saved = Callable[[str], Path]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+EVALUATION: dict[str, Any] = {
+    "accuracy": 0.5,
+    "top5": 0.75,
+    "loss": 1.25,
+    "samples": 1234,
+    "calibration_error": 0.0625,
+    "data": "/secret/folder/imagenet/val-*.tar",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = read_run(saved("weights"))
+    return export_run(run, "timm", tmp_path_factory.mktemp("card") / "out", ema=True, license="apache-2.0")
+
+
+def test_hub_reads_the_front_matter(saved: Saved, exported: Path) -> None:
+    data = ModelCard.load(exported / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "timm", "image-classification")
+    (result,) = data.eval_results
+    assert result.metric_type == "accuracy"
+    assert result.metric_value == pytest.approx(metrics_of(saved("weights"))[-1]["eval_ema_accuracy"], abs=1e-6)
+    assert data.model_name == "weights"
+
+
+def test_card_shows_no_path_of_the_machine(saved: Saved, exported: Path) -> None:
+    text = (exported / "README.md").read_text()
+    assert "digits/val-" in text
+    assert str(saved("weights").parent) not in text
+
+
+def test_densities_and_parameters_are_those_of_the_checkpoint(saved: Saved) -> None:
+    run = read_run(saved("weights"))
+    by_hand, tables = tensors(run.checkpoint), run_tables(run, load_model(run))
+    masks = [f"blocks.{block}.mlp.fc1.mask" for block in (0, 1)]
+    active = sum(int(unpacked(by_hand[name], 32 * 128).sum()) for name in masks)
+    expected = f"{active / 8192:.4f}: {active:,} of 8,192 weights in 2 layers"
+    assert tables["Density"]["blocks.*.mlp.fc1"] == expected
+    parameters = sum(tensor.size for name, tensor in by_hand.items() if not name.endswith(".mask"))
+    assert tables["Cost"]["parameters"].startswith(f"{parameters:,} active of 26,538 ")
+
+
+def test_densities_count_heads_and_neurons(saved: Saved) -> None:
+    run = read_run(saved("single"))
+    heads = sum(int(mask.sum()) for name, mask in unit_masks(run.checkpoint).items() if name.endswith("heads"))
+    found = run_tables(run, load_model(run))["Density"]
+    assert found["blocks.*.attn.heads"] == f"{heads / 16:.4f}: {heads} of 16 heads in 2 layers"
+    assert found["blocks.*.mlp.neurons"].endswith(" of 256 neurons in 2 layers")
+
+
+def test_accuracy_is_that_of_evaluate_where_it_ran(saved: Saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("weights"), tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    before, line = last_accuracy(run), metrics_of(tmp_path / "run")[-1]
+    assert before is not None
+    assert before.top1 == line["eval_accuracy"] != line["eval_ema_accuracy"]
+    assert before.values["top-5"] == f"{100 * line['eval_top5']:.2f}%"
+    assert before.source == "by the run itself, after step 16"
+    folder = tmp_path / "run" / "evaluation" / "step-00000016"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    after = last_accuracy(run)
+    assert after is not None
+    assert (after.top1, after.data, after.source) == (0.5, "imagenet/val-*.tar", "by launch/evaluate.py")
+    assert after.values == {
+        "top-1": "50.00%",
+        "top-5": "75.00%",
+        "loss": "1.2500",
+        "calibration error": "0.0625",
+        "images": "1,234",
+    }
+    assert last_accuracy(run, ema=True) != after, "the average was not evaluated"
+    (folder / "evaluation.json").write_text('{"accuracy": "<b>high</b>"}')
+    with pytest.raises(ExportError, match=rf"^{folder}/evaluation.json is damaged"):
+        last_accuracy(run)
+
+
+def test_recipe_gives_the_config_again_without_paths(saved: Saved, tmp_path: Path) -> None:
+    config = read_run(saved("single")).config
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(config)))
+    again = read_config(tmp_path / "recipe.yaml", ["run_dir=x"])
+    ours, theirs = (flatten_config(to_dict(each)) for each in (config, again))
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "run_dir",
+        "data.train",
+        "data.val",
+        "data.workers",
+        "tracking.mlflow",
+    }
+
+
+def test_names_of_a_run_stay_text(saved: Saved, tmp_path: Path) -> None:
+    run_dir = tmp_path / "a|b <script> *c*"
+    shutil.copytree(saved("weights"), run_dir)
+    folder = export_run(read_run(run_dir), "timm", tmp_path / "out")
+    assert "# a\\|b \\<script\\> \\*c\\*\n" in (folder / "README.md").read_text()
+    assert ModelCard.load(folder / "README.md").data.model_name == "a|b <script> *c*"

@@ -1,0 +1,66 @@
+"""The form timm: what timm itself reads from the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from svite_scale.errors import ExportError
+from svite_scale.export.read import read_export
+from svite_scale.export.write import export_run
+from svite_scale.saved_run import evaluation_images, load_model, read_run
+
+Saved = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(("name", "ema"), [("weights", False), ("weights", True), ("single", False)])
+def test_timm_gives_the_same_logits(saved: Saved, tmp_path: Path, name: str, ema: bool) -> None:
+    run = read_run(saved(name))
+    folder = export_run(run, "timm", tmp_path / "out", ema=ema)
+    model = load_model(run, ema=ema)
+    images = evaluation_images(run.config, 37).inputs
+    by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.inference_mode():
+        expected = model(images)
+        torch.testing.assert_close(by_timm(images), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(read_export(folder).model(images), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.1, "a trained model tells images apart"
+    sizes = timm.data.resolve_model_data_config(by_timm)
+    assert {key: sizes[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")} == {
+        "input_size": (1, 8, 8),
+        "mean": [0.3],
+        "std": [0.35],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+
+
+def test_timm_form_has_zeros_where_inactive(saved: Saved, tmp_path: Path) -> None:
+    run = read_run(saved("weights"))
+    export_run(run, "timm", tmp_path / "out")
+    active = {name: mask for name, mask in load_model(run).named_parameters() if name.endswith(".mask")}
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for name, mask in active.items():
+            zeros = int((file.get_tensor(name.replace(".mask", ".weight")) == 0).sum())
+            bits = sum(byte.bit_count() for byte in mask.tolist())
+            assert zeros == file.get_tensor(name.replace(".mask", ".weight")).numel() - bits
+
+
+def test_model_with_token_selectors_has_no_timm_form(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^--format timm: the model has token selectors.*use sliced, packed, onnx or pt2$"):
+        export_run(read_run(saved("tokens")), "timm", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_json_claims_nothing_of_other_weights(saved: Saved, tmp_path: Path) -> None:
+    export_run(read_run(saved("single")), "timm", tmp_path / "out", license="mit")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "mit"
+    assert config["pretrained_cfg"]["tag"] is None
+    assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 10

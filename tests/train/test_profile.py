@@ -1,0 +1,77 @@
+"""Traces of some optimizer steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from svite_scale.config.schema import Config
+from svite_scale.errors import ConfigError
+from svite_scale.runtime.world import World
+from svite_scale.train.profile import StepProfiler, parse_steps
+from svite_scale.train.trainer import Trainer
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config
+
+
+def profiled_run(config: Config, steps: range) -> str:
+    """Trains; returns the profiler's note. A collective."""
+    trainer = Trainer(config, World.from_environment(), torch.device("cpu"), resume=False, profile=steps)
+    trainer.run()
+    return trainer.profiler.note
+
+
+@pytest.mark.parametrize("steps", [range(1, 2), range(3, 5)])
+def test_profile_writes_a_trace_of_these_steps_on_each_rank(digits: Path, tmp_path: Path, steps: range) -> None:
+    run_dir = tmp_path / "run"
+    config = tiny_config(digits, run_dir, "parallel.backend=fsdp2", "train.max_steps=5")
+    notes = run_on_ranks(2, profiled_run, config, steps)
+    name = f"steps-{steps[0]}-{steps[-1]}"
+    paths = sorted((run_dir / "profile").iterdir())
+    assert [path.name for path in paths] == [f"{name}.rank-0.json.gz", f"{name}.rank-1.json.gz"]
+    for path in paths:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        assert sorted(name for name in names if name.startswith("ProfilerStep#")) == [f"ProfilerStep#{step}" for step in steps]
+        assert sum(name.startswith("Optimizer.step#") for name in names) == len(steps)
+    assert f"{run_dir}/profile, a file for each rank; open one at https://ui.perfetto.dev" in notes[0]
+
+
+def test_profile_refuses_steps_beyond_the_last_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape("--profile = '15-17': goes beyond the last step, 16")):
+        StepProfiler(range(15, 18), tmp_path, 0, done=0, last_step=16)
+
+
+def test_profile_says_that_there_is_no_trace_when_a_resumed_run_has_done_the_step(tmp_path: Path) -> None:
+    with StepProfiler(range(3, 5), tmp_path, 0, done=3, last_step=16) as profiler:
+        profiler.end_step()
+    assert profiler.note == "no trace: step 3 of --profile 3-4 is done already"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+def test_profile_warns_of_a_trace_that_cannot_be_written_and_the_run_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    with StepProfiler(range(2, 3), tmp_path / "profile", 0, done=0, last_step=3) as profiler:
+        for _ in range(3):
+            profiler.end_step()
+    assert len(caplog.messages) == 1
+    assert "steps-2-2.rank-0.json.gz can't be written" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(("text", "steps"), [("12", range(12, 13)), ("10-12", range(10, 13)), ("7-7", range(7, 8))])
+def test_parse_steps_reads_a_step_or_a_range(text: str, steps: range) -> None:
+    assert parse_steps(text) == steps
+
+
+@pytest.mark.parametrize("text", ["", "0", "3-", "4-3", "1-2-3", "a", "-1", "1.5", "\u0663"])
+def test_parse_steps_refuses_anything_else(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--profile = {text!r}: is neither a step nor a range of steps")):
+        parse_steps(text)
