@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside thi
 from benchmarks.data_order import locality_section, order_section, shuffling_section
 from benchmarks.data_remote import data_of_one_rank, remote_section
 from benchmarks.machine import describe_machine
-from benchmarks.timing import ratio
 from svite_scale.data.decode import decode
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.data.options import AugmentConfig, DataConfig
 from svite_scale.data.transforms import keep_a_bit, train_transform
+from svite_scale.evaluation.timing import ratio
 
 SIZE, BATCH, POLICY = 224, 32, "rand-m9-mstd0.5-inc1"
 OURS, LIMIT = "svite_scale", "limit: decode and augment, no loader"

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import ratio
 from svite_scale.data.loader import TrainData
 from svite_scale.data.make.shards import Sample, write_shards
 from svite_scale.data.options import DataConfig
+from svite_scale.evaluation.timing import ratio
 
 SIZE, BATCH, PER_SHARD, GROUP, GROUPS, WORKERS = 32, 16, 32, 4, 5, 2
 FETCH_S = 0.5

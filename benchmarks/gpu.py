@@ -26,10 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
-from benchmarks.timing import alternate, ratio
 from benchmarks.topology import kernel_rows
 from svite_scale import attach
 from svite_scale.config.schema import SparsityConfig
+from svite_scale.evaluation.timing import alternate, ratio
 from svite_scale.models.dense import blocks
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse

@@ -20,8 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
-from benchmarks.timing import alternate, ratio
 from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.evaluation.timing import alternate, ratio
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.train.optimizer import build_optimizer

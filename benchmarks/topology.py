@@ -23,9 +23,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
-from benchmarks.timing import WARMUP, alternate, ratio
 from svite_scale import attach
 from svite_scale.config.schema import SparsityConfig
+from svite_scale.evaluation.timing import WARMUP, alternate, ratio
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits, kernels

@@ -3,6 +3,7 @@ of ranks under torchrun, deepspeed, accelerate or srun.
 
 python launch/evaluate.py --run runs/quickstart
 torchrun --nproc-per-node 2 -- launch/evaluate.py --run runs/quickstart --ema data.val='shards/other/val-*.tar'
+python launch/evaluate.py --weights exported/quickstart data.val='shards/mnist5k/val-*.tar'
 
 (Without the two dashes, torchrun takes --run for one of its own options.)
 It prints the results and writes them into a folder: evaluation.json, per_class.json, per_class.csv and confusion.png.
@@ -18,20 +19,39 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as step-00001240; default: the newest")
-    parser.add_argument("--ema", action="store_true", help="evaluate the moving average of the weights")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="DIR", help="run directory")
+    what.add_argument("--weights", type=Path, metavar="PATH", help="exported folder, or a file in it")
+    parser.add_argument("--checkpoint", metavar="NAME", help="of the run, such as step-00001240; default: the newest")
+    parser.add_argument("--ema", action="store_true", help="evaluate the moving average of the run's weights")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="accepted labels by sample, as ImageNet-ReaL's real.json")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write to; default: evaluation/CHECKPOINT in the run directory"
+        "--label-map", type=Path, metavar="FILE", help="labels of the model's classes, as timm's imagenet_r_indices.txt"
+    )
+    parser.add_argument(
+        "--throughput",
+        nargs="*",
+        type=int,
+        metavar="BATCH",
+        help="evaluate nothing, but time inference with these batch sizes (default: 1 32) beside that of the dense model",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to; default: evaluation/CHECKPOINT in the run directory, with --weights: evaluation",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="dotted.key=value",
-        help="replaces a value of the run's config: data.*, train.eval_batch_size or train.precision",
+        help="replaces a value of the config: data.*, train.eval_batch_size or train.precision",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says the same
-    return parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args()
+    if given.weights is not None and (given.checkpoint is not None or given.ema):
+        parser.error("--checkpoint and --ema are for --run")
+    return given
 
 
 def main() -> None:

@@ -35,13 +35,27 @@ def read_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
         ConfigError: the file can't be read, or a key or a value isn't what a Config holds.
     """
     path = Path(path)
+    return make_config(read_mapping(path), overrides, str(path))
+
+
+def make_config(mapping: Mapping[Any, Any], overrides: Sequence[str], source: str) -> Config:
+    """Makes a run's config.
+
+    Args:
+        mapping: values by key, nested.
+        overrides: as for :func:`read_config`.
+        source: of the mapping, for the error.
+
+    Raises:
+        ConfigError: a key or a value isn't what a Config holds.
+    """
     schema = leaf_hints(Config)
-    values = dict(leaves(read_mapping(path), schema))
+    values = dict(leaves(mapping, schema))
     for override in overrides:
         key, value = read_override(override, schema)
         values[key] = value
     if "run_dir" not in values:
-        raise ConfigError("run_dir", None, "is missing and has no default", f"add it to {path} or give run_dir=VALUE")
+        raise ConfigError("run_dir", None, "is missing and has no default", f"add it to {source} or give run_dir=VALUE")
     return build(Config, values)
 
 

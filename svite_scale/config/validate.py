@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from svite_scale.config.schema import Config
 from svite_scale.errors import ConfigError
@@ -30,10 +30,7 @@ def validate(config: Config, world_size: int | None, saved: Mapping[str, int] | 
     if world_size is not None:
         check_world_size(config, world_size)
     for section, mean, std in (("data", config.data.mean, config.data.std), *_of_the_teacher(config)):
-        for name, numbers in (("mean", mean), ("std", std)):
-            if len(numbers) != config.model.in_channels:
-                problem = f"has {len(numbers)} entries for {config.model.in_channels} channels"
-                raise ConfigError(f"{section}.{name}", list(numbers), problem, "give one number per channel")
+        check_normalisation(section, mean, std, config.model.in_channels)
     epochs, warmup = config.train.epochs, config.optimizer.warmup_epochs
     if warmup > epochs:
         raise ConfigError("optimizer.warmup_epochs", warmup, f"is longer than train.epochs ({epochs})", "shorten it")
@@ -43,6 +40,18 @@ def validate(config: Config, world_size: int | None, saved: Mapping[str, int] | 
             config.sparsity.refuse_long_windows(config.update_schedule(steps_per_epoch=1.0, total_steps=1).update_every)
     check_teacher(config.distillation, config.data)
     return plan_sparse(config.model, config.sparsity, saved)
+
+
+def check_normalisation(section: str, mean: Sequence[float], std: Sequence[float], in_channels: int) -> None:
+    """Checks that mean and std, of a section of the config, have one number per channel.
+
+    Raises:
+        ConfigError: one of them hasn't.
+    """
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != in_channels:
+            problem = f"has {len(numbers)} entries for {in_channels} channels"
+            raise ConfigError(f"{section}.{name}", list(numbers), problem, "give one number per channel")
 
 
 def check_world_size(config: Config, world_size: int) -> None:

@@ -8,24 +8,25 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from svite_scale.config.validate import check_normalisation
 from svite_scale.data.format.files import replacing
 from svite_scale.data.format.index import ShardIndex
 from svite_scale.data.format.info import read_splits
-from svite_scale.data.format.patterns import largest_label
 from svite_scale.data.loader import EvalData
 from svite_scale.data.transforms import DeviceTransform
 from svite_scale.errors import ConfigError, DataError, RunError
+from svite_scale.evaluation.labels import read_labels
 from svite_scale.evaluation.picture import draw_confusion
 from svite_scale.evaluation.results import Results, collect_results
-from svite_scale.evaluation.subject import place, subject_of_run
+from svite_scale.evaluation.subject import Subject, place, subject_of_export, subject_of_run
+from svite_scale.evaluation.throughput import BATCHES, measure_throughput, table
 from svite_scale.runtime import ranks
-from svite_scale.runtime.ending import Failure
 from svite_scale.runtime.world import World
 from svite_scale.train.command import run_on_every_rank
 
@@ -37,65 +38,88 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/evaluate.py``. Every rank calls it.
 
     Args:
-        arguments: ``run``, ``checkpoint``, ``ema``, ``out``, ``overrides``.
+        arguments: ``run``, ``weights``, ``checkpoint``, ``ema``, ``labels``, ``label_map``, ``throughput``, ``out``,
+            ``overrides``.
 
     Returns:
         The exit status: 0; 2 after a mistake in the config or the arguments; 1 after any other error. The error is printed.
     """
-    return run_on_every_rank(lambda world, failure: evaluate(arguments, world, failure))
+
+    def command(world: World, _: object) -> int:
+        if arguments.run is not None:
+            subject = subject_of_run(arguments.run, arguments.checkpoint, arguments.overrides, ema=arguments.ema)
+        else:
+            subject = subject_of_export(arguments.weights, arguments.overrides)
+        device, out = ranks.local_device(world), arguments.out or subject.out
+        if arguments.throughput is None:
+            evaluate(subject, world, device, arguments.labels, arguments.label_map, out)
+        else:
+            time_inference(subject, world, device, arguments.throughput or BATCHES, out)
+        if world.is_main:
+            print(f"results are in {out}", file=sys.stderr)
+        return 0
+
+    return run_on_every_rank(command)
 
 
-def evaluate(arguments: argparse.Namespace, world: World, failure: Failure) -> int:
-    """Evaluates the model that the arguments name; the main rank writes and prints the results. A collective.
-
-    Returns:
-        The exit status, 0.
+def evaluate(
+    subject: Subject, world: World, device: torch.device, labels_file: Path | None, map_file: Path | None, out: Path
+) -> None:
+    """Evaluates a model; the main rank writes and prints the results. A collective, which starts and ends the process group.
 
     Raises:
-        ConfigError, RunError, CheckpointError, DataError: something that the arguments name can't be used.
+        ConfigError, DataError: the data, or a file of labels, can't be used.
+        RunError: the folder can't be written.
     """
-    subject = subject_of_run(arguments.run, arguments.checkpoint, arguments.overrides, ema=arguments.ema)
-    config, device = subject.config, ranks.local_device(world)
-    model = config.model
+    config, model = subject.config, subject.config.model
+    check_normalisation("data", config.data.mean, config.data.std, model.in_channels)
     image_shape = (model.in_channels, model.image_size, model.image_size)
     data = EvalData(config.data, image_shape=image_shape, batch_size=config.train.eval_batch_size, world=world)
-    check_labels(data.indexes, model.num_classes)
-    ranks.start(world, device)
+    labels = read_labels(data.indexes, model.num_classes, labels_file, map_file)
     transform = DeviceTransform(config.data, model.num_classes, device, training=False)
     forward = place(subject.model, config, device)
+    ranks.start(world, device)
     started = time.perf_counter()
-    results = collect_results(forward, data, transform, model.num_classes, device, is_main=world.is_main)
-    samples_per_second = data.num_samples / (time.perf_counter() - started)
+    results = collect_results(forward, data, transform, labels, device, is_main=world.is_main)
+    seconds = time.perf_counter() - started
     if world.is_main:
         found = {
             **results.summary(),
-            "samples_per_second": samples_per_second,
+            "samples_per_second": data.num_samples / seconds,
             **subject.facts,
             "data": config.data.val,
+            "labels": labels_file and str(labels_file),
+            "label_map": map_file and str(map_file),
             "precision": config.train.precision,
             "world_size": world.size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": name_of(device),
         }
-        out = arguments.out or subject.out
-        write_results(out, found, results, class_names(data.indexes, results.num_labels))
+        write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
         print(json.dumps(found, indent=2))
-        print(f"results are in {out}", file=sys.stderr)
     # All ranks together: when one has left, some launchers end the others.
     dist.barrier()
     ranks.stop()
-    return 0
 
 
-def check_labels(indexes: Sequence[ShardIndex], num_labels: int) -> None:
-    """Checks that the model has a class for each label.
+def time_inference(subject: Subject, world: World, device: torch.device, batches: Sequence[int], out: Path) -> None:
+    """Times a model beside its dense twin, and writes and prints the throughput.
 
     Raises:
-        ConfigError: it hasn't.
+        ConfigError: there are several ranks, or a batch size is below 1.
+        RunError: the folder can't be written.
     """
-    largest, sample = largest_label(indexes)
-    if largest >= num_labels:
-        problem = f"is too few for labels 0 to {largest}, which is that of {sample}"
-        raise ConfigError("model.num_classes", num_labels, problem, "evaluate on the classes that the model was trained for")
+    if world.size > 1:
+        raise ConfigError("--throughput", list(batches), "times one process", "start it by plain python")
+    if min(batches) < 1:
+        raise ConfigError("--throughput", list(batches), "has a batch size below 1", "use at least 1")
+    found = measure_throughput(subject, batches, device)
+    facts = {**subject.facts, "precision": subject.config.train.precision, "device": name_of(device)}
+    write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
+    print(table(found))
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def class_names(indexes: Sequence[ShardIndex], num_labels: int) -> list[str] | None:
@@ -111,30 +135,32 @@ def class_names(indexes: Sequence[ShardIndex], num_labels: int) -> list[str] | N
     return [str(name) for name in names] if len(names) == num_labels else None
 
 
-def write_results(folder: Path, found: Mapping[str, Any], results: Results, names: Sequence[str] | None) -> None:
-    """Writes the files of an evaluation, ``evaluation.json`` last.
+def details(results: Results, names: Sequence[str] | None) -> dict[str, bytes]:
+    """Returns the files of results by class, by name: a table twice, and a picture of the confusion."""
+    per_class, text = results.per_class(names), StringIO()
+    rows = csv.DictWriter(text, fieldnames=list(per_class[0]), lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(per_class)
+    files = {"per_class.json": to_json(per_class), "per_class.csv": text.getvalue().encode()}
+    if results.num_labels <= MOST_LABELS:
+        files["confusion.png"] = draw_confusion(results.confusion(), names)
+    return files
 
-    Args:
-        folder: to write to; made if missing.
-        found: content of ``evaluation.json``.
-        results: of all samples.
-        names: of the labels, if they have names.
+
+def to_json(content: object) -> bytes:
+    return f"{json.dumps(content, indent=2)}\n".encode()
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files, in order, into a folder, which is made if missing.
 
     Raises:
-        RunError: the folder can't be written.
+        RunError: it can't be written.
     """
-    per_class = results.per_class(names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "per_class.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(per_class[0]))
-            writer.writeheader()
-            writer.writerows(per_class)
-        if results.num_labels <= MOST_LABELS:
-            with replacing(folder / "confusion.png") as path:
-                path.write_bytes(draw_confusion(results.confusion(), names))
-        for name, content in (("per_class.json", per_class), ("evaluation.json", found)):
+        for name, content in files.items():
             with replacing(folder / name) as path:
-                path.write_text(json.dumps(content, indent=2) + "\n")
+                path.write_bytes(content)
     except OSError as error:
         raise RunError(f"can't write to {folder} ({error}); give --out a folder that can be written") from error

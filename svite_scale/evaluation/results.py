@@ -11,32 +11,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from svite_scale.data.loader import Batch, EvalData
+from svite_scale.data.loader import EvalData
 from svite_scale.data.transforms import DeviceTransform
+from svite_scale.errors import DataError
+from svite_scale.evaluation.labels import Labels
 from svite_scale.tracking.progress import track
 from svite_scale.train.evaluate import Forward, evaluated_batches, score
 
 BINS = 15
 """Bins of equal width of the calibration error."""
 
-Column = IntEnum("Column", ["seen", "damaged", "label", "guess", "in_top5", "loss", "confidence"], start=0)
+Column = IntEnum("Column", ["seen", "damaged", "labelled", "label", "guess", "in_top5", "loss", "confidence"], start=0)
 
 
 @dataclass(frozen=True)
 class Results:
-    """The results of N samples: all of the evaluation samples that can be decoded, in their order.
+    """The results of N samples: all evaluation samples that can be decoded and have a label, in their order.
 
     Attributes:
-        labels: int64 ``[N]``.
+        labels: int64 ``[N]``; of several accepted labels, the guess if it is one of them, else the lowest.
         guesses: int64 ``[N]``, the label of the highest logit.
-        in_top5: bool ``[N]``, whether the label is among the first five guesses.
-        losses: float64 ``[N]``, the cross entropy.
+        in_top5: bool ``[N]``, whether an accepted label is among the first five guesses.
+        losses: float64 ``[N]``, -log of the probability that the model gives to the accepted labels: the cross entropy of one.
         confidences: float64 ``[N]``, the probability that the model gives to its guess.
         num_labels: L; labels and guesses are below it.
         damaged: number of samples that can't be decoded.
+        left_out: number of samples without an accepted label.
     """
 
     labels: npt.NDArray[np.int64]
@@ -46,6 +48,7 @@ class Results:
     confidences: npt.NDArray[np.float64]
     num_labels: int
     damaged: int
+    left_out: int
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
@@ -61,6 +64,7 @@ class Results:
             "calibration_error": calibration_error(self.confidences, self.correct),
             "samples": len(self.labels),
             "damaged": self.damaged,
+            "left_out": self.left_out,
         }
 
     def per_class(self, names: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -104,7 +108,7 @@ def calibration_error(confidences: npt.NDArray[np.float64], correct: npt.NDArray
 
 
 def collect_results(
-    forward: Forward, data: EvalData, transform: DeviceTransform, num_labels: int, device: torch.device, *, is_main: bool
+    forward: Forward, data: EvalData, transform: DeviceTransform, labels: Labels, device: torch.device, *, is_main: bool
 ) -> Results:
     """Evaluates a model on every sample exactly once. A collective: all ranks call it, and all get the results of all samples.
 
@@ -112,47 +116,58 @@ def collect_results(
         forward: of the model in evaluation mode, of which every rank has a whole copy.
         data: this rank's evaluation samples.
         transform: prepares them on the device.
-        num_labels: of the model; the samples' labels must be smaller.
+        labels: of the samples.
         device: of the model.
         is_main: whether this rank shows the progress.
 
     Raises:
-        DataError: the samples can't be read, or too many of them can't be decoded.
+        DataError: the samples can't be read, or too many of them can't be decoded, or none has a label.
     """
     table = torch.zeros(data.num_samples, len(Column), dtype=torch.float64)
-    batches = track(evaluated_batches(forward, data, transform), "evaluate", len(data.samples), "batches", enabled=is_main)
+    batches = evaluated_batches(forward, data, transform)
+    batches = track(batches, "evaluate", len(data.samples), "batches", enabled=is_main)
     for samples, (logits, batch) in zip(torch.from_numpy(data.samples), batches, strict=True):
-        table[samples[batch.valid]] = rows_of(logits, batch)[batch.valid]
+        rows = rows_of(labels.map_logits(logits), labels.accepted(samples, batch.labels))
+        table[samples[batch.valid]] = rows[batch.valid]
         table[samples[batch.damaged], Column.damaged] = 1
     table = table.to(device)
     dist.all_reduce(table)
     columns = table.cpu().numpy().T
-    seen, damaged = columns[Column.seen] == 1, int(columns[Column.damaged].sum())
-    assert seen.sum() + damaged == data.num_samples, "every sample is evaluated exactly once"
+    assert (columns[Column.seen] + columns[Column.damaged] == 1).all(), "every sample is evaluated exactly once"
+    damaged = int(columns[Column.damaged].sum())
     data.damage.check(damaged, data.num_samples)
+    labelled = columns[Column.labelled] == 1
+    if not labelled.any():
+        raise DataError("no sample has a label that a class of the model stands for; correct --labels or --label-map")
     return Results(
-        labels=columns[Column.label, seen].astype(np.int64),
-        guesses=columns[Column.guess, seen].astype(np.int64),
-        in_top5=columns[Column.in_top5, seen].astype(np.bool_),
-        losses=columns[Column.loss, seen],
-        confidences=columns[Column.confidence, seen],
-        num_labels=num_labels,
+        labels=columns[Column.label, labelled].astype(np.int64),
+        guesses=columns[Column.guess, labelled].astype(np.int64),
+        in_top5=columns[Column.in_top5, labelled].astype(np.bool_),
+        losses=columns[Column.loss, labelled],
+        confidences=columns[Column.confidence, labelled],
+        num_labels=labels.num_labels,
         damaged=damaged,
+        left_out=data.num_samples - damaged - int(labelled.sum()),
     )
 
 
-def rows_of(logits: Tensor, batch: Batch) -> Tensor:
-    """Returns the rows of a batch in the table of results, float64 ``[B, columns]`` on the CPU."""
-    labels = batch.labels.to(logits.device)
-    scores = score(logits, F.one_hot(labels, logits.shape[1]).bool())
-    confidences = logits.softmax(dim=1).gather(1, scores.guess.unsqueeze(1))[:, 0]
+def rows_of(logits: Tensor, accepted: Tensor) -> Tensor:
+    """Returns the rows of a batch in the table of results, float64 ``[B, columns]`` on the CPU.
+
+    Args:
+        logits: fp32 ``[B, L]``.
+        accepted: bool ``[B, L]``, the accepted labels of each sample.
+    """
+    accepted = accepted.to(logits.device)
+    scores = score(logits, accepted)
     columns = {
-        Column.seen: torch.ones_like(labels),
-        Column.damaged: torch.zeros_like(labels),
-        Column.label: labels,
+        Column.seen: torch.ones_like(scores.guess),
+        Column.damaged: torch.zeros_like(scores.guess),
+        Column.labelled: accepted.any(dim=1),
+        Column.label: torch.where(scores.top1, scores.guess, accepted.byte().argmax(dim=1)),
         Column.guess: scores.guess,
         Column.in_top5: scores.top5,
         Column.loss: scores.loss,
-        Column.confidence: confidences,
+        Column.confidence: logits.softmax(dim=1).gather(1, scores.guess.unsqueeze(1))[:, 0],
     }
     return torch.stack([columns[column].double().cpu() for column in Column], dim=1)

@@ -144,7 +144,7 @@ class Form(Protocol):
 def describe(run: SavedRun, form: str, *, ema: bool = False, license: str | None = None) -> Description:
     """Returns the description of an export of a run."""
     config, data = run.config, run.config.data
-    model = replace(config.model, drop_path=0.0, activation_checkpointing=False)
+    model = replace(config.model, weights=None, drop_path=0.0, activation_checkpointing=False)
     return Description(
         form=form,
         model=model,

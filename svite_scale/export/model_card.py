@@ -121,7 +121,7 @@ def densities(model: nn.Module) -> dict[str, str]:
         kinds[kind].append((layer.num_active, layer.shape.numel(), layer.unit))
     rows = {}
     for kind, layers in kinds.items():
-        active, total = (sum(layer[part] for layer in layers) for part in (0, 1))
+        active, total = sum(layer[0] for layer in layers), sum(layer[1] for layer in layers)
         rows[kind] = f"{active / total:.4f}: {active:,} of {total:,} {layers[0][2]} in {_count(len(layers), 'layer')}"
     return rows
 

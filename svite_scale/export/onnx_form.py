@@ -37,14 +37,16 @@ class FlatLinear(nn.Linear):
 
 
 class OnnxModel(nn.Module):
-    """A model of onnxruntime, on the CPU."""
+    """A model of onnxruntime, on the CPU, with as many threads as torch has."""
 
     def __init__(self, path: Path) -> None:
         """``path`` is that of the ``.onnx`` file."""
         import onnxruntime
 
         super().__init__()
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor) -> Tensor:
         """fp32 ``[B, C, H, W]``, normalised, to logits ``[B, classes]``."""
@@ -112,13 +114,15 @@ def convert(model: nn.Module, example: Tensor, path: Path) -> None:
     """Writes a dense or sliced model as ONNX, for batches of any size.
 
     Args:
-        model: in evaluation mode, on the CPU; its linear layers are changed to :class:`FlatLinear`.
+        model: in evaluation mode, on the CPU; its linear layers and its attention are changed.
         example: images, fp32 ``[2, C, H, W]``.
         path: of the file.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FlatLinear
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # torch 2.15 can't convert fused attention with a bias, such as BEiT's
     program = torch.onnx.export(
         model,
         (example,),

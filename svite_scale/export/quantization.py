@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def quantize(in_fp32: Path, out: Path, images: Tensor, *, external_data: bool) -
     least and its greatest value on the images.
 
     Args:
-        in_fp32: the file of the model; the folder gets a second file.
+        in_fp32: the file of the model.
         out: the file to write.
         images: to calibrate on, normalised fp32 ``[B, C, H, W]``.
         external_data: whether the weights go into a file of their own.
@@ -47,26 +48,27 @@ def quantize(in_fp32: Path, out: Path, images: Tensor, *, external_data: bool) -
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = in_fp32.with_name("prepared.onnx")
-    quant_pre_process(in_fp32, prepared, skip_symbolic_shape=True, save_as_external_data=external_data)
-    quantize_static(
-        prepared,
-        out,
-        _reader(images),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        op_types_to_quantize=OPERATORS,
-        use_external_data_format=external_data,
-    )
+    with TemporaryDirectory(dir=out.parent) as temporary:
+        prepared = Path(temporary) / in_fp32.name
+        quant_pre_process(in_fp32, prepared, skip_symbolic_shape=True, save_as_external_data=external_data)
+        quantize_static(
+            prepared,
+            out,
+            _reader(images),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=OPERATORS,
+            use_external_data_format=external_data,
+        )
 
 
 def _reader(images: Tensor) -> Any:
     """Returns onnxruntime's reader of images, one by one."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         inputs: Iterator[Tensor] = track(images.split(1), "calibrate", len(images), "images")
 
         def get_next(self) -> dict[str, Any] | None:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
 from svite_scale.errors import OptionError
+from svite_scale.models import sliced_model
 from svite_scale.models.token_selector import TokenSelector
+from svite_scale.sparsity.bitmask_layout import BitmaskMatrix, decode
 from svite_scale.sparsity.layers.base import SparseLayer
 
-REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm"
-SAFETENSORS = "model.safetensors"
-"""The file of weights in an exported folder."""
-
+REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm, sliced or packed"
 POSITIONS = "pos_embed"
+BITMASK = ".bitmask"
+"""End of a tensor's name that only the form packed has."""
+
 MOST_NAMES = 4
 """Tensors of a kind that an error names."""
 
@@ -43,6 +47,7 @@ class Weights:
         shapes: of the tensors.
         read: returns a tensor, on the CPU.
         read_mask: returns which elements of a weight are active, bool like the weight.
+        matrices: weights that are stored as matrices, ``[out, all other dimensions]``, whatever their shape in the model.
     """
 
     field: str
@@ -50,6 +55,7 @@ class Weights:
     shapes: Mapping[str, torch.Size]
     read: Callable[[str], Tensor]
     read_mask: Callable[[str], Tensor]
+    matrices: frozenset[str] = frozenset()
 
     def error(self, problem: str, remedy: str = REMEDY) -> OptionError:
         """Returns the error about something in the file."""
@@ -89,18 +95,29 @@ def open_weights(path: str, field: str = "weights") -> Weights:
     """
     file = Path(path)
     if file.is_dir():
-        file /= SAFETENSORS
+        file /= sliced_model.WEIGHTS
         if not file.is_file():
-            raise OptionError(field, path, f"is a folder without {SAFETENSORS}", REMEDY)
+            raise OptionError(field, path, f"is a folder without {file.name}", REMEDY)
     if not file.is_file():
         raise OptionError(field, path, "is no file", f"check the path; {REMEDY}")
     try:
+        if _is_sliced(file):
+            return _of_tensors(field, path, sliced_model.dense_state_dict(file.parent))
         if file.suffix == ".safetensors":
             return _of_safetensors(field, path, file)
         return _of_tensors(field, path, _read_pth(file))
     except Exception as error:  # the readers of damaged files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(field, path, f"can't be read as a state dict ({reason})", REMEDY) from error
+
+
+def _is_sliced(file: Path) -> bool:
+    """Returns whether a file of weights is that of a sliced export."""
+    with suppress(OSError, ValueError, RecursionError):
+        description = json.loads((file.parent / sliced_model.DESCRIPTION).read_text())
+        is_ours = isinstance(description, dict) and description.get("format") == sliced_model.FORMAT
+        return is_ours and file.name == sliced_model.WEIGHTS
+    return False
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
@@ -127,7 +144,39 @@ def _of_safetensors(field: str, path: str, file: Path) -> Weights:
             tensor: Tensor = stored.get_tensor(name)
         return tensor
 
-    return Weights(field, path, shapes, read, lambda name: read(name) != 0)
+    if not any(name.endswith(BITMASK) for name in shapes):
+        return Weights(field, path, shapes, read, lambda name: read(name) != 0)
+    return _of_packed(field, path, shapes, read)
+
+
+def _of_packed(field: str, path: str, shapes: Mapping[str, torch.Size], read: Callable[[str], Tensor]) -> Weights:
+    """Returns the weights of a file in the layout of :mod:`~svite_scale.sparsity.bitmask_layout`.
+
+    Args:
+        field: the option that names the file.
+        path: of the file or the folder.
+        shapes: of the tensors in the file.
+        read: returns one of them.
+    """
+    packed = {f"{name.removesuffix(BITMASK)}.weight" for name in shapes if name.endswith(BITMASK)}
+    parts = {name: [f"{name.removesuffix('weight')}{end}" for end in BitmaskMatrix._fields] for name in packed}
+    in_parts = {part for names in parts.values() for part in names}
+    dense = {name: shape for name, shape in shapes.items() if name not in in_parts}
+    dense |= {name: torch.Size(read(f"{name.removesuffix('weight')}shape").tolist()) for name in packed}
+
+    def decoded(name: str) -> tuple[Tensor, Tensor]:
+        try:
+            return decode(BitmaskMatrix(*map(read, parts[name])))
+        except (SafetensorError, ValueError) as error:
+            raise OptionError(field, path, f"its tensor {name} is damaged ({error})", "export the model again") from error
+
+    def read_dense(name: str) -> Tensor:
+        return decoded(name)[0] if name in packed else read(name)
+
+    def read_mask(name: str) -> Tensor:
+        return decoded(name)[1] if name in packed else read(name) != 0
+
+    return Weights(field, path, dense, read_dense, read_mask, matrices=frozenset(packed))
 
 
 @dataclass(frozen=True)
@@ -137,12 +186,14 @@ class FittedWeights:
     Attributes:
         weights: of the file.
         kept: tensors of the model that stay as they were drawn, by name.
+        shapes: of tensors in the file as the model has them, before they are changed, where they are stored as matrices.
         changed: functions that make a tensor of the file fit, by name.
         changes: all that in words, one line each.
     """
 
     weights: Weights
     kept: set[str] = field(default_factory=set)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     changed: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
 
@@ -168,6 +219,7 @@ class FittedWeights:
     def read(self, name: str) -> Tensor:
         """Returns a tensor as the model gets it."""
         tensor = self.weights.read(name)
+        tensor = tensor.view(self.shapes.get(name, tensor.shape))
         return self.changed[name](tensor) if name in self.changed else tensor
 
     def active(self, layer: str, shape: torch.Size) -> Tensor:
@@ -191,6 +243,7 @@ def fit(model: nn.Module, weights: Weights, *, exactly: bool = False) -> FittedW
     """
     wanted: dict[str, torch.Size] = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found, fitted = dict(weights.shapes), FittedWeights(weights)
+    _unflatten(wanted, found, fitted)
     if not exactly:
         _keep_selectors(model, found, fitted)
         _keep_head(model, wanted, found, fitted)
@@ -237,6 +290,14 @@ def _names(model: nn.Module, part: str, tensors: Iterable[str]) -> list[str]:
 
 
 Shapes = dict[str, torch.Size]
+
+
+def _unflatten(wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:
+    """Gives convolutions that are stored as matrices their kernels' shape again."""
+    for name in fitted.weights.matrices & wanted.keys():
+        kernel, matrix = wanted[name][2:], found[name]
+        if len(matrix) == 2 and matrix[1] % kernel.numel() == 0:
+            found[name] = fitted.shapes[name] = torch.Size([matrix[0], matrix[1] // kernel.numel(), *kernel])
 
 
 def _keep_selectors(model: nn.Module, found: Shapes, fitted: FittedWeights) -> None:

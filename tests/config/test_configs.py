@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,7 @@ DENSITIES = {
 UNIT_DENSITIES = {"deit_tiny_structured_s30": 0.7, "deit_small_structured_s40": 0.6, "deit_base_structured_s40": 0.6}
 """The paper's, of heads and of neurons."""
 
+FINETUNE = "finetune_deit_small_s50"
 DEITS = [*DENSITIES, *UNIT_DENSITIES]
 
 
@@ -60,7 +61,7 @@ def paper_row(name: str) -> Row:
 
 
 def test_the_folder_holds_the_named_set() -> None:
-    assert sorted(path.name for path in CONFIGS.glob("*.yaml")) == sorted(f"{name}.yaml" for name in [*DEITS, "quickstart"])
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*DEITS, FINETUNE, "quickstart"}
 
 
 @pytest.mark.parametrize("name", [*DEITS, "quickstart"])
@@ -129,6 +130,17 @@ def test_the_rest_of_the_recipe_is_deits(name: str) -> None:
 @pytest.mark.parametrize("name", DEITS)
 def test_the_head_of_a_config_names_its_own_command(name: str) -> None:
     assert f"deepspeed launch/train.py --config configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_the_fine_tuning_starts_from_weights_and_updates_its_topology_thirty_times() -> None:
+    config = config_of(FINETUNE)
+    assert config.model.weights is not None
+    config = replace(config, model=replace(config.model, weights=None))  # the file isn't here
+    validate(config, world_size=2)
+    steps = config.train.epochs * (IMAGENET_SAMPLES // config.train.global_batch_size)
+    assert steps == 75_060
+    assert config.sparsity.stop_fraction * steps // config.sparsity.update_every == 30
+    assert (config.run_dir, config.sparsity.density, config.model.name) == (f"runs/{FINETUNE}", 0.5, "deit_small_patch16_224")
 
 
 def test_the_quick_start_updates_its_topology_several_times() -> None:

@@ -17,16 +17,18 @@ from PIL import Image
 
 from svite_scale.data.loader import EvalData
 from svite_scale.data.transforms import DeviceTransform
+from svite_scale.evaluation.labels import Labels
 from svite_scale.evaluation.picture import draw_confusion
 from svite_scale.evaluation.results import Results, calibration_error, collect_results
+from svite_scale.export.write import export_run
 from svite_scale.runtime.world import World
 from svite_scale.saved_run import load_model, read_run
 from svite_scale.train.evaluate import score
 from tests.command_line import ROOT, Answer, run_command, run_here
 from tests.evaluation.by_hand import logits_of, numbers
 from tests.ranks import free_port, run_on_ranks
-from tests.runs import metrics_of
-from tests.tiny import NUM_VAL
+from tests.runs import ENGINES, metrics_of, run
+from tests.tiny import NUM_VAL, tiny_config
 
 SCRIPT = ROOT / "launch" / "evaluate.py"
 NUMBERS = ("accuracy", "top5", "loss", "damaged")
@@ -75,6 +77,25 @@ def test_two_ranks_evaluate_a_run_of_sharded_units_and_tokens(saved: Saved, tmp_
     assert (found_in(out)["world_size"], found_in(out)["samples"]) == (2, NUM_VAL)
 
 
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2)])
+def test_evaluate_computes_in_bf16_as_the_run_did(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, world_size: int
+) -> None:
+    """One process computes under autocast, FSDP2 with parameters in bf16; in fp32 the loss is another."""
+    run_dir = tmp_path / "run"
+    config = tiny_config(
+        digits, run_dir, *ENGINES[engine], "train.precision=bf16", "train.epochs=1", "sparsity.tokens.keep=0.6"
+    )
+    run_on_ranks(world_size, run, config)
+    expected, found = own_evaluation(run_dir), {}
+    for precision in ("bf16", "fp32"):
+        answer = evaluate_here(capsys, "--run", run_dir, "--out", tmp_path / precision, f"train.precision={precision}")
+        assert answer.status == 0, answer.err
+        found[precision] = found_in(tmp_path / precision)
+    assert {name: found["bf16"][name] for name in NUMBERS} == pytest.approx(expected, abs=1e-6)
+    assert 1e-5 < abs(found["fp32"]["loss"] - expected["loss"]) < 1e-2
+
+
 def test_all_numbers_are_those_by_hand(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, out = saved("weights"), tmp_path / "out"
     evaluate_here(capsys, "--run", run_dir, "--out", out, "train.eval_batch_size=7")
@@ -105,14 +126,31 @@ def test_all_numbers_are_those_by_hand(saved: Saved, tmp_path: Path, capsys: pyt
         assert min(picture.size) > 300
 
 
+def test_an_exported_folder_and_a_file_in_it_evaluate_like_the_run(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = saved("weights")
+    folder = export_run(read_run(run_dir), "timm", tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    shards = f"data.val={run_dir.parent}/digits/val-*.tar"
+    for path in (folder, folder / "model.safetensors"):
+        answer = evaluate_here(capsys, "--weights", path, shards, "data.workers=0")
+        assert answer.status == 0, answer.err
+        found = found_in(tmp_path / "evaluation")
+        assert {name: found[name] for name in NUMBERS} == pytest.approx(own_evaluation(run_dir), abs=1e-6)
+        assert (found["weights"], found["form"], found["run"], found["step"]) == (str(path), "timm", run_dir.name, 16)
+    answer = evaluate_here(capsys, "--weights", folder, "data.workers=0")
+    assert answer.err.startswith("error on rank 0: data.val is empty; give the brace pattern, glob or folder of tar shards")
+
+
 def collected(run_dir: Path, world_size: int) -> Results:
     """The results on this rank of so many. A collective."""
     run, world = read_run(run_dir), World.from_environment()
     config = run.config
-    data = EvalData(config.data, image_shape=(1, 8, 8), batch_size=3, world=world)
+    data, device = EvalData(config.data, image_shape=(1, 8, 8), batch_size=3, world=world), torch.device("cpu")
     assert world.size == world_size
-    transform, device = DeviceTransform(config.data, 10, torch.device("cpu"), training=False), torch.device("cpu")
-    return collect_results(load_model(run), data, transform, 10, device, is_main=False)
+    transform = DeviceTransform(config.data, 10, device, training=False)
+    return collect_results(load_model(run), data, transform, Labels(10), device, is_main=False)
 
 
 def test_results_are_the_same_on_any_number_of_ranks(saved: Saved) -> None:
@@ -147,7 +185,7 @@ def test_calibration_error_is_zero_only_if_confidence_is_accuracy() -> None:
 
 def test_confusion_counts_samples_by_label_and_guess() -> None:
     labels, guesses = np.array([0, 0, 2, 1, 0]), np.array([0, 1, 2, 2, 1])
-    results = Results(labels, guesses, labels == guesses, np.zeros(5), np.ones(5), num_labels=4, damaged=0)
+    results = Results(labels, guesses, labels == guesses, np.zeros(5), np.ones(5), num_labels=4, damaged=0, left_out=0)
     assert results.confusion().tolist() == [[1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     absent = results.per_class(["a", "b", "c", "d"])[3]
     assert absent == {"label": 3, "name": "d", "samples": 0, "accuracy": None, "guesses": 0}
@@ -160,7 +198,7 @@ def test_confusion_picture_is_a_png_for_few_and_for_many_labels(num_labels: int)
 
 
 MISTAKES = {
-    "another model": (["model.depth=3"], 2, "config error: model.depth = '3': belongs to the trained run, so an evaluation "),
+    "another model": (["model.depth=3"], 2, "config error: model.depth = '3': belongs to the trained weights, so an evalu"),
     "no such checkpoint": (["--checkpoint", "step-1"], 1, "error on rank 0: .* holds no checkpoint 'step-1'; give"),
     "no average": (["--ema"], 1, r"error on rank 0: .* has no moving average \(train.ema_decay is null\); leave out --ema"),
     "no data": (["data.val=nothing-*.tar"], 1, "error on rank 0: data.val = 'nothing-.*.tar': no shard matches"),
