@@ -16,6 +16,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.runtime.world import World
 from svite_scale.train.profile import StepProfiler, parse_steps
 from svite_scale.train.trainer import Trainer
+from tests.command_line import run_here
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
 
@@ -57,6 +58,26 @@ def test_profile_traces_these_steps_and_names_them_by_their_numbers(tmp_path: Pa
     (path,) = tmp_path.iterdir()
     names = [name for name in annotations(path) if name.startswith(("work", "ProfilerStep"))]
     assert sorted(names) == sorted(name for step in steps for name in (f"work of {step}", f"ProfilerStep#{step}"))
+
+
+@pytest.mark.slow
+def test_command_traces_the_steps_that_it_names(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = config_path.parent / "run"
+    answer = run_here(capsys, "--config", str(config_path), "--profile", "2-3", "train.max_steps=3")
+    assert answer.status == 0, answer.err
+    assert answer.err.count(f"a trace of steps 2-3 goes into {run_dir}/profile, a file for each rank; open one at") == 1
+    assert [path.name for path in (run_dir / "profile").iterdir()] == ["steps-2-3.rank-0.json.gz"]
+
+
+@pytest.mark.parametrize("steps", ["2-", "3-4"])
+def test_command_refuses_to_trace_steps_that_are_none_and_leaves_no_file(
+    config_path: Path, capsys: pytest.CaptureFixture[str], steps: str
+) -> None:
+    answer = run_here(capsys, "--config", str(config_path), "--profile", steps, "train.max_steps=3")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith(f"config error: --profile = '{steps}': ")
+    assert answer.err.count("\n") == 1
+    assert not (config_path.parent / "run").exists()
 
 
 def test_profile_refuses_steps_beyond_the_last_one(tmp_path: Path) -> None:
