@@ -40,6 +40,17 @@ RUN_ELSEWHERE = {
     "python launch/train.py * --profile *": "train/test_profile.py::test_command_traces_the_steps_that_it_names",
     "deepspeed *launch/train.py *": "launch/test_launchers.py::test_a_run_leaves_its_config_metrics_summary_and_checkpoints",
     "torchrun * launch/train.py * --resume *": "checkpoint/test_resume.py::test_a_run_resumes_on_another_engine",
+    "torchrun * launch/evaluate.py *": "evaluation/test_evaluate_run.py::"
+    "test_two_ranks_evaluate_a_run_of_sharded_units_and_tokens",
+    "deepspeed * launch/evaluate.py *": "evaluation/test_evaluate_run.py::test_evaluate_gives_the_runs_own_last_evaluation",
+    "python launch/evaluate.py --weights exported/*": "evaluation/test_evaluate_weights.py::test_export_evaluates_like_its_run",
+    "python launch/evaluate.py * --model *": "evaluation/test_evaluate_weights.py::"
+    "test_state_dict_evaluates_like_the_run_of_its_weights",
+    "python launch/evaluate.py * --labels *": "evaluation/test_labels.py::"
+    "test_several_labels_a_sample_give_the_numbers_by_hand",
+    "python launch/evaluate.py * --label-map *": "evaluation/test_labels.py::test_label_map_gives_the_numbers_by_hand",
+    "python launch/evaluate.py * --throughput *": "evaluation/test_throughput.py::"
+    "test_throughput_times_dense_sparse_and_sliced_models",
     "python launch/submit.py *": "launch/test_submit.py::test_submit_writes_the_script_into_the_run_directory_and_submits_it",
 }
 """By pattern of a command, the test that runs it, or one like it."""
