@@ -152,14 +152,18 @@ def last_accuracy(run: SavedRun, *, ema: bool = False) -> Accuracy | None:
 
 
 def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
-    rows = {"top-1": f"{found['accuracy']:.2%}"}
-    rows |= {label: f"{found[name]:.2%}" for name, label in (("top5", "top-5"),) if name in found}
-    rows |= {
-        label: f"{found[name]:.4f}"
-        for name, label in (("loss", "loss"), ("calibration_error", "calibration error"))
-        if name in found
+    """Returns the numbers of an evaluation as text, by what they are called on the card."""
+    texts = {
+        "top-1": ("accuracy", "{:.2%}"),
+        "top-5": ("top5", "{:.2%}"),
+        "loss": ("loss", "{:.4f}"),
+        "calibration error": ("calibration_error", "{:.4f}"),
+        "images": ("samples", "{:,}"),
     }
-    return rows | ({"images": f"{found['samples']:,}"} if "samples" in found else {})
+    rows = {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
+    # Files of labels of one's own: their names, without the folders.
+    files = {"labels": "labels", "label map": "label_map"}
+    return rows | {label: Path(found[name]).name for label, name in files.items() if found.get(name)}
 
 
 def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:

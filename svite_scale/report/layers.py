@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,9 @@ def last_update(metrics: Sequence[Line], figure: str) -> dict[str, float]:
     """Returns a figure of the last topology update by layer, from lines of ``metrics.jsonl``; empty if none has it."""
     prefix = f"layers/{figure}/"
     for line in reversed(metrics):
-        if found := {name.removeprefix(prefix): number(line, name) for name in line if name.startswith(prefix)}:
-            return found
+        found = {name.removeprefix(prefix): number(line, name) for name in line if name.startswith(prefix)}
+        if found:
+            return {name: value for name, value in found.items() if math.isfinite(value)}
     return {}
 
 

@@ -45,6 +45,7 @@ def write_report(
     found = [
         sections.summary(runs),
         sections.charts("Training", runs, TRAINING),
+        sections.evaluation(runs, pictures),
         sections.topology(runs),
         sections.layers(runs),
         sections.units(runs, pictures),

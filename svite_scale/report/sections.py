@@ -14,8 +14,11 @@ from svite_scale.config.load import flatten_config, to_dict, to_yaml
 from svite_scale.cost.memory import ModelSize, bytes_per_rank, model_sizes
 from svite_scale.cost.traffic import sent_per_step
 from svite_scale.errors import DataError, RunError
+from svite_scale.export.model_card import run_tables
+from svite_scale.export.model_card import summary as card_summary
 from svite_scale.report import numbers
 from svite_scale.report.charts import Format, Series, bar, line_chart, table
+from svite_scale.report.evaluation_files import read_evaluation
 from svite_scale.report.html import Html, join, tag
 from svite_scale.report.layers import last_update, layer_densities, picture_of_units, split_name, unit_histories
 from svite_scale.report.patches import dimmed, is_small, kept_patches, named_selectors, picture_of_image
@@ -162,8 +165,15 @@ def _card(number: KeyNumber) -> Html:
 def summary(runs: Runs) -> Section:
     """Returns what was trained, and for several runs their key numbers side by side and the options that differ."""
     if len(runs) == 1:
-        facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in _facts(runs[0]).items()]
-        return Section("Summary", tag("dl", *facts, class_="card facts"))
+        (run,) = runs
+        if run.saved is None:
+            return Section("Summary", _list(_facts(run), "card facts"))
+        card = [
+            tag("div", tag("h3", title), _list(rows, "narrow facts"))
+            for title, rows in run_tables(run.saved, run.model).items()
+        ]
+        folded = tag("details", tag("summary", "Model card"), tag("div", *card, class_="tables"))
+        return Section("Summary", join(_list(_facts(run), "card facts"), folded), card_summary(run.saved, run.model))
     found = [{number.label: number for number in key_numbers(run)} for run in runs]
     labels = dict.fromkeys(label for each in found for label in each)
     rows = [[label, *(_cell(each[label]) if label in each else "–" for each in found)] for label in labels]
@@ -177,6 +187,10 @@ def summary(runs: Runs) -> Section:
             tag("div", table(["", *(run_label(runs, run) for run in runs)], rows), class_="card"),
         ]
     return Section("Summary", join(*parts))
+
+
+def _list(rows: Mapping[str, str], kind: str) -> Html:
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows.items()), class_=kind)
 
 
 def _cell(number: KeyNumber) -> str:
@@ -216,6 +230,35 @@ def sparsity_of(run: ReportedRun) -> str:
     if (tokens := run.last("tokens")) is not None:
         parts.append(f"{tokens:.0f} tokens pass")
     return ", ".join(parts)
+
+
+LABELS = {"accuracy": "accuracy", "top5": "top 5", "calibration_error": "calibration error"}
+HARDEST = 10
+"""Number of classes that are named."""
+
+
+def evaluation(runs: Runs, pictures: Pictures) -> Section | None:
+    """Returns what ``launch/evaluate.py`` has found of the runs' checkpoints, of the weights and of their moving average."""
+    parts = []
+    for number, run in enumerate(runs, start=1):
+        for ema in (False, True):
+            found = read_evaluation(run.saved.evaluation_folder(ema=ema)) if run.saved else None
+            if found is None:
+                continue
+            rows = [[label, numbers.percent(found.numbers[name])] for name, label in LABELS.items() if name in found.numbers]
+            rows += [[name, numbers.plain(found.numbers[name])] for name in ("loss", "samples") if name in found.numbers]
+            shown = [tag("div", tag("h3", "All samples"), table([], rows), class_="card")]
+            if found.classes:
+                rows = [[each.name, numbers.percent(each.accuracy), f"{each.samples:,}"] for each in found.classes[:HARDEST]]
+                hardest = table(["", "accuracy", "samples"], rows)
+                shown.append(tag("div", tag("h3", "Hardest classes"), hardest, class_="card"))
+            if found.confusion is not None:
+                name = f"run{number}-confusion{'-ema' * ema}.png"
+                picture = pictures.add(name, found.confusion, "confusion matrix", class_="whole")
+                shown.append(tag("div", tag("h3", "Confusion"), picture, class_="card"))
+            head = [tag("h4", of_run(runs, run) + ("moving average" if ema else "weights"))] if ema or len(runs) > 1 else []
+            parts += [*head, tag("div", *shown, class_="tables")]
+    return Section("Evaluation", join(*parts), "By launch/evaluate.py, of the checkpoint.") if parts else None
 
 
 class Chart(NamedTuple):
