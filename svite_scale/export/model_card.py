@@ -22,9 +22,11 @@ from svite_scale.cost.flops import count_flops
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.errors import ExportError
 from svite_scale.export.form import Export, Notes
+from svite_scale.export.formats import OnnxOptions
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.saved_run import SavedRun
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.tracking.tracker import METRICS
 
 CARD = "README.md"
 
@@ -130,23 +132,23 @@ def last_accuracy(run: SavedRun, *, ema: bool = False) -> Accuracy | None:
     """Returns the accuracy that ``launch/evaluate.py`` measured, or else that of the run's own last evaluation; None without.
 
     Raises:
-        ExportError: ``evaluation.json`` is damaged.
+        ExportError: ``evaluation.json``, or the line of ``metrics.jsonl``, is damaged.
     """
     path = run.evaluation_folder(ema=ema) / "evaluation.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ExportError(f"{path} is damaged ({error!r}); evaluate the checkpoint again, or remove it") from error
     prefix = "eval_ema_" if ema else "eval_"
     line = next((line for line in reversed(run.metrics) if f"{prefix}accuracy" in line), None)
-    if line is None:
-        return None
-    found = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
-    return Accuracy(
-        found["accuracy"], _accuracies(found), _shards(run.config.data.val), f"by the run itself, after step {line['step']:,}"
-    )
+    try:
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
+        if line is None:
+            return None
+        path = run.run_dir / METRICS
+        found = {name.removeprefix(prefix): value for name, value in line.items()}
+        source = f"by the run itself, after step {line['step']:,}"
+        return Accuracy(found["accuracy"], _accuracies(found), _shards(run.config.data.val), source)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ExportError(f"{path} is damaged ({error!r}); evaluate the checkpoint again, or remove it") from error
 
 
 def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
@@ -221,12 +223,18 @@ def _shards(pattern: str) -> str:
 def _commands(export: Export) -> str:
     origin, description = export.description.origin, export.description
     command = ["python", "launch/export.py", "--run", origin.run, "--checkpoint", origin.checkpoint]
-    command += ["--format", description.form, *(["--ema"] if origin.ema else []), "--out", "FOLDER"]
+    command += ["--format", description.form, *_onnx_options(export.onnx), *(["--ema"] if origin.ema else [])]
+    command += [*(["--license", description.license] if description.license else []), "--out", "FOLDER"]
     return (
         "The run was trained by `launch/train.py --config recipe.yaml`, beside `run_dir` and the paths of its data, with this "
         f"`recipe.yaml`; all other keys had their defaults:\n\n```yaml\n{dump(recipe(export.run.config))}```\n\n"
-        f"and exported by\n\n```\n{shlex.join(command)}\n```"
+        f"and exported by\n\n```\n{' '.join(shlex.join(command).split())}\n```"
     )
+
+
+def _onnx_options(options: OnnxOptions) -> list[str]:
+    given = {"--onnx-form": options.form, "--int8": options.int8}
+    return [text for name, value in given.items() if value is not None for text in (name, str(value))]
 
 
 def recipe(config: Config) -> dict[str, Any]:

@@ -97,6 +97,11 @@ def test_accuracy_is_that_of_evaluate_where_it_ran(saved: Saved, tmp_path: Path)
     (folder / "evaluation.json").write_text('{"accuracy": "<b>high</b>"}')
     with pytest.raises(ExportError, match=rf"^{folder}/evaluation.json is damaged"):
         last_accuracy(run)
+    run.metrics[-1]["eval_ema_accuracy"] = "<b>high</b>"
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/run/metrics.jsonl is damaged"):
+        last_accuracy(run, ema=True)
+    run.metrics.clear()
+    assert last_accuracy(run, ema=True) is None
 
 
 def test_recipe_gives_the_config_again_without_paths(saved: Saved, tmp_path: Path) -> None:
