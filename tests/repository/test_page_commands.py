@@ -51,8 +51,8 @@ PYTHON_RUN_ELSEWHERE = {
 }
 """By page, the test that runs its blocks of Python."""
 
-RUNS = {"runs/quickstart": "weights", "runs/structured": "single", "runs/tokens": "tokens", "RUN": "weights"}
-"""By run directory that commands name, the run of tests/saved.py that stands in for it."""
+RUNS = {"runs/structured": "single", "runs/tokens": "tokens"}
+"""By run directory that commands name, the run of tests/saved.py that stands in for it; ``weights`` for any other."""
 
 NEWEST = "step-00000016"
 """Name of the newest checkpoint of these runs."""
@@ -107,11 +107,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def add_stand_ins(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
     """Makes the runs and the config that a command names, unless they are there."""
-    for name, run in RUNS.items():
-        if re.search(rf"(?<![\w/-]){name}(?![\w-])", command) and not (folder / name).exists():
-            shutil.copytree(saved(run), folder / name)
-    if "my.yaml" in command:
-        write_config_file(saved("weights").parent / "digits", folder / "runs" / "my", folder / "my.yaml")
+    for name in re.findall(r"(?<![\w=/-])(?:runs/[\w-]+|RUN)(?![\w-])", command):
+        if not (folder / name).exists():
+            shutil.copytree(saved(RUNS.get(name, "weights")), folder / name)
+    for name in {"FILE", "my.yaml"} & set(command.split()):
+        write_config_file(saved("weights").parent / "digits", folder / "runs" / "my", folder / name)
 
 
 def run_line(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
