@@ -71,8 +71,7 @@ def subject_of_run(run_dir: Path, checkpoint: str | None, overrides: Sequence[st
     config = read_config(run_dir / "config.yaml", overrides)
     config = replace(run, config=config, val=config.data.val if "data.val" in given else None).evaluation_config()
     facts = {"run": str(run_dir), "checkpoint": run.checkpoint.name, "step": run.step, "ema": ema}
-    out = run_dir / "evaluation" / (run.checkpoint.name + ("-ema" if ema else ""))
-    return Subject(load_model(run, ema=ema), "sparse", config, facts, out)
+    return Subject(load_model(run, ema=ema), "sparse", config, facts, run.evaluation_folder(ema=ema))
 
 
 def subject_of_export(path: Path, overrides: Sequence[str], *, trusted: bool) -> Subject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class OnnxModel(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait by spinning would take the cores from torch's.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -122,7 +124,8 @@ def convert(model: nn.Module, example: Tensor, path: Path) -> None:
         if type(module) is nn.Linear:
             module.__class__ = FlatLinear
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # torch 2.15 can't convert fused attention with a bias, such as BEiT's
+            # torch 2.15 can't convert fused attention with a bias, such as BEiT's.
+            cast(Any, module).fused_attn = False
     program = torch.onnx.export(
         model,
         (example,),

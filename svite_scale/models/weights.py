@@ -26,7 +26,7 @@ from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.bitmask_layout import BitmaskMatrix, decode
 from svite_scale.sparsity.layers.base import SparseLayer
 
-REMEDY = "give the state_dict() of a timm model as .safetensors or .pth, or an export of the form timm, sliced or packed"
+REMEDY = "give a timm model's state_dict() as .safetensors or .pth, or what launch/export.py writes as timm, sliced or packed"
 POSITIONS = "pos_embed"
 BITMASK = ".bitmask"
 """End of a tensor's name that only the form packed has."""
@@ -179,7 +179,7 @@ def _of_packed(field: str, path: str, shapes: Mapping[str, torch.Size], read: Ca
     return Weights(field, path, dense, read_dense, read_mask, matrices=frozenset(packed))
 
 
-@dataclass(frozen=True)
+@dataclass
 class FittedWeights:
     """Weights, and what becomes of each so that it fits a model.
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from svite_scale.checkpoint.directory import CHECKPOINTS
+from svite_scale.checkpoint.load import counts_of_run
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.config.validate import check_world_size, validate
@@ -37,7 +39,7 @@ def main(arguments: argparse.Namespace, root: Path) -> int:
     """
     try:
         config = read_config(arguments.config, arguments.overrides)
-        check(config, arguments)
+        check(config, arguments, root)
         script = render_script(config, arguments, root)
         if arguments.dry_run:
             print(script, end="")
@@ -52,7 +54,7 @@ def main(arguments: argparse.Namespace, root: Path) -> int:
     return 0
 
 
-def check(config: Config, arguments: argparse.Namespace) -> None:
+def check(config: Config, arguments: argparse.Namespace, root: Path) -> None:
     """Refuses what would fail later, when the job runs.
 
     Raises:
@@ -68,7 +70,8 @@ def check(config: Config, arguments: argparse.Namespace) -> None:
         except ConfigError as error:
             problem = f"{error.problem}, on {num_nodes} of --nodes {arguments.nodes}"
             raise ConfigError(error.field, error.value, problem, error.remedy) from error
-    validate(config, world_size=None)
+    # A job resumes where the run has a checkpoint, and then needs no file of weights.
+    validate(config, world_size=None, saved=counts_of_run(root / config.run_dir / CHECKPOINTS))
 
 
 def node_counts(nodes: str) -> range:

@@ -72,7 +72,7 @@ def test_packed_keeps_active_weights_that_are_zero(saved: Saved, tmp_path: Path)
 def test_forms_without_readable_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"onnx")
     model = nn.Linear(2, 2)
-    with pytest.raises(OptionError, match=r"is a folder without model\.safetensors; give .* the form timm, sliced or packed"):
+    with pytest.raises(OptionError, match=r"is a folder without model\.safetensors; give .* writes as timm, sliced or packed"):
         svite_scale.load_weights(model, tmp_path)
     with pytest.raises(OptionError, match=r"model\.onnx'?: can't be read as a state dict \("):
         svite_scale.load_weights(model, tmp_path / "model.onnx")

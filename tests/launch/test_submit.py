@@ -168,3 +168,10 @@ def test_submit_names_the_run_directory_when_it_cannot_be_written(submit: Submit
     done = submit(*SIZE, f"run_dir={tmp_path}/file/run")
     assert done.status == 1
     assert done.err.startswith(f"error: can't write {tmp_path}/file/run/train.sbatch: ")
+
+
+def test_a_job_that_resumes_needs_no_file_of_weights(submit: Submit, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    gone = ("--dry-run", *SIZE, "model.weights=gone.pth")
+    assert submit(*gone, f"run_dir={saved('weights')}").status == 0
+    new = submit(*gone, f"run_dir={tmp_path}/new")
+    assert (new.status, new.err[:54]) == (2, "config error: model.weights = 'gone.pth': is no file; ")

@@ -162,7 +162,7 @@ def with_state(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path]
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "none": (lambda path: None, "is no file; check the path; give the state_dict() of a timm model"),
+    "none": (lambda path: None, "is no file; check the path; give a timm model's state_dict() as .saf"),
     "folder": (lambda path: path.mkdir(), "is a folder without model.safetensors; give"),
     "junk": (lambda path: path.write_bytes(b"junk" * 9), "can't be read as a state dict ("),
     "numbers": (lambda path: torch.save([1, 2], path.with_suffix(".pth")), "can't be read as a state dict ("),

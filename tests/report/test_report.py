@@ -211,6 +211,11 @@ def change_mask(run_dir: Path, mask: object) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def remove_manifests(run_dir: Path) -> None:
+    for path in run_dir.glob("checkpoints/*/manifest.json"):
+        path.unlink()
+
+
 NEWEST = "checkpoints/step-00000020"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no run": (
@@ -219,7 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no config": (lambda run: (run / "config.yaml").write_text("a: 1"), "a = 1: is no known key; "),
     "no complete checkpoint": (
-        lambda run: [path.unlink() for path in run.glob("checkpoints/*/manifest.json")],
+        remove_manifests,
         "{run}/checkpoints holds no complete checkpoint; train the run until it saves one",
     ),
     "another model": (

@@ -1,4 +1,4 @@
-"""What ``launch/evaluate.py`` has found of a checkpoint, read from its files."""
+"""What ``launch/evaluate.py`` has found of a checkpoint: its files, and their section of a page."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from svite_scale.errors import RunError
+from svite_scale.report import numbers
+from svite_scale.report.charts import table
+from svite_scale.report.html import join, tag
+from svite_scale.report.section import Pictures, Runs, Section, of_run
 
 NUMBERS = ("accuracy", "top5", "loss", "calibration_error", "samples")
+LABELS = {"accuracy": "accuracy", "top5": "top 5", "calibration_error": "calibration error"}
+HARDEST = 10
+"""Number of classes that are named."""
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -69,3 +77,27 @@ def _checked(value: object) -> float:
     if not isinstance(value, int | float) or not 0 <= value < 1e15:
         raise ValueError(f"{str(value)[:40]!r} is no such number")
     return float(value)
+
+
+def evaluation(runs: Runs, pictures: Pictures) -> Section | None:
+    """Returns what ``launch/evaluate.py`` has found of the runs' checkpoints, of the weights and of their moving average."""
+    parts = []
+    for run_number, run in enumerate(runs, start=1):
+        for ema in (False, True):
+            found = read_evaluation(run.saved.evaluation_folder(ema=ema)) if run.saved else None
+            if found is None:
+                continue
+            rows = [[label, numbers.percent(found.numbers[name])] for name, label in LABELS.items() if name in found.numbers]
+            rows += [[name, numbers.plain(found.numbers[name])] for name in ("loss", "samples") if name in found.numbers]
+            shown = [tag("div", tag("h3", "All samples"), table([], rows), class_="card")]
+            if found.classes:
+                rows = [[each.name, numbers.percent(each.accuracy), f"{each.samples:,}"] for each in found.classes[:HARDEST]]
+                hardest = table(["", "accuracy", "samples"], rows)
+                shown.append(tag("div", tag("h3", "Hardest classes"), hardest, class_="card"))
+            if found.confusion is not None:
+                name = f"run{run_number}-confusion{'-ema' * ema}.png"
+                picture = pictures.add(name, found.confusion, "confusion matrix", class_="whole")
+                shown.append(tag("div", tag("h3", "Confusion"), picture, class_="card"))
+            head = [tag("h4", of_run(runs, run) + ("moving average" if ema else "weights"))] if ema or len(runs) > 1 else []
+            parts += [*head, tag("div", *shown, class_="tables")]
+    return Section("Evaluation", join(*parts), "By launch/evaluate.py, of the checkpoint.") if parts else None
