@@ -28,8 +28,13 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     # MLflow tries a model that it logs. On a GPU it couldn't: torch.export has fixed the model's device.
     "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
+    # The run says once where it can be seen.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's environment variables, where the user sets none."""
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's page show an experiment as training, and not as one of language models."""
 
 RUN_ID_FILE = "mlflow_run_id"
 """File of the run directory that holds MLflow's name for the run."""
@@ -236,7 +241,7 @@ class MlflowRun:
             logger.warning("MLflow's experiment %r is deleted, but keeps its name; the run goes into %r", wanted, name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, self.store.artifact_location))
+        return str(self._client.create_experiment(name, self.store.artifact_location, tags=EXPERIMENT_TAGS))
 
 
 def _first(option: tuple[str, str | None], variable: str, default: str) -> tuple[str, str]:
