@@ -62,8 +62,7 @@ def _publish(run_dir: Path, tracking: TrackingConfig) -> None:
 
 def form_for(config: Config) -> str:
     """Returns the form to export: ``sliced`` if heads, neurons or tokens are absent, and otherwise ``timm``, the plainest."""
-    structured, tokens = config.sparsity.structured, config.sparsity.tokens
-    return "timm" if structured.heads == structured.neurons == 1.0 and tokens.keep is None else "sliced"
+    return "sliced" if config.sparsity.is_smaller else "timm"
 
 
 def prefers_average(run: SavedRun) -> bool:
