@@ -93,7 +93,7 @@ def commands(page: Path) -> Iterator[tuple[str, str]]:
 def test_commands_have_the_options_that_a_page_gives_them(page: Path) -> None:
     for script, arguments in commands(page):
         source = (ROOT / script).read_text()
-        for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", arguments):
+        for option in re.findall(r"(?<!\S)\[?(--[a-z0-9-]+)", arguments):
             assert f'"{option}"' in source, f"{script} {option}"
 
 
