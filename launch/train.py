@@ -44,7 +44,7 @@ def train(given: argparse.Namespace) -> int:
 
         with StopSignals() as signals:
             signals.saved_status = status  # the run has finished, so a signal ends only the publishing
-            publish(Path(config.run_dir))
+            publish(Path(config.run_dir), config.tracking)
     return status
 
 

@@ -15,6 +15,7 @@ from svite_scale.report.page import write_report
 from svite_scale.saved_run import SavedRun, read_run
 from svite_scale.tracking.mlflow_result import Result, log_result
 from svite_scale.tracking.mlflow_run import first_line
+from svite_scale.tracking.options import TrackingConfig
 
 REPORT, EXPORT = "report", "export"
 """Folders in the run directory, and of the run in MLflow."""
@@ -22,19 +23,23 @@ REPORT, EXPORT = "report", "export"
 logger = logging.getLogger("svite_scale")
 
 
-def publish(run_dir: Path) -> None:
+def publish(run_dir: Path, tracking: TrackingConfig) -> None:
     """Writes the report of a run and an export of its newest checkpoint, and logs both to MLflow, with the model.
 
     Local: one process calls it. A failure is a warning, because the run itself has finished.
+
+    Args:
+        run_dir: of the run.
+        tracking: where MLflow is. Not read from the run directory, which others may write.
     """
     try:
-        _publish(run_dir)
+        _publish(run_dir, tracking)
     except Exception as error:  # MLflow passes on what its database and network raise
         cause = f"{type(error).__name__}: {first_line(error)}"
         logger.warning("%s isn't published (%s); train it again with --resume to repeat only this", run_dir, cause)
 
 
-def _publish(run_dir: Path) -> None:
+def _publish(run_dir: Path, tracking: TrackingConfig) -> None:
     run = read_run(run_dir)
     page = write_report([run_dir], run_dir / REPORT)
     ema = prefers_average(run)
@@ -51,14 +56,13 @@ def _publish(run_dir: Path) -> None:
         image_shape=(model.in_channels, model.image_size, model.image_size),
         metadata={"form": exported.form, "preprocessing": to_dict(exported.preprocessing)},
     )
-    log_result(run.config.tracking, run_dir, result)
+    log_result(tracking, run_dir, result)
     print(f"{run_dir}: published {page} and {folder} to MLflow, with the model", file=sys.stderr)
 
 
 def form_for(config: Config) -> str:
     """Returns the form to export: ``sliced`` if heads, neurons or tokens are absent, and otherwise ``timm``, the plainest."""
-    structured, tokens = config.sparsity.structured, config.sparsity.tokens
-    return "timm" if structured.heads == structured.neurons == 1.0 and tokens.keep is None else "sliced"
+    return "sliced" if config.sparsity.is_smaller else "timm"
 
 
 def prefers_average(run: SavedRun) -> bool:

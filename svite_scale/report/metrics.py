@@ -35,7 +35,7 @@ UNITS = {"": "weights", "heads/": "heads", "neurons/": "neurons"}
 TRAINING = (
     Chart("Loss", {f"{prefix}loss": label for prefix, label in EVALUATED.items()}),
     Chart("Accuracy", {f"{prefix}accuracy": label for prefix, label in EVALUATED.items()}, numbers.percent),
-    Chart("Learning rate", {"lr": "last"}),
+    Chart("Learning rate", {"lr": "last"}, from_zero=True),
     Chart("Norm of the gradient", {"grad_norm": "last"}),
     Chart("Images per second", {"samples_per_second": "last"}, from_zero=True),
     Chart("Time of a step", {"step_seconds": "last"}, numbers.duration, from_zero=True),

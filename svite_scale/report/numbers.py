@@ -5,9 +5,9 @@ from __future__ import annotations
 
 def plain(value: float) -> str:
     """Returns 1240 as ``1,240``, 0.00293 as ``0.00293``, 15000000.0 as ``15 M``."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-    return count(value) if abs(value) >= 1e5 else f"{value:.2g}"
+    return count(value) if abs(value) >= 1e6 else f"{value:.2g}"
 
 
 def percent(fraction: float) -> str:

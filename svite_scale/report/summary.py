@@ -50,12 +50,12 @@ def _accuracies(run: ReportedRun) -> Iterator[KeyNumber]:
 
 
 def _progress(run: ReportedRun) -> Iterator[KeyNumber]:
-    steps = f"{run.step:,}" if run.is_finished or run.total_steps is None else f"{run.step:,} / {run.total_steps:,}"
-    epoch = run.last("epoch")
-    notes = [f"epoch {epoch:.4g} of {run.config.train.epochs}"] if epoch is not None else []
+    notes = [] if run.is_finished or run.total_steps is None else [f"of {run.total_steps:,}"]
+    if (epoch := run.last("epoch")) is not None:
+        notes.append(f"epoch {epoch:.4g} of {run.config.train.epochs}")
     if run.is_finished:
         notes.append(numbers.duration(run.summary["seconds"]))
-    yield KeyNumber("Steps", steps, ", ".join(notes))
+    yield KeyNumber("Steps", f"{run.step:,}", ", ".join(notes))
 
 
 def _sizes(run: ReportedRun) -> Iterator[KeyNumber]:

@@ -28,6 +28,8 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     # MLflow tries a model that it logs. On a GPU it couldn't: torch.export has fixed the model's device.
     "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
+    # The run says once where it can be seen.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's environment variables, where the user sets none."""
 

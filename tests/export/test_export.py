@@ -88,6 +88,14 @@ def test_damaged_export_json_is_refused_by_name(tmp_path: Path, content: str, pr
         read_export(tmp_path)
 
 
+def test_export_json_that_names_a_file_of_weights_is_refused(exported: Path, tmp_path: Path) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    description["model"]["weights"] = "/etc/passwd"
+    (tmp_path / "export.json").write_text(json.dumps(description))
+    with pytest.raises(ExportError, match=r"its model names a file of weights"):
+        read_export(tmp_path)
+
+
 def test_folder_without_export_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=rf"^{tmp_path} holds no export: it has no export.json"):
         read_export(tmp_path)

@@ -99,6 +99,8 @@ def test_report_has_the_sections_that_the_run_can_fill(
     files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "pictures").glob("*")}
     assert files.keys() == {*pictures}
     assert sorted(page.images) == sorted(files.values())
+    assert ("Sent by a rank in a step" in page.text) == ("2 ranks" in page.text) == (name == "fsdp2")
+    assert "Training state of a rank" in page.text
     assert "http:" not in page.text
     assert "https:" not in page.text
 
@@ -167,8 +169,10 @@ def test_report_shows_a_run_that_is_still_going(saved: Saved, tmp_path: Path, ca
     page = Page(run_dir / "report" / "report.html")
     assert page.ids == EXPECTED["fsdp2"][0]
     assert "not finished, 30% done" in page.text
-    assert "6 / 20" in page.text
+    assert "6of 20, epoch 1.2 of 4" in page.text
     assert "none yet" in page.text
+    assert "2 ranks" in page.text
+    assert "Training state of a rank" in page.text
     assert len(page.images) == len(UNITS)
 
 

@@ -63,8 +63,8 @@ PYTHON_RUN_ELSEWHERE = {
 }
 """By page, the test that runs its blocks of Python."""
 
-RUNS = {"runs/quickstart": "weights", "runs/structured": "single", "runs/tokens": "tokens", "RUN": "weights"}
-"""By run directory that commands name, the run of tests/saved.py that stands in for it."""
+RUNS = {"runs/structured": "single", "runs/tokens": "tokens"}
+"""By run directory that commands name, the run of tests/saved.py that stands in for it; ``weights`` for any other."""
 
 NEWEST = "step-00000016"
 """Name of the newest checkpoint of these runs."""
@@ -103,8 +103,8 @@ def has_own_code(page: Path) -> bool:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a page's code runs: with the repository's scripts, and images of two classes."""
+def folder(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a page's code runs: with the repository's scripts, shards of digits, images of two classes."""
     for name in ("launch", "configs", "examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     for split in ("train", "val"):
@@ -113,17 +113,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for number in range(2):
                 image = Image.new("RGB", (16, 12), (100 * number, 80, 160))
                 image.save(tmp_path / "imagenet" / split / name / f"{name}_{number}.JPEG")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist5k").symlink_to(digits)
+    write_config_file(digits, tmp_path / "runs" / "my", tmp_path / "my.yaml")
+    (tmp_path / "FILE").symlink_to("my.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def add_stand_ins(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
-    """Makes the runs and the config that a command names, unless they are there."""
-    for name, run in RUNS.items():
-        if re.search(rf"(?<![\w/-]){name}(?![\w-])", command) and not (folder / name).exists():
-            shutil.copytree(saved(run), folder / name)
-    if "my.yaml" in command:
-        write_config_file(saved("weights").parent / "digits", folder / "runs" / "my", folder / "my.yaml")
+def add_runs(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
+    """Copies small runs to where a command names runs, unless they are there."""
+    for name in re.findall(r"(?<![\w/-])(?<!run_dir=)(?:runs/[\w-]+|RUN)(?![\w-])", command):
+        if not (folder / name).exists():
+            shutil.copytree(saved(RUNS.get(name, "weights")), folder / name)
 
 
 def run_line(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +149,10 @@ def test_code_of_a_page_runs_from_top_to_bottom(
     names: dict[str, Any] = {"model": model}
     for block in blocks(page):
         for command in own_commands(block):
-            add_stand_ins(command, folder, saved)
+            add_runs(command, folder, saved)
             run_line(command, folder, capsys)
         if runs_python(page, block):
-            add_stand_ins(block.text, folder, saved)
+            add_runs(block.text, folder, saved)
             exec(compile("\n" * block.line + dedent(block.text), page, "exec"), names)
 
 

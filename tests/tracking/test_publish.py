@@ -31,8 +31,8 @@ def run_dir(saved: Callable[[str], Path], empty_database: Path, tmp_path_factory
     address = mlflow.get_tracking_uri()
     with tracker_of(config, run_dir, 20):
         pass
-    publish(run_dir)
-    publish(run_dir)
+    publish(run_dir, config.tracking)
+    publish(run_dir, config.tracking)
     yield run_dir
     mlflow.set_tracking_uri(address)
 
@@ -73,7 +73,7 @@ def test_mlflow_loads_the_published_model(run_dir: Path, run_id: str) -> None:
 
 
 def test_a_failure_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    publish(tmp_path / "nothing")
+    publish(tmp_path / "nothing", TrackingConfig())
     (message,) = [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
     assert message.startswith(f"{tmp_path / 'nothing'} isn't published (RunError: ")
     assert message.endswith("; train it again with --resume to repeat only this")
