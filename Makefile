@@ -1,4 +1,4 @@
-# make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml
+# make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml, and evaluates it
 # make test         sets up .venv, runs all tests, three files at a time; PYTEST_ARGS="-k config" picks some
 # make test-fast    the same without the tests that start processes or take long
 # make lint         sets up .venv, checks style and types
@@ -15,16 +15,18 @@ SHARDS := data/mnist5k
 # run ends: a new one would die in the same test.
 THREE_AT_A_TIME := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# Both are expanded where a recipe uses them, after .venv is ready: at most 2 GPUs, or 2 processes where there is none;
-# the first free one of runs/quickstart, runs/quickstart-2, ...
+# At most 2 GPUs, or 2 processes where there is none. It is expanded where a recipe uses it, after .venv is ready.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
+# The first free one of runs/quickstart, runs/quickstart-2, ... for the whole recipe, which makes it.
 RUN_DIR ?= $(shell run=runs/quickstart; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/quickstart-$$n; done; echo $$run)
+RUN_DIR := $(RUN_DIR)
 
 .PHONY: quickstart test test-fast lint compiler
 .NOTPARALLEL:
 
 quickstart: compiler $(SHARDS)/.made
 	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
+	$(IN_VENV) python launch/evaluate.py --run $(RUN_DIR)
 
 test: compiler $(VENV)/.installed-test
 	$(IN_VENV) python -m pytest $(THREE_AT_A_TIME) $(PYTEST_ARGS)

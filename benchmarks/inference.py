@@ -24,9 +24,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside this file
 
 from benchmarks.machine import describe_machine
-from benchmarks.timing import alternate, ratio
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.errors import ExportError
+from svite_scale.evaluation.timing import alternate, ratio
 from svite_scale.export import onnx_form
 from svite_scale.export.form import Export, describe
 from svite_scale.export.quantization import quantize

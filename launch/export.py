@@ -33,7 +33,8 @@ def main() -> int:
 
     try:
         run = read_run(given.run, given.checkpoint)
-        print(export_run(run, given.format, given.out, ema=given.ema, license=given.license, onnx=onnx))
+        out = export_run(run, given.format, given.out, ema=given.ema, license=given.license, onnx=onnx, show_progress=True)
+        print(out)
     except SviteScaleError as error:
         print(f"export error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def arguments() -> argparse.Namespace:
@@ -26,14 +27,33 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def main() -> None:
-    given = arguments()
+def train(given: argparse.Namespace) -> int:
+    """Trains, and publishes a finished run on the main rank. Returns the exit status of training."""
     # These import torch, and --help needn't wait for it.
-    from svite_scale.runtime.ending import run_process
-    from svite_scale.runtime.rank_log import run_logged
+    from svite_scale.config.load import read_config
+    from svite_scale.runtime.signals import StopSignals
+    from svite_scale.runtime.world import World
     from svite_scale.train import command
 
-    run_process(lambda: run_logged(command.main, given))
+    status = command.main(given)
+    if status or given.dry_run or not World.from_environment().is_main:
+        return status
+    config = read_config(given.config, given.overrides)
+    if config.tracking.mlflow and config.tracking.publish:
+        from svite_scale.publish import publish
+
+        with StopSignals() as signals:
+            signals.saved_status = status  # the run has finished, so a signal ends only the publishing
+            publish(Path(config.run_dir), config.tracking)
+    return status
+
+
+def main() -> None:
+    given = arguments()
+    from svite_scale.runtime.ending import run_process
+    from svite_scale.runtime.rank_log import run_logged
+
+    run_process(lambda: run_logged(train, given))
 
 
 if __name__ == "__main__":

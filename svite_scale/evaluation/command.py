@@ -24,7 +24,7 @@ from svite_scale.errors import ConfigError, DataError, RunError
 from svite_scale.evaluation.labels import read_labels
 from svite_scale.evaluation.picture import draw_confusion
 from svite_scale.evaluation.results import Results, collect_results
-from svite_scale.evaluation.subject import Subject, place, subject_of_export, subject_of_run
+from svite_scale.evaluation.subject import ON_CPU, Subject, place, subject_of_export, subject_of_run, subject_of_state_dict
 from svite_scale.evaluation.throughput import BATCHES, measure_throughput, table
 from svite_scale.runtime import ranks
 from svite_scale.runtime.world import World
@@ -38,19 +38,17 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs ``launch/evaluate.py``. Every rank calls it.
 
     Args:
-        arguments: ``run``, ``weights``, ``checkpoint``, ``ema``, ``labels``, ``label_map``, ``throughput``, ``out``,
-            ``overrides``.
+        arguments: ``run``, ``weights``, ``checkpoint``, ``ema``, ``model``, ``config``, ``trust``, ``labels``, ``label_map``,
+            ``throughput``, ``out``, ``overrides``.
 
     Returns:
         The exit status: 0; 2 after a mistake in the config or the arguments; 1 after any other error. The error is printed.
     """
 
     def command(world: World, _: object) -> int:
-        if arguments.run is not None:
-            subject = subject_of_run(arguments.run, arguments.checkpoint, arguments.overrides, ema=arguments.ema)
-        else:
-            subject = subject_of_export(arguments.weights, arguments.overrides)
-        device, out = ranks.local_device(world), arguments.out or subject.out
+        subject = find_subject(arguments)
+        out: Path = arguments.out or subject.out
+        device = torch.device("cpu") if subject.form in ON_CPU else ranks.local_device(world)
         if arguments.throughput is None:
             evaluate(subject, world, device, arguments.labels, arguments.label_map, out)
         else:
@@ -60,6 +58,20 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
 
     return run_on_every_rank(command)
+
+
+def find_subject(arguments: argparse.Namespace) -> Subject:
+    """Returns the model that the arguments name, and the options to evaluate it with.
+
+    Raises:
+        ConfigError, RunError, CheckpointError, ExportError: it can't be read or used.
+    """
+    path, overrides = arguments.weights, arguments.overrides
+    if path is None:
+        return subject_of_run(arguments.run, arguments.checkpoint, overrides, ema=arguments.ema)
+    if arguments.model is None and arguments.config is None:
+        return subject_of_export(path, overrides, trusted=arguments.trust)
+    return subject_of_state_dict(path, arguments.model, arguments.config, overrides)
 
 
 def evaluate(

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from svite_scale.evaluation.subject import Subject, place
+from svite_scale.evaluation.subject import ON_CPU, Subject, place
 from svite_scale.evaluation.timing import alternate, ratio
-from svite_scale.export.sliced_form import slice_model
+from svite_scale.export.sliced_form import is_smaller, slice_model
 from svite_scale.models.dense import build_dense
-from svite_scale.models.token_selector import token_selectors
-from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.tracking.progress import track
 from svite_scale.train.evaluate import Forward
 
@@ -27,9 +25,6 @@ SECONDS = 60.0
 
 FEWEST, MOST = 5, 50
 DENSE = "dense"
-NOT_COMPILED = ("onnx", "pt2")
-"""Exported forms that torch.compile can't take."""
-
 COMPILED = " compiled"
 """End of the name of a model that torch.compile has compiled."""
 
@@ -59,7 +54,7 @@ def measure_throughput(
         images = torch.randn(batch, *shape, device=device)
         tasks = {name: task(forward, images) for name, forward in forwards.items()}
         for name, forward in forwards.items():
-            if name not in NOT_COMPILED:
+            if name not in ON_CPU:
                 tasks[name + COMPILED] = task(torch.compile(forward, dynamic=False), images)
         found.append({"batch": batch, **compare(tasks, batch, device, seconds)})
     return found
@@ -68,8 +63,8 @@ def measure_throughput(
 def models_to_time(subject: Subject) -> dict[str, nn.Module]:
     """Returns the models by name, the dense twin first: timm's ordinary model of the same sizes, with all tokens."""
     model, config = subject.model, subject.config.model
-    models = {DENSE: build_dense(config).eval(), subject.facts.get("form", "sparse"): model}
-    if any(isinstance(module, UnitLayer) for module in model.modules()) or token_selectors(model):
+    models = {DENSE: build_dense(config).eval(), subject.form: model}
+    if subject.form == "sparse" and is_smaller(model):
         models["sliced"] = slice_model(model, config)
     return models
 

@@ -172,7 +172,10 @@ def read_description(folder: Path) -> Description:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it holds no JSON object")
-        return build(Description, dict(leaves(raw, leaf_hints(Description))))
+        description = build(Description, dict(leaves(raw, leaf_hints(Description))))
+        if description.model.weights is not None:
+            raise ValueError("its model names a file of weights, and the weights of an export are in its folder")
+        return description
     except FileNotFoundError as error:
         raise ExportError(f"{folder} holds no export: it has no {DESCRIPTION}; name a folder of launch/export.py") from error
     except (OSError, ValueError, RecursionError, ConfigError) as error:

@@ -22,16 +22,18 @@ from svite_scale.cost.flops import count_flops
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.errors import ExportError
 from svite_scale.export.form import Export, Notes
+from svite_scale.export.formats import OnnxOptions
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.saved_run import SavedRun
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.tracking.tracker import METRICS
 
 CARD = "README.md"
 
 OF_ONE_MACHINE = re.compile(
-    r"run_dir|data\.(train|val|cache_\w+|workers)|tracking\..*|distillation\.checkpoint|sparsity\.masks"
+    r"run_dir|model\.weights|sparsity\.masks|distillation\.checkpoint|data\.(train|val|cache_\w+|workers)|tracking\..*"
 )
-"""Config keys that aren't shown: paths, and what one machine needs."""
+"""Config keys whose values aren't shown: paths, and what one machine needs."""
 
 LIMITS = (
     "The model knows the classes that it was trained on, and says one of them for every image.",
@@ -70,7 +72,7 @@ def card_text(export: Export, notes: Notes) -> str:
     sections = [
         f"# {_plain(description.origin.run)}",
         _plain(summary(run, export.model)),
-        f"## Use\n\n{notes.usage.strip()}\n\n`FOLDER` is the path of this folder.",
+        f"## Use\n\n{notes.usage.strip()}" + ("\n\n`FOLDER` is the path of this folder." if "FOLDER" in notes.usage else ""),
         *(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()),
         f"## Commands\n\n{_commands(export)}",
         f"## Licence\n\n{_licence(description.license)}",
@@ -130,34 +132,38 @@ def last_accuracy(run: SavedRun, *, ema: bool = False) -> Accuracy | None:
     """Returns the accuracy that ``launch/evaluate.py`` measured, or else that of the run's own last evaluation; None without.
 
     Raises:
-        ExportError: ``evaluation.json`` is damaged.
+        ExportError: ``evaluation.json``, or the line of ``metrics.jsonl``, is damaged.
     """
     path = run.evaluation_folder(ema=ema) / "evaluation.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ExportError(f"{path} is damaged ({error!r}); evaluate the checkpoint again, or remove it") from error
     prefix = "eval_ema_" if ema else "eval_"
     line = next((line for line in reversed(run.metrics) if f"{prefix}accuracy" in line), None)
-    if line is None:
-        return None
-    found = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
-    return Accuracy(
-        found["accuracy"], _accuracies(found), _shards(run.config.data.val), f"by the run itself, after step {line['step']:,}"
-    )
+    try:
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
+        if line is None:
+            return None
+        path = run.run_dir / METRICS
+        found = {name.removeprefix(prefix): value for name, value in line.items()}
+        source = f"by the run itself, after step {line['step']:,}"
+        return Accuracy(found["accuracy"], _accuracies(found), _shards(run.config.data.val), source)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ExportError(f"{path} is damaged ({error!r}); evaluate the checkpoint again, or remove it") from error
 
 
 def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
-    rows = {"top-1": f"{found['accuracy']:.2%}"}
-    rows |= {label: f"{found[name]:.2%}" for name, label in (("top5", "top-5"),) if name in found}
-    rows |= {
-        label: f"{found[name]:.4f}"
-        for name, label in (("loss", "loss"), ("calibration_error", "calibration error"))
-        if name in found
+    """Returns the numbers of an evaluation as text, by what they are called on the card."""
+    texts = {
+        "top-1": ("accuracy", "{:.2%}"),
+        "top-5": ("top5", "{:.2%}"),
+        "loss": ("loss", "{:.4f}"),
+        "calibration error": ("calibration_error", "{:.4f}"),
+        "images": ("samples", "{:,}"),
     }
-    return rows | ({"images": f"{found['samples']:,}"} if "samples" in found else {})
+    rows = {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
+    # Files of labels of one's own: their names, without the folders.
+    files = {"labels": "labels", "label map": "label_map"}
+    return rows | {label: Path(found[name]).name for label, name in files.items() if found.get(name)}
 
 
 def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:
@@ -188,6 +194,7 @@ def _cost(model: nn.Module, image_size: int) -> dict[str, str]:
 def _training(run: SavedRun) -> dict[str, str]:
     config = run.config
     rows = {
+        "start": "random weights" if config.model.weights is None else Path(config.model.weights).name,
         "method": str(config.sparsity.method),
         "steps": f"{run.step:,}, of {config.train.global_batch_size:,} images each",
         "epochs": f"{config.train.epochs:,} planned",
@@ -221,26 +228,41 @@ def _shards(pattern: str) -> str:
 def _commands(export: Export) -> str:
     origin, description = export.description.origin, export.description
     command = ["python", "launch/export.py", "--run", origin.run, "--checkpoint", origin.checkpoint]
-    command += ["--format", description.form, *(["--ema"] if origin.ema else []), "--out", "FOLDER"]
+    command += ["--format", description.form, *_onnx_options(export.onnx), *(["--ema"] if origin.ema else [])]
+    command += [*(["--license", description.license] if description.license else []), "--out", "FOLDER"]
+    values, hidden = recipe(export.run.config)
     return (
-        "The run was trained by `launch/train.py --config recipe.yaml`, beside `run_dir` and the paths of its data, with this "
-        f"`recipe.yaml`; all other keys had their defaults:\n\n```yaml\n{dump(recipe(export.run.config))}```\n\n"
-        f"and exported by\n\n```\n{shlex.join(command)}\n```"
+        "The run was trained by `launch/train.py --config recipe.yaml`, with this `recipe.yaml`:\n\n"
+        f"```yaml\n{dump(values)}```\n\n"
+        f"and with values for its machine: {', '.join(f'`{name}`' for name in hidden)}. All other keys had their defaults. The "
+        f"model was exported by\n\n```\n{' '.join(shlex.join(command).split())}\n```"
     )
 
 
-def recipe(config: Config) -> dict[str, Any]:
-    """Returns the values of a config that aren't defaults, without paths, as nested dicts."""
-    defaults = flatten_config(to_dict(Config(run_dir=config.run_dir)))
+def _onnx_options(options: OnnxOptions) -> list[str]:
+    given = {"--onnx-form": options.form, "--int8": options.int8}
+    return [text for name, value in given.items() if value is not None for text in (name, str(value))]
+
+
+def recipe(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values of a config that aren't defaults, as nested dicts, and the names of those that only one machine needs,
+    such as paths, which are left out.
+    """
+    defaults = flatten_config(to_dict(Config(run_dir="")))
     nested: dict[str, Any] = {}
+    hidden = []
     for name, value in flatten_config(to_dict(config)).items():
-        if value != defaults[name] and not OF_ONE_MACHINE.fullmatch(name):
-            *sections, key = name.split(".")
-            place = nested
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[key] = value
-    return nested
+        if value == defaults[name]:
+            continue
+        if OF_ONE_MACHINE.fullmatch(name):
+            hidden.append(name)
+            continue
+        *sections, key = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return nested, hidden
 
 
 def _licence(license: str | None) -> str:

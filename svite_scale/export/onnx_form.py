@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class OnnxModel(nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait by spinning would take the cores from torch's.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -95,10 +97,14 @@ def read(folder: Path, description: Description) -> nn.Module:
     """Returns the model, run by onnxruntime.
 
     Raises:
-        ExportError: the file can't be read, or onnxruntime isn't installed.
+        ExportError: the file can't be read, or takes weights from outside the folder; or onnx or onnxruntime isn't installed.
     """
-    _require("onnxruntime")
+    _require("onnx", "onnxruntime")
+    import onnx
+
     try:
+        # Refuses weights in other folders, which onnxruntime 1.23 would read.
+        onnx.load(folder / FILE)
         return OnnxModel(folder / FILE)
     except Exception as error:  # of onnxruntime's own kinds
         raise ExportError(f"{folder / FILE} can't be read ({error}); export the model again") from error
@@ -122,7 +128,8 @@ def convert(model: nn.Module, example: Tensor, path: Path) -> None:
         if type(module) is nn.Linear:
             module.__class__ = FlatLinear
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # torch 2.15 can't convert fused attention with a bias, such as BEiT's
+            # torch 2.15 can't convert fused attention with a bias, such as BEiT's.
+            cast(Any, module).fused_attn = False
     program = torch.onnx.export(
         model,
         (example,),

@@ -28,7 +28,10 @@ def write(export: Export, folder: Path) -> Notes:
         raise ExportError(
             f"--format pt2: torch.export can't trace {type(model).__name__} ({reason}); use timm or packed"
         ) from error
-    torch.export.save(program, folder / PROGRAM)
+    try:
+        torch.export.save(program, folder / PROGRAM)
+    except RuntimeError as error:  # torch's, also for a full disk
+        raise ExportError(f"can't write {PROGRAM} ({error}); give --out a folder with room") from error
     limits = (
         "Loading a `.pt2` file can run code that is in it. Load it only if you trust whoever made it.",
         "The program computes in fp32 on the device it was exported on, the CPU; `torch.export.passes` moves it to another.",

@@ -75,7 +75,8 @@ def read_export(path: Path, *, trusted: bool = False) -> Exported:
     if description.form in CAN_RUN_CODE and not trusted:
         raise ExportError(
             f"{folder} is of the form {description.form}, and loading such a file can run code that is in it; if you trust "
-            "whoever made it, load it by read_export(path, trusted=True), or use another form of the model"
+            "whoever made it, load it with trust (read_export(path, trusted=True), launch/evaluate.py --trust), or use another "
+            "form of the model"
         )
     try:
         return Exported(FORMS[description.form].read(folder, description), description)

@@ -16,6 +16,7 @@ from svite_scale.export.formats import OnnxOptions
 from svite_scale.export.model_card import write_card
 from svite_scale.export.read import FORMS
 from svite_scale.saved_run import SavedRun, load_model
+from svite_scale.tracking.progress import Progress
 
 
 def export_run(
@@ -26,6 +27,7 @@ def export_run(
     ema: bool = False,
     license: str | None = None,
     onnx: OnnxOptions | None = None,
+    show_progress: bool = False,
 ) -> Path:
     """Exports the model of a run's checkpoint. The folder appears when it is complete.
 
@@ -36,6 +38,7 @@ def export_run(
         ema: take the moving average of the weights.
         license: of the model, for its card: an identifier such as ``apache-2.0``.
         onnx: options of the form ``onnx``.
+        show_progress: on stderr.
 
     Returns:
         The folder.
@@ -49,12 +52,15 @@ def export_run(
         raise ConfigError("--format", format, "is no form of a model", f"use one of {', '.join(FORMS)}")
     if onnx is not None and format != "onnx":
         raise ConfigError("--format", format, "takes no options of onnx", "leave them out, or use --format onnx")
-    with _new_folder(out) as folder:
+    with _new_folder(out) as folder, Progress("export", 3, "parts", enabled=show_progress) as progress:
         description = describe(run, format, ema=ema, license=license)
         export = Export(run, load_model(run, ema=ema), description, onnx or OnnxOptions())
+        progress.advance()
         notes = FORMS[format].write(export, folder)
+        progress.advance()
         write_description(description, folder)
         write_card(export, notes, folder)
+        progress.advance()
     return out
 
 

@@ -106,6 +106,11 @@ class SparseModelOptions(MethodOptions, Allocation):
         Allocation.__post_init__(self)
         MethodOptions.__post_init__(self)
 
+    @property
+    def is_smaller(self) -> bool:
+        """Whether heads, neurons or tokens are absent, so that the model is smaller than the dense one."""
+        return self.structured.heads < 1.0 or self.structured.neurons < 1.0 or self.tokens.keep is not None
+
 
 @options
 class DistillationConfig:

@@ -1,1 +1,1 @@
-"""Pictures of a saved run, drawn in one process, whatever engine and number of ranks saved it."""
+"""The report of runs: one HTML page, made in one process, whatever engine and number of ranks trained."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +15,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from svite_scale.report import numbers
+from svite_scale.report.html import Html, join, tag
 from svite_scale.report.reported_run import number
+from svite_scale.report.section import Pictures, Runs, Section, heading, of_run
 from svite_scale.saved_run import Line, damaged_line
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
+from svite_scale.tracking.tracker import TOPOLOGY
 
 UNIT_COLOR = (77, 137, 230)
 """Of active heads and neurons; in between the first color of a light page and that of a dark one."""
@@ -84,8 +89,9 @@ def last_update(metrics: Sequence[Line], figure: str) -> dict[str, float]:
     """Returns a figure of the last topology update by layer, from lines of ``metrics.jsonl``; empty if none has it."""
     prefix = f"layers/{figure}/"
     for line in reversed(metrics):
-        if found := {name.removeprefix(prefix): number(line, name) for name in line if name.startswith(prefix)}:
-            return found
+        found = {name.removeprefix(prefix): number(line, name) for name in line if name.startswith(prefix)}
+        if found:
+            return {name: value for name, value in found.items() if math.isfinite(value)}
     return {}
 
 
@@ -116,3 +122,77 @@ def split_name(layer: str) -> tuple[str, str]:
     """
     found = re.fullmatch(r"(.*\.\d+)\.(.+)", layer)
     return (re.sub(r"\bblocks\.", "", found[1]), found[2]) if found else ("", layer)
+
+
+HEATS = (
+    ("ever_active", "Ever active", "Part of each layer that was active at any time."),
+    ("grown_survival", "Survival of the grown", "Part of what the update before last grew that the last one left."),
+)
+
+
+def layers(runs: Runs) -> Section | None:
+    """Returns the density of each layer, and what the last update says of it."""
+    parts = []
+    for run in runs:
+        densities = layer_densities(run.model)
+        tables = [_heat("Density", "Active part of each layer. Layers that aren't listed are dense.", densities, densities)]
+        tables += [_heat(title, note, last_update(run.metrics, figure), densities) for figure, title, note in HEATS]
+        if shown := [each for each in tables if each]:
+            parts += [*heading(runs, run), tag("div", *shown, class_="tables")]
+    return Section("Layers", join(*parts)) if parts else None
+
+
+def _heat(title: str, note: str, values: Mapping[str, float], order: Iterable[str]) -> Html | None:
+    """Returns a card with a table of layers, in ``order``, a row per block of the model, coloured by value; None without
+    values.
+    """
+    places = {name: split_name(name) for name in order}
+    if not places.keys() & values.keys():
+        return None
+    rows = list(dict.fromkeys(row for row, _ in places.values() if row))
+    columns = list(dict.fromkeys(column for row, column in places.values() if row))
+    by_place = {place: values[name] for name, place in places.items() if name in values}
+    cells = [[_heat_cell(by_place.get((row, column))) for column in columns] for row in rows]
+    body = [tag("tr", tag("th", row, scope="row"), *line) for row, line in zip(rows, cells, strict=True)]
+    body += [
+        tag("tr", tag("th", column, scope="row", colspan=max(1, len(columns))), _heat_cell(by_place.get(("", column))))
+        for row, column in places.values()
+        if not row
+    ]
+    names = ["block", *columns] if rows else []
+    head = tag("tr", *(tag("th", name, scope="col") for name in names))
+    grid = tag("div", tag("table", head, *body), class_="scroll heat")
+    return tag("div", tag("h3", title), tag("div", note, class_="note"), grid, class_="card")
+
+
+def _heat_cell(value: float | None) -> Html:
+    if value is None:
+        return tag("td")
+    strength = 8 + 52 * min(max(value, 0.0), 1.0)
+    return tag("td", numbers.percent(value), style=f"background:color-mix(in srgb,var(--c0) {strength:.0f}%,transparent)")
+
+
+def units(runs: Runs, pictures: Pictures) -> Section | None:
+    """Returns a picture for each layer of heads or neurons: which were active after each update."""
+    parts = []
+    for run_number, run in enumerate(runs, start=1):
+        histories = unit_histories(run.model, run.topology, run.run_dir / TOPOLOGY)
+        for unit in dict.fromkeys(history.unit for history in histories):
+            strips = [_strip(history, pictures, run_number) for history in histories if history.unit == unit]
+            head = tag("h4", f"{of_run(runs, run)}{unit.capitalize()}")
+            parts += [head, tag("div", tag("div", *strips, class_="strips"), class_="card")]
+    lead = (
+        "Coloured: active, from the start at the left to the last update at the right. A row is a head; of many neurons, those "
+        "that were active longest come first."
+    )
+    return Section("Heads and neurons", join(*parts), lead) if parts else None
+
+
+def _strip(history: UnitHistory, pictures: Pictures, run_number: int) -> Html:
+    """Returns the picture of one layer, with the number of units that are active at the end."""
+    alt = f"active {history.unit} of {history.layer}"
+    image = pictures.add(f"run{run_number}-{history.layer}.png", picture_of_units(history.active), alt)
+    block, _ = split_name(history.layer)
+    active = history.active[:, -1]
+    words = tag("span", f"block {block}" if block else history.layer), tag("span", f"{active.sum():,} of {len(active):,}")
+    return tag("figure", image, tag("figcaption", *words), class_="units")

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 def plain(value: float) -> str:
     """Returns 1240 as ``1,240``, 0.00293 as ``0.00293``, 15000000.0 as ``15 M``."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-    return scaled(value, "") if abs(value) >= 1e5 else f"{value:.2g}"
+    return count(value) if abs(value) >= 1e6 else f"{value:.2g}"
 
 
 def percent(fraction: float) -> str:
@@ -23,9 +23,14 @@ def scaled(value: float, unit: str) -> str:
     return f"{float(digits) * 10.0 ** (int(exponent) - 3 * power):,.4g} {' kMGTP'[power].strip()}{unit}".strip()
 
 
-def size(count: float) -> str:
-    """Returns bytes: 1234567 as ``1.23 MB``."""
-    return scaled(count, "B")
+def count(value: float) -> str:
+    """Returns 1234567 as ``1.23 M``."""
+    return scaled(value, "")
+
+
+def size(num_bytes: float) -> str:
+    """Returns 1234567 bytes as ``1.23 MB``."""
+    return scaled(num_bytes, "B")
 
 
 def duration(seconds: float) -> str:

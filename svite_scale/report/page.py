@@ -7,10 +7,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from svite_scale.errors import ConfigError, RunError
-from svite_scale.report import numbers, sections
+from svite_scale.report import numbers
+from svite_scale.report.cost import cost
+from svite_scale.report.evaluation import evaluation
 from svite_scale.report.html import Html, join, tag
+from svite_scale.report.layers import layers, units
+from svite_scale.report.metrics import TRAINING, charts, topology
+from svite_scale.report.patches import patches
 from svite_scale.report.reported_run import ReportedRun, read_reported_run
-from svite_scale.report.sections import TRAINING, Pictures, Section
+from svite_scale.report.section import Pictures, Section, run_label
+from svite_scale.report.summary import cards, configuration, key_numbers, sparsity_of, summary
 
 PAGE, PICTURES = "report.html", "pictures"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -43,14 +49,15 @@ def write_report(
     runs = [read_reported_run(run_dir, checkpoint, val) for run_dir in run_dirs]
     pictures = Pictures()
     found = [
-        sections.summary(runs),
-        sections.charts("Training", runs, TRAINING),
-        sections.topology(runs),
-        sections.layers(runs),
-        sections.units(runs, pictures),
-        sections.patches(runs, num_images, pictures),
-        sections.cost(runs),
-        sections.configuration(runs),
+        summary(runs),
+        charts("Training", runs, TRAINING),
+        evaluation(runs, pictures),
+        topology(runs),
+        layers(runs),
+        units(runs, pictures),
+        patches(runs, num_images, pictures),
+        cost(runs),
+        configuration(runs),
     ]
     page = directory / PAGE
     content = render(runs, [section for section in found if section], pictures.notes)
@@ -66,7 +73,7 @@ def write_report(
 
 def render(runs: Sequence[ReportedRun], parts: Sequence[Section], notes: Sequence[str]) -> Html:
     """Returns the page."""
-    title = " and ".join(sections.run_label(runs, run) for run in runs)
+    title = " and ".join(run_label(runs, run) for run in runs)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -78,7 +85,7 @@ def render(runs: Sequence[ReportedRun], parts: Sequence[Section], notes: Sequenc
     body = join(
         _header(title, runs),
         tag("nav", *(tag("a", part.title, href=f"#{part.anchor}") for part in parts)),
-        *([sections.cards(sections.key_numbers(runs[0]))] if len(runs) == 1 else []),
+        *([cards(key_numbers(runs[0]))] if len(runs) == 1 else []),
         *map(_section, parts),
         _footer(notes),
         by="\n",
@@ -90,7 +97,7 @@ def _header(title: str, runs: Sequence[ReportedRun]) -> Html:
     if len(runs) > 1:
         return tag("header", tag("div", tag("h1", title), class_="title"), tag("p", "runs compared", class_="lead"))
     (run,) = runs
-    model = f"{run.config.model.name}, {run.config.model.image_size} px, {sections.sparsity_of(run)}"
+    model = f"{run.config.model.name}, {run.config.model.image_size} px, {sparsity_of(run)}"
     return tag("header", tag("div", tag("h1", title), _status(run), class_="title"), tag("p", model, class_="lead"))
 
 

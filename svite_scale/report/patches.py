@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,11 @@ from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from svite_scale.errors import DataError, RunError
 from svite_scale.models.token_selector import TokenSelector
+from svite_scale.report.html import join, tag
+from svite_scale.report.section import Pictures, Runs, Section, heading
+from svite_scale.saved_run import evaluation_images
 
 DIMMED = 0.3
 """Weight of the pixels of a dropped patch, against :data:`DARK_BLUE`."""
@@ -110,3 +115,31 @@ def picture_of_image(image: npt.NDArray[np.float32]) -> bytes:
 def is_small(image: npt.NDArray[np.float32]) -> bool:
     """Returns whether an image is to be shown larger than it is, pixel by pixel."""
     return max(image.shape[:2]) <= 96
+
+
+def patches(runs: Runs, num_images: int, pictures: Pictures) -> Section | None:
+    """Returns evaluation images, with the patches dimmed that each token selector or an earlier one drops."""
+    parts = []
+    for run_number, run in enumerate(runs, start=1):
+        if run.saved is None or not (selectors := named_selectors(run.model)):
+            continue
+        try:
+            images = evaluation_images(run.saved.evaluation_config(), num_images)
+        except (DataError, RunError) as error:
+            pictures.notes.append(f"Kept patches are left out: {error}")
+            continue
+        vit = cast(VisionTransformer, run.model)
+        kept = kept_patches(vit, images.inputs).numpy()
+        parts += heading(runs, run)
+        for (name, _), passing in zip(selectors, kept, strict=True):
+            counts = f"{passing[0].sum()} of {passing.shape[1]} patches"
+            overlaid = dimmed(images.pixels.numpy(), passing, vit.patch_embed.grid_size)
+            figures = []
+            for image, sample, label in zip(overlaid, images.samples.tolist(), images.labels.tolist(), strict=True):
+                file = f"run{run_number}-{name}-sample{sample}.webp"
+                alt = f"patches of sample {sample} that pass {name}"
+                element = pictures.add(file, picture_of_image(image), alt, class_=None if is_small(image) else "photo")
+                figures.append(tag("figure", element, tag("figcaption", f"sample {sample}, label {label}")))
+            head = tag("h4", f"What block {name.removeprefix('selector')} and those after it get: {counts}")
+            parts += [head, tag("div", tag("div", *figures, class_="patches"), class_="card")]
+    return Section("Kept patches", join(*parts), "The token selectors drop the dimmed patches.") if parts else None

@@ -27,6 +27,10 @@ SUMMARY: dict[str, tuple[type, ...]] = {"seconds": (int, float), "steps": (int,)
 """What a report reads of ``summary.json``, with its types."""
 
 
+LARGEST = 1e30
+"""No figure of a run comes near; a chart could not be drawn with all that a float can be."""
+
+
 class Curve(NamedTuple):
     """One metric by optimizer step."""
 
@@ -82,21 +86,22 @@ class ReportedRun:
 
     @property
     def world_size(self) -> int | None:
-        """The number of ranks; None if it isn't known, since a run of several ranks writes it at its end."""
-        return 1 if self.config.parallel.backend == "single" else self.summary.get("world_size")
+        """The number of ranks that trained last; None if it isn't known."""
+        logged = self.last("world_size")
+        return int(logged) if logged is not None and logged >= 1 else self.summary.get("world_size")
 
     @cached_property
     def cost(self) -> ModelCost:
         return count_flops(self.model, self.config.model.image_size)
 
     def curve(self, name: str) -> Curve:
-        """Returns the finite values of a metric; empty if no line has it.
+        """Returns the finite values of a metric, smaller than :data:`LARGEST`; empty if no line has it.
 
         Raises:
             RunError: a value isn't a number.
         """
         points = [(line["step"], number(line, name)) for line in self.metrics if name in line]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
+        points = [(step, value) for step, value in points if abs(value) < LARGEST]
         return Curve([step for step, _ in points], [value for _, value in points])
 
     def last(self, name: str) -> float | None:
@@ -137,7 +142,7 @@ def _with_means(line: Line) -> Line:
 
 
 def number(line: Line, name: str) -> float:
-    """Returns a metric of a line.
+    """Returns a metric of a line; infinity if it is very large or none.
 
     Raises:
         RunError: it isn't a number.
@@ -145,7 +150,7 @@ def number(line: Line, name: str) -> float:
     value = line[name]
     if type(value) not in (int, float):
         raise damaged_line(Path(METRICS), f"{name} of step {line['step']}", TypeError(f"{str(value)[:40]!r} is no number"))
-    return float(value)
+    return float(value) if abs(value) < LARGEST else math.inf
 
 
 def _read_summary(run_dir: Path) -> dict[str, Any]:
@@ -153,7 +158,11 @@ def _read_summary(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "summary.json"
     try:
         summary = json.loads(path.read_text())
-        return {name: value for name, kinds in SUMMARY.items() if type(value := summary[name]) in kinds}
+        for name, kinds in SUMMARY.items():
+            value = summary[name]
+            if type(value) not in kinds or (type(value) is not str and not 0 < value < LARGEST):
+                raise TypeError(f"{name} is {str(value)[:40]!r}")
+        return {name: summary[name] for name in SUMMARY}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

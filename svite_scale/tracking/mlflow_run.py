@@ -26,6 +26,10 @@ DEFAULTS = {
     # A server that doesn't answer holds up the start and the end of a run. MLflow's own timeouts add up to many minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # MLflow tries a model that it logs. On a GPU it couldn't: torch.export has fixed the model's device.
+    "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
+    # The run says once where it can be seen.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's environment variables, where the user sets none."""
 
@@ -124,7 +128,6 @@ class MlflowRun:
         """
         self.store, self._run_dir, self._parameters, self._tags = store, run_dir, parameters, tags
         self._id_file = run_dir / RUN_ID_FILE
-        self._uri = store.uri
         self.run_id: str | None = None
 
     def connect(self) -> None:
@@ -164,9 +167,8 @@ class MlflowRun:
     def _reconnect_if_lost(self) -> None:
         """Connects for the first time, or again after the SQLite file was deleted or replaced."""
         file = self.store.file
-        if file is not None and self.run_id is not None and file.is_lost():
-            self._uri, self.run_id = file.new_address(), None
-        if self.run_id is None:
+        if self.run_id is None or (file is not None and file.is_lost()):
+            self.run_id = None
             self.connect()
         self._check_writable()
 
@@ -177,9 +179,10 @@ class MlflowRun:
     def _find_or_create(self) -> None:
         from mlflow import MlflowClient
 
-        self._client: MlflowClient = MlflowClient(self._uri)
-        if self.store.file is not None:
-            self.store.file.opened()
+        file = self.store.file
+        self._client: MlflowClient = MlflowClient(self.store.uri if file is None else file.address())
+        if file is not None:
+            file.opened()
         known = self._id_file.read_text(errors="replace").strip() if self._id_file.exists() else None
         run = self._find(known)
         if run is None:

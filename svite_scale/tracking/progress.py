@@ -33,7 +33,8 @@ class Progress:
             enabled: False shows nothing, for all ranks but the main one.
         """
         self._name, self._total, self._units, self._enabled = name, total, units, enabled
-        self._done, self._counted, self._values, self._closed = done, 0, "", False
+        self._done, self._counted, self._closed = done, 0, False
+        self._values: dict[str, str] = {}
         self._started = self._line_time = time.monotonic()
         self._bar: tqdm[None] | None = None
         if enabled and sys.stderr.isatty():
@@ -57,10 +58,10 @@ class Progress:
             self._bar.refresh()
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Sets the numbers beside the count, by label. They appear with the next update."""
-        self._values = ", ".join(f"{label} {value:.4g}" for label, value in values.items())
+        """Sets numbers beside the count, by label, and keeps those of other labels. They appear with the next update."""
+        self._values |= {label: f"{label} {value:.4g}" for label, value in values.items()}
         if self._bar is not None:
-            self._bar.set_postfix_str(self._values, refresh=False)
+            self._bar.set_postfix_str(", ".join(self._values.values()), refresh=False)
 
     def write(self, text: str) -> None:
         """Prints lines of text to stderr, above the bar."""
@@ -88,7 +89,7 @@ class Progress:
             parts.append(f"{in_hours((self._total - self._done) / rate)} left")
         if rate:
             parts.append(f"{rate:.4g} {self._units}/s")
-        return f"{self._name}: {', '.join([*parts, *filter(None, [self._values])])}"
+        return f"{self._name}: {', '.join([*parts, *self._values.values()])}"
 
     def __enter__(self) -> Progress:
         return self

@@ -23,8 +23,9 @@ class SqliteFile:
 
     def __init__(self, uri: str, path: Path) -> None:
         """``uri`` is the address, and ``path`` the file, which may not exist yet."""
-        self.uri, self.path = uri, path
-        self._inode, self._times_lost = 0, 0
+        self.path, self._uri = path, uri
+        self._opened_inode: int | None = None
+        self._times_lost = 0
 
     @classmethod
     def from_uri(cls, uri: str) -> SqliteFile | None:
@@ -35,19 +36,21 @@ class SqliteFile:
 
     def opened(self) -> None:
         """Notes that MLflow has opened the file as it is now."""
-        self._inode = self._present_inode()
+        self._opened_inode = self._inode()
 
     def is_lost(self) -> bool:
-        """Returns whether the file isn't the one that MLflow has opened."""
-        return self._present_inode() != self._inode
+        """Returns whether MLflow has opened another file, which has been deleted or replaced since."""
+        return self._opened_inode is not None and self._inode() != self._opened_inode
 
-    def new_address(self) -> str:
-        """Returns another address of the same path. MLflow keeps a file open by its address even if the file is gone; the same
-        path, written in another way, makes it open the new file.
+    def address(self) -> str:
+        """Returns the address by which MLflow opens the file as it is now. MLflow keeps a file open by its address even if the
+        file is gone; the same path, written in another way, makes it open the new file.
         """
-        self._times_lost += 1
+        self._times_lost += self.is_lost()
+        if not self._times_lost:
+            return self._uri
         folder, name = os.path.split(self.path)
-        return self.uri.replace(str(self.path), os.path.join(folder, *["."] * self._times_lost, name), 1)
+        return self._uri.replace(str(self.path), os.path.join(folder, *["."] * self._times_lost, name), 1)
 
     def check_writable(self) -> None:
         """Checks that the file, which may be new, can be written to now.
@@ -76,7 +79,7 @@ class SqliteFile:
         finally:
             os.close(descriptor)
 
-    def _present_inode(self) -> int:
+    def _inode(self) -> int:
         """Returns the number that identifies the file; 0 if there is none."""
         try:
             return self.path.stat().st_ino

@@ -39,13 +39,19 @@ class SystemMetrics:
             self._thread.join()
 
     def _work(self) -> None:
+        self._measure()  # the processor's load is measured from here on; its first value says nothing
         is_last = False
         while not is_last:
             is_last = self._ends.wait(self._interval)
-            for monitor in self._monitors:
-                monitor.collect_metrics()
-                self._log({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})
-                monitor.clear_metrics()
+            self._log(self._measure())
+
+    def _measure(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return found
 
 
 def monitors() -> list[Any]:

@@ -76,7 +76,7 @@ class Tracker:
 
     @property
     def ui_command(self) -> str | None:
-        """The command that opens the run in a browser (:attr:`~svite_scale.tracking.mlflow_run.Store.ui_command`), or None."""
+        """How to see the run in a browser, if MLflow is on: :attr:`svite_scale.tracking.mlflow_run.Store.ui_command`."""
         return self._mlflow.ui_command if self._mlflow else None
 
     def log(self, step: int, metrics: Metrics) -> None:

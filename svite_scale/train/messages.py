@@ -55,14 +55,12 @@ def describe_start(
 def describe_end(config: Config, ui_command: str | None) -> str:
     """Returns where the files of a finished run are, and the commands that show, evaluate and export its model."""
     run = shlex.quote(config.run_dir)
-    structured, keep = config.sparsity.structured, config.sparsity.tokens.keep
-    is_smaller = not structured.heads == structured.neurons == 1.0 or keep is not None
-    export_format = "sliced" if is_smaller else "timm"
+    form = "sliced" if config.sparsity.is_smaller else "timm"
     rows = {
         "files": f"config.yaml, {METRICS}, summary.json and checkpoints/ in {config.run_dir}",
         "evaluate it": f"python launch/evaluate.py --run {run}",
         "see it": f"python launch/report.py --run {run}",
-        "export it": f"python launch/export.py --run {run} --format {export_format} --out {run}/export/{export_format}",
+        "export it": f"python launch/export.py --run {run} --format {form} --out {run}/export/{form}",
     }
     return as_table(rows | ({"compare runs": ui_command} if ui_command else {}))
 

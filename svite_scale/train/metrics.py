@@ -21,7 +21,6 @@ SHOWN = {
     "accuracy": "accuracy",
     "eval_accuracy": "test accuracy",
     "samples_per_second": "samples/s",
-    "density": "density",
 }
 """The metrics beside the count of steps, and their labels there."""
 

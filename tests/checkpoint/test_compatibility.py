@@ -30,7 +30,7 @@ MAY_CHANGE = {
     *(f"checkpoint.{name}" for name in ("every_epochs", "every_steps", "keep_last", "keep_every_epochs")),
     *("checkpoint.background", "checkpoint.on_error", "parallel.backend", "parallel.zero_stage"),
     *(f"guard.{name}" for name in ("hang_timeout_s", "max_nonfinite_steps", "spike_factor", "max_rollbacks")),
-    *("tracking.mlflow", "tracking.uri", "tracking.experiment"),
+    *("tracking.mlflow", "tracking.publish", "tracking.uri", "tracking.experiment"),
 }
 MUST_STAY = {
     "seed",

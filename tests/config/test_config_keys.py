@@ -48,7 +48,7 @@ def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, key: str, ne
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
-        ("tracking.zzz=1", "known are tracking.mlflow, tracking.uri, tracking.experiment"),
+        ("tracking.zzz=1", "known are tracking.mlflow, tracking.publish, tracking.uri, tracking.experiment"),
         (
             "qqqq=1",
             KNOWN,

@@ -20,7 +20,6 @@ from svite_scale.data.transforms import DeviceTransform
 from svite_scale.evaluation.labels import Labels
 from svite_scale.evaluation.picture import draw_confusion
 from svite_scale.evaluation.results import Results, calibration_error, collect_results
-from svite_scale.export.write import export_run
 from svite_scale.runtime.world import World
 from svite_scale.saved_run import load_model, read_run
 from svite_scale.train.evaluate import score
@@ -124,23 +123,6 @@ def test_all_numbers_are_those_by_hand(saved: Saved, tmp_path: Path, capsys: pyt
     ]
     with Image.open(out / "confusion.png") as picture:
         assert min(picture.size) > 300
-
-
-def test_an_exported_folder_and_a_file_in_it_evaluate_like_the_run(
-    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = saved("weights")
-    folder = export_run(read_run(run_dir), "timm", tmp_path / "exported")
-    monkeypatch.chdir(tmp_path)
-    shards = f"data.val={run_dir.parent}/digits/val-*.tar"
-    for path in (folder, folder / "model.safetensors"):
-        answer = evaluate_here(capsys, "--weights", path, shards, "data.workers=0")
-        assert answer.status == 0, answer.err
-        found = found_in(tmp_path / "evaluation")
-        assert {name: found[name] for name in NUMBERS} == pytest.approx(own_evaluation(run_dir), abs=1e-6)
-        assert (found["weights"], found["form"], found["run"], found["step"]) == (str(path), "timm", run_dir.name, 16)
-    answer = evaluate_here(capsys, "--weights", folder, "data.workers=0")
-    assert answer.err.startswith("error on rank 0: data.val is empty; give the brace pattern, glob or folder of tar shards")
 
 
 def collected(run_dir: Path, world_size: int) -> Results:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from svite_scale.errors import CheckpointError, ConfigError, ExportError
-from svite_scale.export.formats import OnnxOptions
+from svite_scale.export.formats import FORMATS, OnnxOptions
 from svite_scale.export.read import FORMS, read_export
 from svite_scale.export.write import export_run
 from svite_scale.saved_run import read_run
+from tests.command_line import ROOT, run_here
 
 Saved = Callable[[str], Path]
+SCRIPT = ROOT / "launch" / "export.py"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,14 @@ def test_damaged_export_json_is_refused_by_name(tmp_path: Path, content: str, pr
         read_export(tmp_path)
 
 
+def test_export_json_that_names_a_file_of_weights_is_refused(exported: Path, tmp_path: Path) -> None:
+    description = json.loads((exported / "export.json").read_text())
+    description["model"]["weights"] = "/etc/passwd"
+    (tmp_path / "export.json").write_text(json.dumps(description))
+    with pytest.raises(ExportError, match=r"its model names a file of weights"):
+        read_export(tmp_path)
+
+
 def test_folder_without_export_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=rf"^{tmp_path} holds no export: it has no export.json"):
         read_export(tmp_path)
@@ -105,6 +115,30 @@ def test_weights_of_another_model_are_refused(exported: Path, tmp_path: Path) ->
 
 
 def test_forms_are_those_that_the_command_offers() -> None:
-    from svite_scale.export.formats import FORMATS
+    assert list(FORMS) == list(FORMATS)
 
-    assert set(FORMS) <= set(FORMATS)
+
+def test_command_prints_the_folder_or_one_line_on_stderr(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, out = saved("weights"), tmp_path / "out"
+    given = ("--run", str(run_dir), "--out", str(out), "--format", "packed", "--ema", "--license", "mit")
+    answer = run_here(capsys, *given, script=SCRIPT)
+    assert (answer.status, answer.out) == (0, f"{out}\n")
+    assert answer.err.startswith("export: 3 of 3 parts (100%)"), "progress"
+    description = json.loads((out / "export.json").read_text())
+    assert (description["form"], description["license"], description["origin"]["ema"]) == ("packed", "mit", True)
+    card = (out / "README.md").read_text()
+    assert "--run weights --checkpoint step-00000016 --format packed --ema --license mit --out FOLDER" in card
+    again = run_here(capsys, *given, script=SCRIPT)
+    assert (again.status, again.out) == (2, "")
+    assert again.err == f"export error: {out} exists and isn't an empty folder; give --out a new one, or remove it\n"
+
+
+def test_command_refuses_options_of_another_form(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--run", str(saved("weights")), "--out", str(tmp_path / "out"), "--format", "timm", "--int8", "8")
+    answer = run_here(capsys, *given, script=SCRIPT)
+    assert (answer.status, answer.err.splitlines()[-1]) == (
+        2,
+        "export error: --format = 'timm': takes no options of onnx; leave them out, or use --format onnx",
+    )

@@ -97,20 +97,38 @@ def test_accuracy_is_that_of_evaluate_where_it_ran(saved: Saved, tmp_path: Path)
     (folder / "evaluation.json").write_text('{"accuracy": "<b>high</b>"}')
     with pytest.raises(ExportError, match=rf"^{folder}/evaluation.json is damaged"):
         last_accuracy(run)
+    run.metrics[-1]["eval_ema_accuracy"] = "<b>high</b>"
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/run/metrics.jsonl is damaged"):
+        last_accuracy(run, ema=True)
+    run.metrics.clear()
+    assert last_accuracy(run, ema=True) is None
 
 
-def test_recipe_gives_the_config_again_without_paths(saved: Saved, tmp_path: Path) -> None:
+def test_recipe_gives_the_config_again_but_for_the_machine(saved: Saved, tmp_path: Path) -> None:
     config = read_run(saved("single")).config
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(config)))
+    values, hidden = recipe(config)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     again = read_config(tmp_path / "recipe.yaml", ["run_dir=x"])
     ours, theirs = (flatten_config(to_dict(each)) for each in (config, again))
-    assert {name for name in ours if ours[name] != theirs[name]} == {
-        "run_dir",
+    assert [name for name in ours if ours[name] != theirs[name]] == hidden
+    assert hidden == ["run_dir", "data.train", "data.val", "data.workers", "tracking.mlflow"]
+
+
+def test_recipe_has_no_path_of_the_config(saved: Saved) -> None:
+    paths = (
+        "model.weights",
+        "sparsity.masks",
         "data.train",
         "data.val",
-        "data.workers",
-        "tracking.mlflow",
-    }
+        "data.cache_dir",
+        "distillation.checkpoint",
+        "tracking.uri",
+        "tracking.experiment",
+    )
+    given = [f"{name}=/secret" for name in paths] + ["distillation.teacher=deit_tiny_patch16_224"]
+    values, hidden = recipe(read_config(saved("single") / "config.yaml", given))
+    assert "/secret" not in str(values)
+    assert {*paths} <= {*hidden}
 
 
 def test_names_of_a_run_stay_text(saved: Saved, tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def test_a_run_leaves_its_config_metrics_summary_and_checkpoints(digits: Path, l
     answer, run_dir = launched(launcher, digits)
     assert answer.status == 0, answer.err
     files = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"}
-    assert {path.name for path in run_dir.iterdir()} == files | ({"mlflow_run_id"} if launcher == "python" else set())
+    assert {path.name for path in run_dir.iterdir()} == files | (
+        {"mlflow_run_id", "report", "export"} if launcher == "python" else set()
+    )
     assert read_config(run_dir / "config.yaml") == expected_config(launcher, digits, run_dir)
 
     metrics = metrics_of(run_dir)
@@ -151,7 +153,7 @@ def test_every_launcher_trains_the_same(digits: Path, launcher: str) -> None:
         assert [line.get(name) for line in ours] == pytest.approx([line.get(name) for line in theirs], abs=1e-3), name
 
 
-def test_mlflow_has_the_run_its_parameters_and_its_metrics(digits: Path) -> None:
+def test_mlflow_has_the_run_and_its_result(digits: Path) -> None:
     from mlflow import MlflowClient
 
     answer, run_dir = launched("python", digits)
@@ -167,6 +169,10 @@ def test_mlflow_has_the_run_its_parameters_and_its_metrics(digits: Path) -> None
     history = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "loss")}
     assert history == {line["step"]: pytest.approx(line["loss"]) for line in metrics_of(run_dir)}
     assert run.data.metrics["eval_accuracy"] == pytest.approx(metrics_of(run_dir)[-1]["eval_accuracy"])
+    assert (run.data.tags["engine"], run.data.tags["world_size"]) == ("single", "1")
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "report", "export"}
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert model.source_run_id == run.info.run_id
 
 
 def test_one_rank_reports_when_two_find_the_same_mistake(digits: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_round_ticks_are_multiples_of_a_round_step(low: float, high: float, expe
         (numbers.plain(1240), "1,240"),
         (numbers.plain(0.00293), "0.00293"),
         (numbers.plain(1e-5), "1e-05"),
+        (numbers.plain(999_999), "999,999"),
         (numbers.plain(2_400_000), "2.4 M"),
         (numbers.plain(0), "0"),
         (numbers.percent(0.955), "95.5%"),

@@ -62,6 +62,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a step that is none": (add_metrics('{"step": 1e999}'), "{run}/metrics.jsonl: line "),
     "a summary of text": (lambda run: (run / "summary.json").write_text("[]"), "{run}/summary.json can't be read (TypeError"),
+    "no ranks": (
+        lambda run: (run / "summary.json").write_text('{"steps": 1, "seconds": 1, "world_size": 0, "device": "cpu"}'),
+        "{run}/summary.json can't be read (TypeError(\"world_size is '0'\"",
+    ),
     "a deep line": (add_metrics("[" * 10**5), "{run}/metrics.jsonl: line "),
     "no file": (make_directory_of("metrics.jsonl"), "{run}/metrics.jsonl can't be read ([Errno 21] Is a directory"),
 }
@@ -108,3 +112,17 @@ def test_a_page_shows_names_as_text(saved: Saved, tmp_path: Path, capsys: pytest
     page = Page(tmp_path / "out" / "report.html")  # which lets no script in
     assert page.title == "<script>alert(1)<script>"
     assert "style-src 'unsafe-inline'; img-src data:" in page.policy
+
+
+def test_a_report_leaves_out_values_that_no_chart_can_show(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    huge = "1" + "0" * 400
+    add_metrics(f'{{"step": 16, "loss": {huge}, "accuracy": -1e308, "lr": NaN, "layers/ever_active/head": Infinity}}')(run_dir)
+    add_metrics(f'{{"step": {huge}, "loss": 1}}')(run_dir)
+    answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
+    assert (answer.status, answer.err) == (0, "")
+    text = Page(tmp_path / "out" / "report.html").text
+    assert "nan" not in text.lower()
+    assert "inf%" not in text

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from PIL import Image
 
 from svite_scale.saved_run import read_run
 from tests.command_line import ROOT, Answer
@@ -96,6 +99,8 @@ def test_report_has_the_sections_that_the_run_can_fill(
     files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "pictures").glob("*")}
     assert files.keys() == {*pictures}
     assert sorted(page.images) == sorted(files.values())
+    assert ("Sent by a rank in a step" in page.text) == ("2 ranks" in page.text) == (name == "fsdp2")
+    assert "Training state of a rank" in page.text
     assert "http:" not in page.text
     assert "https:" not in page.text
 
@@ -164,8 +169,10 @@ def test_report_shows_a_run_that_is_still_going(saved: Saved, tmp_path: Path, ca
     page = Page(run_dir / "report" / "report.html")
     assert page.ids == EXPECTED["fsdp2"][0]
     assert "not finished, 30% done" in page.text
-    assert "6 / 20" in page.text
+    assert "6of 20, epoch 1.2 of 4" in page.text
     assert "none yet" in page.text
+    assert "2 ranks" in page.text
+    assert "Training state of a rank" in page.text
     assert len(page.images) == len(UNITS)
 
 
@@ -208,6 +215,11 @@ def change_mask(run_dir: Path, mask: object) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def remove_manifests(run_dir: Path) -> None:
+    for path in run_dir.glob("checkpoints/*/manifest.json"):
+        path.unlink()
+
+
 NEWEST = "checkpoints/step-00000020"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no run": (
@@ -216,7 +228,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no config": (lambda run: (run / "config.yaml").write_text("a: 1"), "a = 1: is no known key; "),
     "no complete checkpoint": (
-        lambda run: [path.unlink() for path in run.glob("checkpoints/*/manifest.json")],
+        remove_manifests,
         "{run}/checkpoints holds no complete checkpoint; train the run until it saves one",
     ),
     "another model": (
@@ -279,3 +291,58 @@ def test_report_refuses_wrong_arguments_in_one_line(saved: Saved, capsys: pytest
     )
     answer = command(capsys, "--run", saved("single"), "--images", 0)
     assert (answer.status, answer.err) == (2, "report error: --images = 0: is no number of images; use at least 1\n")
+
+
+def write_evaluation(run_dir: Path) -> None:
+    """What ``launch/evaluate.py`` writes, of numbers that are no run's own."""
+    folder = run_dir / "evaluation" / "step-00000016"
+    folder.mkdir(parents=True)
+    found = {"accuracy": 0.8125, "top5": 0.9375, "loss": 0.71828, "calibration_error": 0.0625, "samples": 1234, "data": "x"}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    classes = [("zebra", 0.75, 8), ("ant", 0.25, 4), (None, 1.0, 2), ("yak", None, 0)]
+    rows = [{"label": row, "name": name, "accuracy": acc, "samples": n} for row, (name, acc, n) in enumerate(classes)]
+    (folder / "per_class.json").write_text(json.dumps(rows))
+    Image.new("RGB", (30, 20)).save(folder / "confusion.png")
+
+
+def test_report_shows_what_evaluate_has_found(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    write_evaluation(run_dir)
+    assert command(capsys, "--run", run_dir).status == 0
+    page = Page(run_dir / "report" / "report.html")
+    assert page.ids == [*BASE[:2], "evaluation", *BASE[2:]]
+    assert page.images == [(run_dir / "evaluation" / "step-00000016" / "confusion.png").read_bytes()]
+    for text in ("accuracy81.2%", "top 593.8%", "calibration error6.2%", "loss0.718", "samples1,234"):
+        assert text in page.text, text
+    assert "ant25%4\nzebra75%8\n2100%2" in page.text, "the hardest first"
+    assert "yak" not in page.text
+
+
+def test_report_has_the_model_card_of_the_checkpoint(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, "--run", saved("weights"), "--out", tmp_path).status == 0
+    text = Page(tmp_path / "report.html").text
+    assert "Model card" in text
+    assert "An image classifier: vit_tiny_patch16_224 with 10 classes" in text
+    assert "blocks.*.attn.qkv" in text
+    assert f"torch{version('torch')}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("per_class.json", "3"),
+        ("per_class.json", '[{"samples": 1}]'),
+        ("evaluation.json", '{"accuracy": "<b>"}'),
+        ("confusion.png", "GIF"),
+    ],
+)
+def test_report_refuses_a_damaged_evaluation_in_one_line(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    write_evaluation(run_dir)
+    path = run_dir / "evaluation" / "step-00000016" / name
+    path.write_text(content)
+    answer = command(capsys, "--run", run_dir)
+    assert answer.status == 2
+    assert re.fullmatch(rf"report error: {path} (can't be read|is damaged) \(.*\n", answer.err), answer.err

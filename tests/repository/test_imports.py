@@ -55,6 +55,7 @@ MAY_IMPORT = {
     },
     "evaluation": {
         "errors",
+        "options",
         "runtime",
         "config",
         "sparsity",

@@ -15,6 +15,7 @@ INSTALL = "python -m pip install -c constraints.txt -e .[{}]"
 SHARDS = "python launch/make_shards.py --source mnist5k --out data/mnist5k"
 TEST = "python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
 TRAIN = "deepspeed --num_gpus {} launch/train.py --config configs/quickstart.yaml run_dir={}"
+EVALUATE = "python launch/evaluate.py --run {}"
 
 # Serves as python3, as .venv's python and as its deepspeed, ruff and mypy.
 STAND_IN = """#!/usr/bin/env bash
@@ -38,6 +39,11 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "stand_in").write_text(STAND_IN)
     (tmp_path / "stand_in").chmod(0o755)
     return tmp_path
+
+
+def run_of(run_dir: str, ranks: int = 2) -> list[str]:
+    """Returns the calls that train and evaluate the quick start."""
+    return [TRAIN.format(ranks, run_dir), EVALUATE.format(run_dir)]
 
 
 def make(clone: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +70,7 @@ def calls(clone: Path) -> list[str]:
 
 def test_quickstart_sets_up_makes_shards_and_trains(clone: Path) -> None:
     assert make(clone, "quickstart").returncode == 0
-    assert calls(clone) == ["base -m venv .venv", INSTALL.format("quickstart"), SHARDS, TRAIN.format(2, "runs/quickstart")]
+    assert calls(clone) == ["base -m venv .venv", INSTALL.format("quickstart"), SHARDS, *run_of("runs/quickstart")]
 
 
 def test_second_quickstart_trains_beside_the_first_run_and_sets_up_nothing(clone: Path) -> None:
@@ -73,14 +79,14 @@ def test_second_quickstart_trains_beside_the_first_run_and_sets_up_nothing(clone
     (clone / "runs" / "quickstart").mkdir(parents=True)
     (clone / "runs" / "quickstart-2").mkdir()
     assert make(clone, "quickstart").returncode == 0
-    assert calls(clone) == [TRAIN.format(2, "runs/quickstart-3")]
+    assert calls(clone) == run_of("runs/quickstart-3")
 
 
 def test_quickstart_takes_ranks_from_the_machine_unless_given(clone: Path) -> None:
     make(clone, "quickstart", GPUS="1")
-    assert calls(clone)[-1] == TRAIN.format(1, "runs/quickstart")
+    assert calls(clone)[-2:] == run_of("runs/quickstart", ranks=1)
     make(clone, "quickstart", "RANKS=4", "RUN_DIR=runs/mine")
-    assert calls(clone)[-1] == TRAIN.format(4, "runs/mine")
+    assert calls(clone)[-2:] == run_of("runs/mine", ranks=4)
 
 
 @pytest.mark.parametrize("step", ["-m venv", "-m pip", "launch/make_shards.py"])
@@ -90,7 +96,7 @@ def test_quickstart_repairs_what_failed_midway_when_run_again(clone: Path, step:
     assert make(clone, "quickstart").returncode == 0
     again = calls(clone)
     assert step in again[0]
-    assert again[-1] == TRAIN.format(2, "runs/quickstart")
+    assert again[-2:] == run_of("runs/quickstart")
 
 
 def test_test_fast_leaves_slow_tests_out_and_needs_no_compiler(clone: Path) -> None:

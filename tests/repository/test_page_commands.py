@@ -37,8 +37,20 @@ RUN_ELSEWHERE = {
     ".venv/bin/python -m pytest tests/sparsity/test_update.py": "sparsity/test_update.py",
     "make quickstart": "repository/test_makefile.py::test_quickstart_sets_up_makes_shards_and_trains",
     "python launch/train.py * --dry-run*": "cost/test_plan.py::test_dry_run_of_each_shipped_config_adds_up",
+    "python launch/train.py * --profile *": "train/test_profile.py::test_command_traces_the_steps_that_it_names",
     "deepspeed *launch/train.py *": "launch/test_launchers.py::test_a_run_leaves_its_config_metrics_summary_and_checkpoints",
     "torchrun * launch/train.py * --resume *": "checkpoint/test_resume.py::test_a_run_resumes_on_another_engine",
+    "torchrun * launch/evaluate.py *": "evaluation/test_evaluate_run.py::"
+    "test_two_ranks_evaluate_a_run_of_sharded_units_and_tokens",
+    "deepspeed * launch/evaluate.py *": "evaluation/test_evaluate_run.py::test_evaluate_gives_the_runs_own_last_evaluation",
+    "python launch/evaluate.py --weights exported/*": "evaluation/test_evaluate_weights.py::test_export_evaluates_like_its_run",
+    "python launch/evaluate.py * --model *": "evaluation/test_evaluate_weights.py::"
+    "test_state_dict_evaluates_like_the_run_of_its_weights",
+    "python launch/evaluate.py * --labels *": "evaluation/test_labels.py::"
+    "test_several_labels_a_sample_give_the_numbers_by_hand",
+    "python launch/evaluate.py * --label-map *": "evaluation/test_labels.py::test_label_map_gives_the_numbers_by_hand",
+    "python launch/evaluate.py * --throughput *": "evaluation/test_throughput.py::"
+    "test_throughput_times_dense_sparse_and_sliced_models",
     "python launch/submit.py *": "launch/test_submit.py::test_submit_writes_the_script_into_the_run_directory_and_submits_it",
 }
 """By pattern of a command, the test that runs it, or one like it."""
@@ -51,8 +63,8 @@ PYTHON_RUN_ELSEWHERE = {
 }
 """By page, the test that runs its blocks of Python."""
 
-RUNS = {"runs/quickstart": "weights", "runs/structured": "single", "runs/tokens": "tokens", "RUN": "weights"}
-"""By run directory that commands name, the run of tests/saved.py that stands in for it."""
+RUNS = {"runs/structured": "single", "runs/tokens": "tokens"}
+"""By run directory that commands name, the run of tests/saved.py that stands in for it; ``weights`` for any other."""
 
 NEWEST = "step-00000016"
 """Name of the newest checkpoint of these runs."""
@@ -91,8 +103,8 @@ def has_own_code(page: Path) -> bool:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a page's code runs: with the repository's scripts, and images of two classes."""
+def folder(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a page's code runs: with the repository's scripts, shards of digits, images of two classes."""
     for name in ("launch", "configs", "examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     for split in ("train", "val"):
@@ -101,17 +113,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for number in range(2):
                 image = Image.new("RGB", (16, 12), (100 * number, 80, 160))
                 image.save(tmp_path / "imagenet" / split / name / f"{name}_{number}.JPEG")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist5k").symlink_to(digits)
+    write_config_file(digits, tmp_path / "runs" / "my", tmp_path / "my.yaml")
+    (tmp_path / "FILE").symlink_to("my.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def add_stand_ins(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
-    """Makes the runs and the config that a command names, unless they are there."""
-    for name, run in RUNS.items():
-        if re.search(rf"(?<![\w/-]){name}(?![\w-])", command) and not (folder / name).exists():
-            shutil.copytree(saved(run), folder / name)
-    if "my.yaml" in command:
-        write_config_file(saved("weights").parent / "digits", folder / "runs" / "my", folder / "my.yaml")
+def add_runs(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
+    """Copies small runs to where a command names runs, unless they are there."""
+    for name in re.findall(r"(?<![\w/-])(?<!run_dir=)(?:runs/[\w-]+|RUN)(?![\w-])", command):
+        if not (folder / name).exists():
+            shutil.copytree(saved(RUNS.get(name, "weights")), folder / name)
 
 
 def run_line(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,10 +149,10 @@ def test_code_of_a_page_runs_from_top_to_bottom(
     names: dict[str, Any] = {"model": model}
     for block in blocks(page):
         for command in own_commands(block):
-            add_stand_ins(command, folder, saved)
+            add_runs(command, folder, saved)
             run_line(command, folder, capsys)
         if runs_python(page, block):
-            add_stand_ins(block.text, folder, saved)
+            add_runs(block.text, folder, saved)
             exec(compile("\n" * block.line + dedent(block.text), page, "exec"), names)
 
 

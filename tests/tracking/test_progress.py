@@ -40,16 +40,16 @@ def test_progress_prints_a_plain_line_every_30_seconds_and_at_the_end_in_a_file(
     with Progress("train", 3000, "steps", done=1000) as progress:
         for _ in range(100):
             clock.now += 0.5
-            progress.show({"loss": 1.23456})
+            progress.show({"loss": 1.23456} if clock.now > 102 else {"loss": 9.0, "test": 0.5})
             progress.advance()
-        assert capsys.readouterr().err == "train: 1,060 of 3,000 steps (35%), 16:10 left, 2 steps/s, loss 1.235\n"
+        assert capsys.readouterr().err == "train: 1,060 of 3,000 steps (35%), 16:10 left, 2 steps/s, loss 1.235, test 0.5\n"
         progress.write("above")
         progress.rewind(1000)
         clock.now += 50.0
         progress.advance(2000)
     assert capsys.readouterr().err.splitlines() == [
         "above",
-        "train: 3,000 of 3,000 steps (100%), 1:40 in all, 21 steps/s, loss 1.235",
+        "train: 3,000 of 3,000 steps (100%), 1:40 in all, 21 steps/s, loss 1.235, test 0.5",
     ]
 
 

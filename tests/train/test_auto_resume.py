@@ -21,7 +21,7 @@ def test_auto_resume_starts_without_a_checkpoint_and_resumes_with_one(
     capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path
 ) -> None:
     config = write_config_file(digits, tmp_path / "run", tmp_path / "tiny.yaml")
-    arguments = ("--config", str(config), "--auto-resume", *SINGLE, "tracking.mlflow=true")
+    arguments = ("--config", str(config), "--auto-resume", *SINGLE, "tracking.mlflow=true", "tracking.publish=false")
     # What a kill before the first checkpoint leaves.
     (tmp_path / "run" / "checkpoints" / "step-00000002.partial").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')

@@ -1,0 +1,103 @@
+"""What ``launch/evaluate.py`` has found of a checkpoint: its files, and their section of a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svite_scale.errors import RunError
+from svite_scale.report import numbers
+from svite_scale.report.charts import table
+from svite_scale.report.html import join, tag
+from svite_scale.report.section import Pictures, Runs, Section, of_run
+
+NUMBERS = ("accuracy", "top5", "loss", "calibration_error", "samples")
+LABELS = {"accuracy": "accuracy", "top5": "top 5", "calibration_error": "calibration error"}
+HARDEST = 10
+"""Number of classes that are named."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """The accuracy on one class's samples."""
+
+    name: str
+    accuracy: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a checkpoint.
+
+    Attributes:
+        numbers: those of :data:`NUMBERS` that it has.
+        classes: in ascending order of accuracy; those without samples are left out.
+        confusion: PNG of the confusion matrix; None if there are too many classes for one.
+    """
+
+    numbers: dict[str, float]
+    classes: list[ClassAccuracy]
+    confusion: bytes | None
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Returns the evaluation in a folder; None if there is none.
+
+    Raises:
+        RunError: a file of it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        numbers = {name: _checked(found[name]) for name in NUMBERS if name in found}
+        path = folder / "per_class.json"
+        classes = [_class(row) for row in json.loads(path.read_text()) if row["samples"]]
+        path = folder / "confusion.png"
+        confusion = path.read_bytes() if path.is_file() else None
+        if confusion is not None and not confusion.startswith(PNG):
+            raise ValueError("it is no PNG")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{path} can't be read ({error!r}); evaluate the checkpoint again, or remove {folder}") from error
+    return Evaluation(numbers, sorted(classes, key=lambda each: each.accuracy), confusion)
+
+
+def _class(row: Mapping[str, Any]) -> ClassAccuracy:
+    return ClassAccuracy(str(row["name"] or row["label"]), _checked(row["accuracy"]), int(_checked(row["samples"])))
+
+
+def _checked(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1e15:
+        raise ValueError(f"{str(value)[:40]!r} is no such number")
+    return float(value)
+
+
+def evaluation(runs: Runs, pictures: Pictures) -> Section | None:
+    """Returns what ``launch/evaluate.py`` has found of the runs' checkpoints, of the weights and of their moving average."""
+    parts = []
+    for run_number, run in enumerate(runs, start=1):
+        for ema in (False, True):
+            found = read_evaluation(run.saved.evaluation_folder(ema=ema)) if run.saved else None
+            if found is None:
+                continue
+            rows = [[label, numbers.percent(found.numbers[name])] for name, label in LABELS.items() if name in found.numbers]
+            rows += [[name, numbers.plain(found.numbers[name])] for name in ("loss", "samples") if name in found.numbers]
+            shown = [tag("div", tag("h3", "All samples"), table([], rows), class_="card")]
+            if found.classes:
+                rows = [[each.name, numbers.percent(each.accuracy), f"{each.samples:,}"] for each in found.classes[:HARDEST]]
+                hardest = table(["", "accuracy", "samples"], rows)
+                shown.append(tag("div", tag("h3", "Hardest classes"), hardest, class_="card"))
+            if found.confusion is not None:
+                name = f"run{run_number}-confusion{'-ema' * ema}.png"
+                picture = pictures.add(name, found.confusion, "confusion matrix", class_="whole")
+                shown.append(tag("div", tag("h3", "Confusion"), picture, class_="card"))
+            head = [tag("h4", of_run(runs, run) + ("moving average" if ema else "weights"))] if ema or len(runs) > 1 else []
+            parts += [*head, tag("div", *shown, class_="tables")]
+    return Section("Evaluation", join(*parts), "By launch/evaluate.py, of the checkpoint.") if parts else None
