@@ -72,7 +72,7 @@ def card_text(export: Export, notes: Notes) -> str:
     sections = [
         f"# {_plain(description.origin.run)}",
         _plain(summary(run, export.model)),
-        f"## Use\n\n{notes.usage.strip()}\n\n`FOLDER` is the path of this folder.",
+        f"## Use\n\n{notes.usage.strip()}" + ("\n\n`FOLDER` is the path of this folder." if "FOLDER" in notes.usage else ""),
         *(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()),
         f"## Commands\n\n{_commands(export)}",
         f"## Licence\n\n{_licence(description.license)}",

@@ -97,10 +97,14 @@ def read(folder: Path, description: Description) -> nn.Module:
     """Returns the model, run by onnxruntime.
 
     Raises:
-        ExportError: the file can't be read, or onnxruntime isn't installed.
+        ExportError: the file can't be read, or takes weights from outside the folder; or onnx or onnxruntime isn't installed.
     """
-    _require("onnxruntime")
+    _require("onnx", "onnxruntime")
+    import onnx
+
     try:
+        # Refuses weights in other folders, which onnxruntime 1.23 would read.
+        onnx.load(folder / FILE)
         return OnnxModel(folder / FILE)
     except Exception as error:  # of onnxruntime's own kinds
         raise ExportError(f"{folder / FILE} can't be read ({error}); export the model again") from error

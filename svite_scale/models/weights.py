@@ -312,11 +312,9 @@ def _keep_head(model: nn.Module, wanted: Shapes, found: Shapes, fitted: FittedWe
     other = next((name for name in own if name in found and found[name][:1] != wanted[name][:1]), None)
     if not own or (theirs and other is None):
         return
-    for name in theirs:
-        del found[name]
     fitted.kept.update(own)
-    theirs_say = "there is none in the file" if other is None else f"the file's has {fitted.weights.shapes[other][0]}"
-    fitted.changes.append(f"the head is new, for {wanted[own[0]][0]} classes; {theirs_say}")
+    reason = "there is none in the file" if other is None else f"the file's has {found[other][0]}"
+    fitted.changes.append(f"the head is new, for {wanted[own[0]][0]} classes; {reason}")
 
 
 def _adapt_channels(model: nn.Module, wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:

@@ -86,8 +86,9 @@ class ReportedRun:
 
     @property
     def world_size(self) -> int | None:
-        """The number of ranks; None if it isn't known, since a run of several ranks writes it at its end."""
-        return 1 if self.config.parallel.backend == "single" else self.summary.get("world_size")
+        """The number of ranks that trained last; None if it isn't known."""
+        logged = self.last("world_size")
+        return int(logged) if logged is not None and logged >= 1 else self.summary.get("world_size")
 
     @cached_property
     def cost(self) -> ModelCost:

@@ -33,9 +33,6 @@ DEFAULTS = {
 }
 """MLflow's environment variables, where the user sets none."""
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's page show an experiment as training, and not as one of language models."""
-
 RUN_ID_FILE = "mlflow_run_id"
 """File of the run directory that holds MLflow's name for the run."""
 
@@ -241,7 +238,7 @@ class MlflowRun:
             logger.warning("MLflow's experiment %r is deleted, but keeps its name; the run goes into %r", wanted, name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, self.store.artifact_location, tags=EXPERIMENT_TAGS))
+        return str(self._client.create_experiment(name, self.store.artifact_location))
 
 
 def _first(option: tuple[str, str | None], variable: str, default: str) -> tuple[str, str]:

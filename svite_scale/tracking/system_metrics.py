@@ -46,7 +46,7 @@ class SystemMetrics:
             self._log(self._measure())
 
     def _measure(self) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
             found |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}

@@ -201,6 +201,7 @@ class Trainer:
             "drop_fraction": self.topology.drop_fraction,
             "postponed_updates": self.topology.postponed,
             "damaged_samples": self.train_data.damage.damaged,
+            "world_size": self.world.size,
             **self.guard.metrics(),
         }
         if self.selectors:

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 
 from svite_scale.errors import ConfigError, ExportError
 from svite_scale.export import onnx_form
@@ -116,3 +117,24 @@ def test_damaged_file_is_refused(sliced: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=rf"^{tmp_path}/model.onnx can't be read"):
         read_export(tmp_path)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_weights_outside_the_folder_are_refused(sliced: Path, tmp_path: Path, absolute: bool) -> None:
+    folder, secret = tmp_path / "folder", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_bytes(bytes(400))
+    weight = onnx.TensorProto(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[10, 10])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=str(secret) if absolute else "../secret")
+    gemm = helper.make_node("Gemm", ["images", "weight"], ["logits"])
+    images, logits = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 10]) for name in ("images", "logits"))
+    model = helper.make_model(
+        helper.make_graph([gemm], "graph", [images], [logits], [weight]),
+        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 20)],
+    )
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "export.json").write_text((sliced / "export.json").read_text())
+    with pytest.raises(ExportError, match=rf"^{folder}/model.onnx can't be read"):
+        read_export(folder)

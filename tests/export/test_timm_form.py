@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ import timm
 import torch
 from safetensors import safe_open
 
+from svite_scale.data.options import DataConfig
+from svite_scale.data.transforms import DeviceTransform, eval_transform, to_pil
 from svite_scale.errors import ExportError
+from svite_scale.export import timm_form
+from svite_scale.export.form import Export, describe
 from svite_scale.export.read import read_export
 from svite_scale.export.write import export_run
+from svite_scale.models.sparse import build_sparse
 from svite_scale.saved_run import evaluation_images, load_model, read_run
 
 Saved = Callable[[str], Path]
@@ -64,3 +70,20 @@ def test_config_json_claims_nothing_of_other_weights(saved: Saved, tmp_path: Pat
     assert config["pretrained_cfg"]["license"] == "mit"
     assert config["pretrained_cfg"]["tag"] is None
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 10
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 41), (3, 32, 32), (3, 20, 90)])
+def test_transform_that_timm_makes_from_the_folder_is_the_one_of_evaluation(
+    saved: Saved, tmp_path: Path, shape: tuple[int, int, int]
+) -> None:
+    run = read_run(saved("weights"))
+    model, data = replace(run.config.model, image_size=32, in_channels=3), DataConfig(eval_crop=0.875)
+    sparse = build_sparse(model, run.config.sparsity, seed=0).model.eval()
+    own_run = replace(run, config=replace(run.config, model=model, data=data))
+    timm_form.write(Export(own_run, sparse, describe(own_run, "timm")), tmp_path)
+    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(by_timm))
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = eval_transform(data, 32)(pixels)
+    inputs, _ = DeviceTransform(data, 10, torch.device("cpu"), training=False)(ours[None], torch.zeros(1))
+    torch.testing.assert_close(transform(to_pil(pixels)), inputs[0], rtol=0, atol=1e-5)

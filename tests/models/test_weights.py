@@ -326,6 +326,7 @@ def test_the_plan_on_the_meta_device_is_what_is_built(tmp_path: Path, caplog: py
     with torch.no_grad():  # whose sum over channels isn't 0 where one of them is
         source.patch_embed.proj.weight[:, 1, ::2] = 0
         source.patch_embed.proj.weight[3:5] = 0
+        source.head.weight[:, ::2] = 0
     path = saved(source, tmp_path / "w.safetensors")
     built, planned = (sparse(path, build, **OPTIONS[case]) for build in (build_sparse, plan_sparse))
     assert built.layers == planned.layers
@@ -334,6 +335,8 @@ def test_the_plan_on_the_meta_device_is_what_is_built(tmp_path: Path, caplog: py
     assert len(lines_of(caplog)) == {"zeros, and a new head": 1, "zeros, other images": 2}.get(case, 0)
     embedding = next(entry for entry in built.layers if entry.name == "patch_embed.proj")
     if "zeros" in case:
+        head = next(entry for entry in built.layers if entry.name == "head")
+        assert (head.num_active == head.numel) == ("new head" in case)
         weight = source.patch_embed.proj.weight.detach().numpy()
         summed = weight.sum(axis=1) if "images" in case else weight
         assert embedding.num_active == np.count_nonzero(summed)

@@ -171,6 +171,8 @@ def test_report_shows_a_run_that_is_still_going(saved: Saved, tmp_path: Path, ca
     assert "not finished, 30% done" in page.text
     assert "6of 20, epoch 1.2 of 4" in page.text
     assert "none yet" in page.text
+    assert "2 ranks" in page.text
+    assert "Training state of a rank" in page.text
     assert len(page.images) == len(UNITS)
 
 
