@@ -31,7 +31,7 @@ from tests.repository.pages import PAGES, ROOT, Block, blocks
 COMMANDS = {"", "sh", "bash", "console"}
 """Languages of blocks that hold commands, one a line; in ``console`` after ``$ ``, between what they print."""
 
-RUN_HERE = {"python", "ls", "cat"}
+RUN_HERE = {"python", "ls"}
 """Programs that are run as they stand on a page."""
 
 RUN_ELSEWHERE = {
@@ -66,11 +66,8 @@ PYTHON_RUN_ELSEWHERE = {
 }
 """By page, the test that runs its blocks of Python."""
 
-RUNS = {"runs/structured": "single", "runs/tokens": "tokens"}
+RUNS = {"runs/structured": "single"}
 """By run directory that commands name, the run of tests/saved.py that stands in for it; ``weights`` for any other."""
-
-NEWEST = "step-00000016"
-"""Name of the newest checkpoint of these runs."""
 
 
 def commands(block: Block) -> Iterator[str]:
@@ -125,7 +122,7 @@ def folder(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def add_runs(command: str, folder: Path, saved: Callable[[str], Path]) -> None:
     """Copies small runs to where a command names runs, unless they are there."""
-    for name in re.findall(r"(?<![\w/-])(?<!run_dir=)(?:runs/[\w-]+|RUN)(?![\w-])", command):
+    for name in re.findall(r"(?<![\w/-])(?<!run_dir=)runs/[\w-]+", command):
         if not (folder / name).exists():
             shutil.copytree(saved(RUNS.get(name, "weights")), folder / name)
 
@@ -134,7 +131,7 @@ def run_line(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Runs a command. One of ``launch/`` runs in this process, because its own would have to import torch again."""
     program = next((word for word in command.split() if "=" not in word), None)
     assert program in RUN_HERE, f"no test runs the command: {command}"
-    command = re.sub(r"step-\d{8}", NEWEST, re.sub(r"(?<![\w/.])/data\b", str(folder), command))
+    command = re.sub(r"(?<![\w/.])/data\b", str(folder), command)
     if re.match(r"python launch/\w+\.py ", command) and not re.search(r"[|<>;&$`]", command):
         _, script, *arguments = shlex.split(command)
         answer = run_here(capsys, *arguments, script=folder / script)
