@@ -3,7 +3,7 @@ of ranks under torchrun, deepspeed, accelerate or srun.
 
 python launch/evaluate.py --run runs/quickstart
 torchrun --nproc-per-node 2 -- launch/evaluate.py --run runs/quickstart --ema data.val='shards/other/val-*.tar'
-python launch/evaluate.py --weights exported/quickstart data.val='shards/mnist5k/val-*.tar'
+python launch/evaluate.py --weights exported/quickstart data.val='data/mnist5k/val-*.tar'
 python launch/evaluate.py --weights deit_small.pth --model deit_small_patch16_224 data.val='shards/imagenet/val-*.tar'
 
 (Without the two dashes, torchrun takes --run for one of its own options.)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -55,9 +56,9 @@ class Results:
         """bool ``[N]``, True where the guess is the label."""
         return self.labels == self.guesses
 
-    def summary(self) -> dict[str, float]:
-        """Returns the numbers of all samples together."""
-        return {
+    def summary(self) -> dict[str, float | None]:
+        """Returns the numbers of all samples together; None for a number that isn't finite, as after training has diverged."""
+        numbers = {
             "accuracy": float(self.correct.mean()),
             "top5": float(self.in_top5.mean()),
             "loss": float(self.losses.mean()),
@@ -66,6 +67,7 @@ class Results:
             "damaged": self.damaged,
             "left_out": self.left_out,
         }
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
     def per_class(self, names: Sequence[str] | None) -> list[dict[str, Any]]:
         """Returns for each label its name (None if ``names`` is), its number of samples, their accuracy (None without samples),
@@ -93,7 +95,7 @@ class Results:
 
 
 def calibration_error(confidences: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_]) -> float:
-    """Returns the expected calibration error (arXiv:1706.04599), 0 to 1.
+    """Returns the expected calibration error (arXiv:1706.04599), 0 to 1; NaN if a confidence is NaN.
 
     It is the distance between mean confidence and accuracy within a bin, averaged over bins weighted by their samples. The
     :data:`BINS` bins have equal width; the confidence on a border belongs to the lower bin.
@@ -102,6 +104,8 @@ def calibration_error(confidences: npt.NDArray[np.float64], correct: npt.NDArray
         confidences: ``[N]``, in [0, 1].
         correct: ``[N]``.
     """
+    if np.isnan(confidences).any():
+        return math.nan
     bins = np.ceil(confidences * BINS).clip(1, BINS).astype(np.int64) - 1
     gaps = np.bincount(bins, weights=confidences - correct, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidences))

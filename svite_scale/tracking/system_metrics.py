@@ -10,6 +10,9 @@ from typing import Any
 SAMPLE_S = 10.0
 """Seconds between two measurements, unless ``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` says otherwise."""
 
+STOP_S = 5.0
+"""Longest wait in seconds for the last measurement."""
+
 
 class SystemMetrics:
     """Measures this machine every few seconds, in a thread of its own: processor, memory, disk, network, and each GPU where
@@ -33,10 +36,10 @@ class SystemMetrics:
             self._thread.start()
 
     def stop(self) -> None:
-        """Measures once more, and ends the thread."""
+        """Measures once more, and ends the thread. Leaves it alone if a driver doesn't answer."""
         self._ends.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STOP_S)
 
     def _work(self) -> None:
         self._measure()  # the processor's load is measured from here on; its first value says nothing

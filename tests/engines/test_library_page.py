@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import svite_scale
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "library.md").read_text()
-BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
+ALL_BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
+BLOCKS = [block for block in ALL_BLOCKS if "load_weights" not in block]
+STARTS = [block for block in ALL_BLOCKS if "load_weights" in block]
+"""Two ways to start a loop, each with a model of its own; the other blocks are one loop."""
 
 
 def model() -> torch.nn.Module:
@@ -39,6 +43,23 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     ((steps, difference),) = run_on_ranks(1, pages_code, str(tmp_path))
     assert steps == 3
     assert difference == pytest.approx([0.0] * 20, abs=1e-5)
+
+
+def test_the_page_starts_from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("exports/pruned").mkdir(parents=True)
+    source = model()
+    save_file(source.state_dict(), "deit_small.safetensors")
+    with torch.no_grad():
+        source.head.weight[:, ::2] = 0
+    save_file(source.state_dict(), "exports/pruned/model.safetensors")
+    dense, pruned = ({"model": model(), "svite_scale": svite_scale} for _ in STARTS)
+    for block, names in zip(STARTS, (dense, pruned), strict=True):
+        exec(block, names)
+    layer = dense["model"].blocks[0].attn.qkv
+    assert layer.num_active < layer.shape.numel()
+    assert torch.equal(layer.dense_weight().count_nonzero(), torch.tensor(layer.num_active))
+    assert pruned["model"].head.num_active == 5 * 24
 
 
 def test_the_page_names_every_public_name_and_no_other() -> None:

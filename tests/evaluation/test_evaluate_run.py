@@ -165,6 +165,14 @@ def test_calibration_error_is_zero_only_if_confidence_is_accuracy() -> None:
     assert calibration_error(np.zeros(2), np.array([True, False])) == pytest.approx(0.5)
 
 
+def test_numbers_of_a_diverged_model_are_null() -> None:
+    nan = np.full(2, np.nan)
+    summary = Results(
+        np.zeros(2, int), np.zeros(2, int), np.ones(2, bool), nan, nan, num_labels=3, damaged=0, left_out=0
+    ).summary()
+    assert (summary["loss"], summary["calibration_error"], summary["accuracy"]) == (None, None, 1.0)
+
+
 def test_confusion_counts_samples_by_label_and_guess() -> None:
     labels, guesses = np.array([0, 0, 2, 1, 0]), np.array([0, 1, 2, 2, 1])
     results = Results(labels, guesses, labels == guesses, np.zeros(5), np.ones(5), num_labels=4, damaged=0, left_out=0)

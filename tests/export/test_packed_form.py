@@ -78,6 +78,22 @@ def test_bitmask_is_the_mask_of_the_checkpoint(saved: Saved, tmp_path: Path) -> 
         np.testing.assert_array_equal(found[f"{name}.compressed"], checkpoint[f"{name}.values"])
 
 
+@pytest.mark.parametrize("name", ["weights", "single"])
+def test_active_weights_that_are_zero_stay_active(saved: Saved, name: str) -> None:
+    model = load_model(read_run(saved(name)))
+    before = packed_form.active_weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    after = packed_form.active_weights(model)
+    assert before.keys() == after.keys()
+    assert len(before) == 8
+    for key, active in before.items():
+        assert 0 < active.sum() < active.numel()
+        assert torch.equal(after[key], active), key
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5])
 def test_file_is_as_small_as_the_density(saved: Saved, tmp_path: Path, density: float) -> None:
     sizes = ModelConfig(name="deit_small_patch16_224", depth=3)

@@ -348,6 +348,15 @@ def test_a_model_of_a_config_has_the_function_of_its_weights(tmp_path: Path) -> 
     torch.testing.assert_close(model.eval()(images), source(images))
 
 
+def test_a_config_with_weights_and_a_density_begins_with_the_largest(tmp_path: Path) -> None:
+    source = vit(0)
+    model, _ = sparse(saved(source, tmp_path / "w.safetensors"), density=0.3)
+    svite_scale.sparsify(source, 0.3, by_magnitude=True)
+    masks, expected = masks_of(model), masks_of(source)
+    assert masks.keys() == expected.keys()
+    assert all((masks[name] == expected[name]).all() for name in masks)
+
+
 def test_from_weights_without_weights_and_beside_a_density_is_refused(tmp_path: Path) -> None:
     message = r"sparsity\.masks = 'from_weights': takes the zeros of model\.weights, which is null; set model\.weights"
     with pytest.raises(ConfigError, match=message):

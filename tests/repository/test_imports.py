@@ -99,6 +99,7 @@ NOT_EVEN_LATE = {
     "cost": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
     "train": {"matplotlib"},
     "export": {"deepspeed", "accelerate", "mlflow", "webdataset", "matplotlib"},
+    "evaluation": {"deepspeed", "accelerate", "mlflow", "webdataset"},
     "report": {"deepspeed", "accelerate", "mlflow", "webdataset"},
 }
 """Libraries that a part knows nothing of."""

@@ -13,6 +13,7 @@ import ast
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,9 +24,9 @@ import pytest
 import timm
 from PIL import Image
 
+from svite_scale.config.load import read_config
 from tests.command_line import run_command, run_here
 from tests.repository.pages import PAGES, ROOT, Block, blocks
-from tests.tiny import write_config_file
 
 COMMANDS = {"", "sh", "bash", "console"}
 """Languages of blocks that hold commands, one a line; in ``console`` after ``$ ``, between what they print."""
@@ -60,6 +61,7 @@ PYTHON_RUN_ELSEWHERE = {
     "README.md": "engines/test_library_page.py::test_the_loop_of_the_readme_runs",
     "library.md": "engines/test_library_page.py::test_the_code_of_the_page_runs",
     "methods.md": "sparsity/test_methods_page.py::test_the_method_of_the_page_drops_by_sensitivity",
+    "tracking.md": "tracking/test_publish.py::test_mlflow_loads_the_published_model",
     "tokens.md": "models/test_tokens_page.py::test_the_loop_of_the_page_runs_and_anneals",
 }
 """By page, the test that runs its blocks of Python."""
@@ -116,9 +118,8 @@ def folder(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
                 image.save(tmp_path / "imagenet" / split / name / f"{name}_{number}.JPEG")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mnist5k").symlink_to(digits)
-    write_config_file(digits, tmp_path / "runs" / "my", tmp_path / "my.yaml")
-    (tmp_path / "FILE").symlink_to("my.yaml")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path
 
 
@@ -155,6 +156,14 @@ def test_code_of_a_page_runs_from_top_to_bottom(
         if runs_python(page, block):
             add_runs(block.text, folder, saved)
             exec(compile("\n" * block.line + dedent(block.text), page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_overrides_of_a_training_command_are_values_that_a_config_takes(page: Path) -> None:
+    for command in (command for block in blocks(page) if block.language in COMMANDS for command in commands(block)):
+        words = shlex.split(command.partition("launch/train.py")[2])
+        if "--config" in words and (config := ROOT / words[words.index("--config") + 1]).exists():
+            read_config(config, [word for word in words if "=" in word])
 
 
 def test_each_test_that_runs_code_of_a_page_exists() -> None:
