@@ -63,7 +63,7 @@ class Job:
         """Starts the ranks. ``inject`` is called first in the last rank's process."""
         self.logs = [config.with_suffix(f".rank{rank}.err") for rank in range(world_size)]
         port = free_port()
-        options = {"resume": resume, "auto_resume": False, "dry_run": False, "ranks": None}
+        options = {"resume": resume, "auto_resume": False, "profile": None, "dry_run": False, "ranks": None}
         arguments = argparse.Namespace(config=str(config), overrides=list(overrides), **options)
         self.processes = [
             forked.Process(

@@ -47,12 +47,12 @@ def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
 
 def test_the_page_starts_from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("exports/pruned").mkdir(parents=True)
+    Path("exported/pruned").mkdir(parents=True)
     source = model()
     save_file(source.state_dict(), "deit_small.safetensors")
     with torch.no_grad():
         source.head.weight[:, ::2] = 0
-    save_file(source.state_dict(), "exports/pruned/model.safetensors")
+    save_file(source.state_dict(), "exported/pruned/model.safetensors")
     dense, pruned = ({"model": model(), "svite_scale": svite_scale} for _ in STARTS)
     for block, names in zip(STARTS, (dense, pruned), strict=True):
         exec(block, names)
