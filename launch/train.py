@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svite_scale.tracking.options import TrackingConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -28,24 +32,17 @@ def arguments() -> argparse.Namespace:
 
 
 def train(given: argparse.Namespace) -> int:
-    """Trains, and publishes a finished run on the main rank. Returns the exit status of training."""
-    # These import torch, and --help needn't wait for it.
-    from svite_scale.config.load import read_config
-    from svite_scale.runtime.signals import StopSignals
-    from svite_scale.runtime.world import World
+    # It imports torch, and --help needn't wait for it.
     from svite_scale.train import command
 
-    status = command.main(given)
-    if status or given.dry_run or not World.from_environment().is_main:
-        return status
-    config = read_config(given.config, given.overrides)
-    if config.tracking.mlflow and config.tracking.publish:
-        from svite_scale.publish import publish
+    return command.main(given, publish_result)
 
-        with StopSignals() as signals:
-            signals.saved_status = status  # the run has finished, so a signal ends only the publishing
-            publish(Path(config.run_dir), config.tracking)
-    return status
+
+def publish_result(run_dir: Path, tracking: TrackingConfig) -> None:
+    # It imports what only a report and an export need, and training needn't wait for it.
+    from svite_scale.publish import publish
+
+    publish(run_dir, tracking)
 
 
 def main() -> None:

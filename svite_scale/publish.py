@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+import tempfile
 from pathlib import Path
 
 from svite_scale.config.load import to_dict
@@ -14,39 +14,30 @@ from svite_scale.export.write import export_run
 from svite_scale.report.page import write_report
 from svite_scale.saved_run import SavedRun, read_run
 from svite_scale.tracking.mlflow_result import Result, log_result
-from svite_scale.tracking.mlflow_run import first_line
 from svite_scale.tracking.options import TrackingConfig
 
 REPORT, EXPORT = "report", "export"
 """Folders in the run directory, and of the run in MLflow."""
 
-logger = logging.getLogger("svite_scale")
-
 
 def publish(run_dir: Path, tracking: TrackingConfig) -> None:
     """Writes the report of a run and an export of its newest checkpoint, and logs both to MLflow, with the model.
 
-    Local: one process calls it. A failure is a warning, because the run itself has finished.
+    Both replace what an earlier attempt has left. Local: one process calls it.
 
     Args:
         run_dir: of the run.
         tracking: where MLflow is. Not read from the run directory, which others may write.
+
+    Raises:
+        SviteScaleError: the run can't be read, reported or exported.
+        Exception: whatever MLflow, its database and the network raise.
     """
-    try:
-        _publish(run_dir, tracking)
-    except Exception as error:  # MLflow passes on what its database and network raise
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        logger.warning("%s isn't published (%s); train it again with --resume to repeat only this", run_dir, cause)
-
-
-def _publish(run_dir: Path, tracking: TrackingConfig) -> None:
     run = read_run(run_dir)
     page = write_report([run_dir], run_dir / REPORT)
     ema = prefers_average(run)
     folder = run_dir / EXPORT / f"{run.checkpoint.name}{'-ema' if ema else ''}"
-    # An earlier attempt may have written it.
-    if not folder.exists():
-        export_run(run, form_for(run.config), folder, ema=ema)
+    write_export(run, folder, ema=ema)
     exported = read_export(folder)
     model, card = run.config.model, (folder / CARD).read_text(encoding="utf-8")
     result = Result(
@@ -58,6 +49,16 @@ def _publish(run_dir: Path, tracking: TrackingConfig) -> None:
     )
     log_result(tracking, run_dir, result)
     print(f"{run_dir}: published {page} and {folder} to MLflow, with the model", file=sys.stderr)
+
+
+def write_export(run: SavedRun, folder: Path, *, ema: bool) -> None:
+    """Exports a run's model, and replaces a former export in the folder once the new one is complete."""
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as beside:
+        new = export_run(run, form_for(run.config), Path(beside) / "new", ema=ema)
+        if folder.exists():
+            folder.rename(Path(beside) / "old")
+        new.rename(folder)
 
 
 def form_for(config: Config) -> str:
@@ -73,4 +74,4 @@ def prefers_average(run: SavedRun) -> bool:
 
 def without_front_matter(card: str) -> str:
     """Returns a model card without the YAML at its top."""
-    return card.split("---\n", 2)[2].lstrip() if card.startswith("---\n") else card
+    return card.split("\n---\n", 1)[1].lstrip() if card.startswith("---\n") else card

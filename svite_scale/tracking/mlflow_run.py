@@ -251,7 +251,7 @@ def _first(option: tuple[str, str | None], variable: str, default: str) -> tuple
     return default, name
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message that says something."""
     lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
     return lines[0] if lines else type(error).__name__

@@ -6,22 +6,32 @@ import argparse
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from svite_scale.config.load import read_config
+from svite_scale.config.schema import Config
 from svite_scale.errors import SviteScaleError
 from svite_scale.runtime.ending import EXIT_CONFIG, Failure
 from svite_scale.runtime.signals import StopSignals
 from svite_scale.runtime.world import World
+from svite_scale.tracking.mlflow_run import first_line
+from svite_scale.tracking.options import TrackingConfig
 
 FIRST_RANK_SPEAKS_S = 30.0
 """Seconds that the other ranks of a machine wait after a mistake in the config, for the first one to start and report it."""
 
+Publish = Callable[[Path, TrackingConfig], None]
+"""Publishes a finished run, given its directory and where MLflow is."""
 
-def main(arguments: argparse.Namespace) -> int:
+logger = logging.getLogger("svite_scale")
+
+
+def main(arguments: argparse.Namespace, publish: Publish) -> int:
     """Runs ``launch/train.py``. Every rank calls it.
 
     Args:
         arguments: ``config``, ``overrides``, ``resume``, ``auto_resume``, ``profile``, ``dry_run``, ``ranks``.
+        publish: called by the main rank when the run has finished, unless its config says otherwise.
 
     Returns:
         The exit status: that of :func:`run_on_every_rank`, or 85 if a signal stopped the run and it has saved.
@@ -38,9 +48,24 @@ def main(arguments: argparse.Namespace) -> int:
             from svite_scale.train.run import train
 
             options = {name: getattr(arguments, name) for name in ("resume", "auto_resume", "profile")}
-            return train(config, world, signals, failure, **options)
+            status = train(config, world, signals, failure, **options)
+            if status == 0 and world.is_main:
+                signals.saved_status = status  # a signal now ends only the publishing
+                publish_finished(config, publish)
+            return status
 
     return run_on_every_rank(command)
+
+
+def publish_finished(config: Config, publish: Publish) -> None:
+    """Publishes a run if its config says so. Whatever ends that is a warning, because the run itself has finished."""
+    if not (config.tracking.mlflow and config.tracking.publish):
+        return
+    try:
+        publish(Path(config.run_dir), config.tracking)
+    except BaseException as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("%s isn't published (%s); train it again with --resume to repeat only this", config.run_dir, cause)
 
 
 def run_on_every_rank(command: Callable[[World, Failure], int]) -> int:
@@ -56,7 +81,7 @@ def run_on_every_rank(command: Callable[[World, Failure], int]) -> int:
     try:
         failure.world = world = World.from_environment()
         # All ranks warn of the same things, so only the main one does.
-        logging.getLogger("svite_scale").setLevel(logging.WARNING if world.is_main else logging.ERROR)
+        logger.setLevel(logging.WARNING if world.is_main else logging.ERROR)
         return command(world, failure)
     except BaseException as error:
         status = failure.report(error)

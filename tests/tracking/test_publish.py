@@ -12,18 +12,22 @@ import mlflow.pytorch
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from svite_scale.config.load import read_config, to_yaml
+from svite_scale.config.plain_yaml import dump
+from svite_scale.errors import RunError
 from svite_scale.export.read import read_export
 from svite_scale.publish import form_for, prefers_average, publish, without_front_matter
 from svite_scale.saved_run import load_model, read_run
 from svite_scale.tracking.options import TrackingConfig
+from tests.command_line import Answer, run_here
 from tests.tracking.trackers import tracker_of
 
 
 @pytest.fixture(scope="module")
 def run_dir(saved: Callable[[str], Path], empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished run whose heads, neurons and tokens are sparse, in MLflow by default, and published twice."""
+    """A finished run whose heads, neurons and tokens are sparse, in MLflow by default, published twice; the first export is spoiled."""
     run_dir = Path(shutil.copytree(saved("tokens"), tmp_path_factory.mktemp("published") / "tokens"))
     shutil.copy(empty_database, run_dir.parent)
     config = replace(read_config(run_dir / "config.yaml"), tracking=TrackingConfig())
@@ -32,6 +36,10 @@ def run_dir(saved: Callable[[str], Path], empty_database: Path, tmp_path_factory
     with tracker_of(config, run_dir, 20):
         pass
     publish(run_dir, config.tracking)
+    (export,) = (run_dir / "export").iterdir()
+    (export / "former").touch()
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(export / "model.safetensors").items()}
+    save_file(weights, export / "model.safetensors")
     publish(run_dir, config.tracking)
     yield run_dir
     mlflow.set_tracking_uri(address)
@@ -56,6 +64,12 @@ def test_publish_logs_report_export_and_card(run_dir: Path, run_id: str) -> None
     assert (export / "README.md").read_text().endswith(description)
 
 
+def test_publish_replaces_its_former_export(run_dir: Path) -> None:
+    (export,) = (run_dir / "export").iterdir()
+    assert not (export / "former").exists()
+    assert any(tensor.count_nonzero() for tensor in load_file(export / "model.safetensors").values())
+
+
 def test_mlflow_loads_the_published_model(run_dir: Path, run_id: str) -> None:
     run = read_run(run_dir)
     sparse = load_model(run)
@@ -72,11 +86,55 @@ def test_mlflow_loads_the_published_model(run_dir: Path, run_id: str) -> None:
     assert served.metadata.metadata["preprocessing"]["mean"] == list(run.config.data.mean)
 
 
-def test_a_failure_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    publish(tmp_path / "nothing", TrackingConfig())
+Command = Callable[..., tuple[Answer, list[tuple[Path, TrackingConfig]]]]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Returns a function that runs the command with a training of no steps, and returns what was published."""
+
+    def train(
+        *overrides: str, training: Callable[[Path], int] = lambda _: 0, failure: BaseException | None = None, **names: str
+    ) -> tuple[Answer, list[tuple[Path, TrackingConfig]]]:
+        config, published = tmp_path / "config.yaml", []
+        config.write_text(f"run_dir: {tmp_path}/run\n")
+
+        def published_now(run_dir: Path, tracking: TrackingConfig) -> None:
+            published.append((run_dir, tracking))
+            if failure is not None:
+                raise failure
+
+        monkeypatch.setattr("svite_scale.train.run.train", lambda *_, **__: training(config))
+        monkeypatch.setattr("svite_scale.publish.publish", published_now)
+        return run_here(capsys, "--config", str(config), *overrides, launcher=names), published
+
+    return train
+
+
+@pytest.mark.parametrize("edit", [Path.unlink, lambda path: path.write_text("run_dir: elsewhere\n")])
+def test_command_publishes_the_run_that_it_trained(train: Command, tmp_path: Path, edit: Callable[[Path], object]) -> None:
+    answer, published = train("tracking.experiment=mine", training=lambda path: bool(edit(path)) and 0)
+    assert (answer.status, answer.err) == (0, "")
+    assert published == [(tmp_path / "run", TrackingConfig(experiment="mine"))]
+
+
+def test_command_publishes_only_finished_runs_on_the_main_rank(train: Command) -> None:
+    assert train(training=lambda _: 85)[1] == []
+    assert train("tracking.publish=false")[1] == []
+    assert train("tracking.mlflow=false")[1] == []
+    assert train(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")[1] == []
+
+
+@pytest.mark.parametrize("failure", [RunError("no disk\nmore"), ImportError("no disk"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failure_to_publish_is_one_warning(
+    train: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: BaseException
+) -> None:
+    answer, _ = train(failure=failure)
+    assert answer.status == 0
     (message,) = [record.getMessage() for record in caplog.records if record.name == "svite_scale"]
-    assert message.startswith(f"{tmp_path / 'nothing'} isn't published (RunError: ")
+    assert message.startswith(f"{tmp_path / 'run'} isn't published ({type(failure).__name__}: ")
     assert message.endswith("; train it again with --resume to repeat only this")
+    assert "\n" not in message
 
 
 def test_the_form_fits_what_is_absent(saved: Callable[[str], Path]) -> None:
@@ -103,3 +161,5 @@ def test_the_average_is_preferred_when_it_did_better(saved: Callable[[str], Path
 def test_without_front_matter_leaves_the_text() -> None:
     assert without_front_matter("---\na: 1\n---\n\n# Title\n\n---\ntext") == "# Title\n\n---\ntext"
     assert without_front_matter("# Title") == "# Title"
+    for license in ("mine ---", "a\n---\nb", "---"):
+        assert without_front_matter(f"---\n{dump({'license': license, 'tags': ['a']})}---\n\n# Title") == "# Title"
