@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from svite_scale.checkpoint.compatibility import check_same_tensors
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, newest_valid
 from svite_scale.checkpoint.load import TensorReader, read_run_state, saved_counts
-from svite_scale.checkpoint.manifest import problem_of
+from svite_scale.checkpoint.manifest import MANIFEST, digest, problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.data.dataset import ShardDataset
@@ -58,6 +58,29 @@ class SavedRun:
     def evaluation_folder(self, *, ema: bool = False) -> Path:
         """Returns the folder where the evaluation of the checkpoint lies, if there was one."""
         return self.run_dir / "evaluation" / (self.checkpoint.name + ("-ema" if ema else ""))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the checkpoint's manifest, which tells it from any other checkpoint of the same name."""
+        return digest(self.checkpoint / MANIFEST).sha256
+
+    def evaluation(self, *, ema: bool = False) -> dict[str, Any] | None:
+        """Returns the content of the checkpoint's ``evaluation.json``; None without one.
+
+        An evaluation of an earlier checkpoint of the same name is left out.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.evaluation_folder(ema=ema) / "evaluation.json"
+        if not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found if found.get("checkpoint_digest") == self.digest else None
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            remedy = f"evaluate the checkpoint again, or remove {path.parent}"
+            raise RunError(f"{path} can't be read ({error!r}); {remedy}") from error
 
     def evaluation_config(self) -> Config:
         """Returns the config with the evaluation shards to use.

@@ -70,7 +70,13 @@ def subject_of_run(run_dir: Path, checkpoint: str | None, overrides: Sequence[st
     run = read_run(run_dir, checkpoint)
     config = read_config(run_dir / "config.yaml", overrides)
     config = replace(run, config=config, val=config.data.val if "data.val" in given else None).evaluation_config()
-    facts = {"run": str(run_dir), "checkpoint": run.checkpoint.name, "step": run.step, "ema": ema}
+    facts = {
+        "run": str(run_dir),
+        "checkpoint": run.checkpoint.name,
+        "checkpoint_digest": run.digest,
+        "step": run.step,
+        "ema": ema,
+    }
     return Subject(load_model(run, ema=ema), "sparse", config, facts, run.evaluation_folder(ema=ema))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import defaultdict
@@ -131,16 +130,19 @@ def densities(model: nn.Module) -> dict[str, str]:
 def last_accuracy(run: SavedRun, *, ema: bool = False) -> Accuracy | None:
     """Returns the accuracy that ``launch/evaluate.py`` measured, or else that of the run's own last evaluation; None without.
 
+    An evaluation with other labels than those of the data is left out.
+
     Raises:
-        ExportError: ``evaluation.json``, or the line of ``metrics.jsonl``, is damaged.
+        RunError, ExportError: ``evaluation.json``, or the line of ``metrics.jsonl``, is damaged.
     """
+    evaluation = run.evaluation(ema=ema)
     path = run.evaluation_folder(ema=ema) / "evaluation.json"
     prefix = "eval_ema_" if ema else "eval_"
     line = next((line for line in reversed(run.metrics) if f"{prefix}accuracy" in line), None)
     try:
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Accuracy(found["accuracy"], _accuracies(found), _shards(str(found["data"])), "by launch/evaluate.py")
+        if evaluation and evaluation["labels"] is None and evaluation["label_map"] is None:
+            shards = _shards(str(evaluation["data"]))
+            return Accuracy(evaluation["accuracy"], _accuracies(evaluation), shards, "by launch/evaluate.py")
         if line is None:
             return None
         path = run.run_dir / METRICS
@@ -160,10 +162,7 @@ def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
         "calibration error": ("calibration_error", "{:.4f}"),
         "images": ("samples", "{:,}"),
     }
-    rows = {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
-    # Files of labels of one's own: their names, without the folders.
-    files = {"labels": "labels", "label map": "label_map"}
-    return rows | {label: Path(found[name]).name for label, name in files.items() if found.get(name)}
+    return {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
 
 
 def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from svite_scale.errors import RunError
@@ -13,6 +12,7 @@ from svite_scale.report import numbers
 from svite_scale.report.charts import table
 from svite_scale.report.html import join, tag
 from svite_scale.report.section import Pictures, Runs, Section, of_run
+from svite_scale.saved_run import SavedRun
 
 NUMBERS = ("accuracy", "top5", "loss", "calibration_error", "samples")
 LABELS = {"accuracy": "accuracy", "top5": "top 5", "calibration_error": "calibration error"}
@@ -46,17 +46,18 @@ class Evaluation:
     confusion: bytes | None
 
 
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """Returns the evaluation in a folder; None if there is none.
+def read_evaluation(run: SavedRun, *, ema: bool) -> Evaluation | None:
+    """Returns the evaluation of a run's checkpoint, or of its moving average; None if there is none.
 
     Raises:
         RunError: a file of it is damaged.
     """
-    path = folder / "evaluation.json"
-    if not path.is_file():
+    found = run.evaluation(ema=ema)
+    if found is None:
         return None
+    folder = run.evaluation_folder(ema=ema)
+    path = folder / "evaluation.json"
     try:
-        found = json.loads(path.read_text())
         numbers = {name: _checked(found[name]) for name in NUMBERS if name in found}
         path = folder / "per_class.json"
         classes = [_class(row) for row in json.loads(path.read_text()) if row["samples"]]
@@ -84,7 +85,7 @@ def evaluation(runs: Runs, pictures: Pictures) -> Section | None:
     parts = []
     for run_number, run in enumerate(runs, start=1):
         for ema in (False, True):
-            found = read_evaluation(run.saved.evaluation_folder(ema=ema)) if run.saved else None
+            found = read_evaluation(run.saved, ema=ema) if run.saved else None
             if found is None:
                 continue
             rows = [[label, numbers.percent(found.numbers[name])] for name, label in LABELS.items() if name in found.numbers]

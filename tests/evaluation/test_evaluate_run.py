@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -64,6 +65,8 @@ def test_evaluate_gives_the_runs_own_last_evaluation(
     )
     assert (found["samples"], found["step"], found["ema"]) == (NUM_VAL, 16, ema)
     assert (found["run"], found["checkpoint"]) == (str(run_dir), "step-00000016")
+    manifest = run_dir / "checkpoints" / "step-00000016" / "manifest.json"
+    assert found["checkpoint_digest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
     assert found["samples_per_second"] > 0
 
 

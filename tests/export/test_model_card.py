@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from svite_scale.config.load import flatten_config, read_config, to_dict
-from svite_scale.errors import ExportError
+from svite_scale.errors import ExportError, RunError
 from svite_scale.export.model_card import last_accuracy, recipe, run_tables
 from svite_scale.export.write import export_run
 from svite_scale.saved_run import load_model, read_run
@@ -29,6 +29,8 @@ EVALUATION: dict[str, Any] = {
     "samples": 1234,
     "calibration_error": 0.0625,
     "data": "/secret/folder/imagenet/val-*.tar",
+    "labels": None,
+    "label_map": None,
 }
 
 
@@ -82,7 +84,12 @@ def test_accuracy_is_that_of_evaluate_where_it_ran(saved: Saved, tmp_path: Path)
     assert before.source == "by the run itself, after step 16"
     folder = tmp_path / "run" / "evaluation" / "step-00000016"
     folder.mkdir(parents=True)
-    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+
+    def evaluated(**changes: Any) -> None:
+        found = {**EVALUATION, "checkpoint_digest": run.digest, **changes}
+        (folder / "evaluation.json").write_text(json.dumps(found))
+
+    evaluated()
     after = last_accuracy(run)
     assert after is not None
     assert (after.top1, after.data, after.source) == (0.5, "imagenet/val-*.tar", "by launch/evaluate.py")
@@ -94,8 +101,14 @@ def test_accuracy_is_that_of_evaluate_where_it_ran(saved: Saved, tmp_path: Path)
         "images": "1,234",
     }
     assert last_accuracy(run, ema=True) != after, "the average was not evaluated"
-    (folder / "evaluation.json").write_text('{"accuracy": "<b>high</b>"}')
+    for changes in ({"labels": "real.json"}, {"label_map": "imagenet_r.txt"}, {"checkpoint_digest": "0" * 64}):
+        evaluated(**changes)
+        assert last_accuracy(run) == before, changes
+    evaluated(accuracy="<b>high</b>")
     with pytest.raises(ExportError, match=rf"^{folder}/evaluation.json is damaged"):
+        last_accuracy(run)
+    (folder / "evaluation.json").write_text("[]")
+    with pytest.raises(RunError, match=rf"^{folder}/evaluation.json can't be read"):
         last_accuracy(run)
     run.metrics[-1]["eval_ema_accuracy"] = "<b>high</b>"
     with pytest.raises(ExportError, match=rf"^{tmp_path}/run/metrics.jsonl is damaged"):

@@ -298,6 +298,7 @@ def write_evaluation(run_dir: Path) -> None:
     folder = run_dir / "evaluation" / "step-00000016"
     folder.mkdir(parents=True)
     found = {"accuracy": 0.8125, "top5": 0.9375, "loss": 0.71828, "calibration_error": 0.0625, "samples": 1234, "data": "x"}
+    found |= {"labels": None, "label_map": None, "checkpoint_digest": read_run(run_dir).digest}
     (folder / "evaluation.json").write_text(json.dumps(found))
     classes = [("zebra", 0.75, 8), ("ant", 0.25, 4), (None, 1.0, 2), ("yak", None, 0)]
     rows = [{"label": row, "name": name, "accuracy": acc, "samples": n} for row, (name, acc, n) in enumerate(classes)]
@@ -318,6 +319,20 @@ def test_report_shows_what_evaluate_has_found(saved: Saved, tmp_path: Path, caps
     assert "yak" not in page.text
 
 
+def test_report_leaves_out_the_evaluation_of_a_former_checkpoint(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was trained again has checkpoints of the same names."""
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    write_evaluation(run_dir)
+    manifest = run_dir / "checkpoints" / "step-00000016" / "manifest.json"
+    manifest.write_text(f"{manifest.read_text()} ")
+    assert command(capsys, "--run", run_dir).status == 0
+    page = Page(run_dir / "report" / "report.html")
+    assert "evaluation" not in page.ids
+    assert "81.2" not in page.text
+
+
 def test_report_has_the_model_card_of_the_checkpoint(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, "--run", saved("weights"), "--out", tmp_path).status == 0
     text = Page(tmp_path / "report.html").text
@@ -332,7 +347,8 @@ def test_report_has_the_model_card_of_the_checkpoint(saved: Saved, tmp_path: Pat
     [
         ("per_class.json", "3"),
         ("per_class.json", '[{"samples": 1}]'),
-        ("evaluation.json", '{"accuracy": "<b>"}'),
+        ("evaluation.json", '{"accuracy": "<b>", "checkpoint_digest": "DIGEST"}'),
+        ("evaluation.json", "3"),
         ("confusion.png", "GIF"),
     ],
 )
@@ -342,7 +358,7 @@ def test_report_refuses_a_damaged_evaluation_in_one_line(
     run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
     write_evaluation(run_dir)
     path = run_dir / "evaluation" / "step-00000016" / name
-    path.write_text(content)
+    path.write_text(content.replace("DIGEST", read_run(run_dir).digest))
     answer = command(capsys, "--run", run_dir)
     assert answer.status == 2
     assert re.fullmatch(rf"report error: {path} (can't be read|is damaged) \(.*\n", answer.err), answer.err
