@@ -49,6 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
         subject = find_subject(arguments)
         out: Path = arguments.out or subject.out
         device = torch.device("cpu") if subject.form in ON_CPU else ranks.local_device(world)
+        if world.is_main:  # before the work, not after it
+            write_files(out, {})
         if arguments.throughput is None:
             evaluate(subject, world, device, arguments.labels, arguments.label_map, out)
         else:
@@ -106,8 +108,8 @@ def evaluate(
             "world_size": world.size,
             "device": name_of(device),
         }
-        write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
         print(json.dumps(found, indent=2))
+        write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
     # All ranks together: when one has left, some launchers end the others.
     dist.barrier()
     ranks.stop()
@@ -126,8 +128,8 @@ def time_inference(subject: Subject, world: World, device: torch.device, batches
         raise ConfigError("--throughput", list(batches), "has a batch size below 1", "use at least 1")
     found = measure_throughput(subject, batches, device)
     facts = {**subject.facts, "precision": subject.config.train.precision, "device": name_of(device)}
-    write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
     print(table(found))
+    write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
 
 
 def name_of(device: torch.device) -> str:
