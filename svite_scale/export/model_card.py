@@ -160,7 +160,11 @@ def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
         "calibration error": ("calibration_error", "{:.4f}"),
         "images": ("samples", "{:,}"),
     }
-    rows = {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
+    rows = {
+        label: "not finite" if found[name] is None else text.format(found[name])
+        for label, (name, text) in texts.items()
+        if name in found
+    }
     # Files of labels of one's own: their names, without the folders.
     files = {"labels": "labels", "label map": "label_map"}
     return rows | {label: Path(found[name]).name for label, name in files.items() if found.get(name)}
