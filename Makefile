@@ -1,4 +1,4 @@
-# make quickstart   sets up .venv, makes the shards, trains the small sparse ViT of configs/quickstart.yaml, and evaluates it
+# make quickstart   sets up .venv, makes the shards, trains, evaluates and exports a small sparse ViT
 # make test         sets up .venv, runs all tests, three files at a time; PYTEST_ARGS="-k config" picks some
 # make test-fast    the same without the tests that start processes or take long
 # make lint         sets up .venv, checks style and types
@@ -27,6 +27,9 @@ RUN_DIR := $(RUN_DIR)
 quickstart: compiler $(SHARDS)/.made
 	$(IN_VENV) deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml run_dir=$(RUN_DIR)
 	$(IN_VENV) python launch/evaluate.py --run $(RUN_DIR)
+	$(IN_VENV) python launch/report.py --run $(RUN_DIR)
+	@echo "The report is $(RUN_DIR)/report/report.html, and the model, with its card, in $(RUN_DIR)/export/."
+	@echo "MLflow's page: source .venv/bin/activate; mlflow ui --backend-store-uri sqlite:///$(dir $(RUN_DIR))mlflow.db"
 
 test: compiler $(VENV)/.installed-test
 	$(IN_VENV) python -m pytest $(THREE_AT_A_TIME) $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 of ranks under torchrun, deepspeed, accelerate or srun.
 
 python launch/evaluate.py --run runs/quickstart
-torchrun --nproc-per-node 2 -- launch/evaluate.py --run runs/quickstart --ema data.val='shards/other/val-*.tar'
+torchrun --nproc-per-node 2 -- launch/evaluate.py --run runs/quickstart data.val='shards/other/val-*.tar'
 python launch/evaluate.py --weights exported/quickstart data.val='data/mnist5k/val-*.tar'
 python launch/evaluate.py --weights deit_small.pth --model deit_small_patch16_224 data.val='shards/imagenet/val-*.tar'
 
@@ -44,7 +44,8 @@ def arguments() -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write to; default: evaluation/CHECKPOINT in the run directory, with --weights: evaluation",
+        help="folder to write to; default: evaluation/CHECKPOINT in the run directory, with other labels or options "
+        "evaluation/CHECKPOINT-other, with --weights evaluation",
     )
     parser.add_argument(
         "overrides",

@@ -22,6 +22,7 @@ from svite_scale.checkpoint.manifest import MANIFEST, digest, problem_of
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.data.dataset import ShardDataset
+from svite_scale.data.format.files import read_regular
 from svite_scale.data.format.patterns import load_indexes
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.data.transforms import DeviceTransform, eval_transform
@@ -166,15 +167,15 @@ def read_lines(path: Path, last_step: int) -> list[Line]:
     if not path.exists():
         return []
     try:
-        texts = path.read_text(errors="replace").split("\n")[:-1]
+        texts = read_regular(path).decode(errors="replace").split("\n")[:-1]
     except OSError as error:
         raise RunError(f"{path} can't be read ({error}); restore it, or remove it") from error
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
             line: Line = json.loads(text)
-            if type(line["step"]) is not int:
-                raise TypeError("the step is no whole number")
+            if type(line["step"]) is not int or line["step"] < 0:
+                raise TypeError("the step is no whole number from 0 on")
             if line["step"] <= last_step:
                 lines.append(line)
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -47,8 +47,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     def command(world: World, _: object) -> int:
         subject = find_subject(arguments)
-        out: Path = arguments.out or subject.out
+        out: Path = arguments.out or default_folder(subject, arguments)
         device = torch.device("cpu") if subject.form in ON_CPU else ranks.local_device(world)
+        if world.is_main:  # before the work, not after it
+            write_files(out, {})
         if arguments.throughput is None:
             evaluate(subject, world, device, arguments.labels, arguments.label_map, out)
         else:
@@ -72,6 +74,17 @@ def find_subject(arguments: argparse.Namespace) -> Subject:
     if arguments.model is None and arguments.config is None:
         return subject_of_export(path, overrides, trusted=arguments.trust)
     return subject_of_state_dict(path, arguments.model, arguments.config, overrides)
+
+
+def default_folder(subject: Subject, arguments: argparse.Namespace) -> Path:
+    """Returns the folder for results if ``--out`` names none.
+
+    With other labels or options than the run's own, it is beside the folder of the run's own evaluation, so that the model card
+    and the report don't take the results for that.
+    """
+    has_own_setting = arguments.labels is arguments.label_map is None and not arguments.overrides
+    is_own = arguments.run is None or has_own_setting
+    return subject.out if is_own else subject.out.with_name(f"{subject.out.name}-other")
 
 
 def evaluate(
@@ -106,8 +119,8 @@ def evaluate(
             "world_size": world.size,
             "device": name_of(device),
         }
-        write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
         print(json.dumps(found, indent=2))
+        write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
     # All ranks together: when one has left, some launchers end the others.
     dist.barrier()
     ranks.stop()
@@ -126,8 +139,8 @@ def time_inference(subject: Subject, world: World, device: torch.device, batches
         raise ConfigError("--throughput", list(batches), "has a batch size below 1", "use at least 1")
     found = measure_throughput(subject, batches, device)
     facts = {**subject.facts, "precision": subject.config.train.precision, "device": name_of(device)}
-    write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
     print(table(found))
+    write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
 
 
 def name_of(device: torch.device) -> str:

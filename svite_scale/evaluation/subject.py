@@ -130,7 +130,9 @@ def subject_of_state_dict(path: Path, model: str | None, config_path: Path | Non
         config = make_config({"run_dir": "evaluation", **defaults_of(str(model))}, overrides, str(path))
     dense = build_dense(config.model)
     with in_section(""):
-        fit(dense, open_weights(str(path), "--weights"), exactly=True).load(dense)
+        fitted = fit(dense, open_weights(str(path), "--weights"), exactly=True)
+        fitted.log_changes()
+        fitted.load(dense)
     facts = {"weights": str(path), "form": None, "model": config.model.name}
     return Subject(dense.eval(), "weights", config, facts, WEIGHTS_OUT)
 
@@ -142,6 +144,8 @@ def defaults_of(model: str) -> dict[str, dict[str, Any]]:
         return {"model": {"name": model}}
     if known.interpolation != "bicubic":
         logger.warning("%s was trained with %s interpolation; here images are resized by bicubic", model, known.interpolation)
+    if known.crop_mode != "center":
+        logger.warning("%s was trained with crop mode %s; here the centre is cropped", model, known.crop_mode)
     channels, image_size, _ = known.input_size
     return {
         "model": {"name": model, "num_classes": known.num_classes, "image_size": image_size, "in_channels": channels},

@@ -175,6 +175,9 @@ def read_description(folder: Path) -> Description:
         description = build(Description, dict(leaves(raw, leaf_hints(Description))))
         if description.model.weights is not None:
             raise ValueError("its model names a file of weights, and the weights of an export are in its folder")
+        given, taken = description.preprocessing.image_size, description.model.image_size
+        if given != taken:
+            raise ValueError(f"its preprocessing gives images of {given} pixels, and its model takes {taken}")
         return description
     except FileNotFoundError as error:
         raise ExportError(f"{folder} holds no export: it has no {DESCRIPTION}; name a folder of launch/export.py") from error

@@ -162,7 +162,11 @@ def _accuracies(found: Mapping[str, Any]) -> dict[str, str]:
         "calibration error": ("calibration_error", "{:.4f}"),
         "images": ("samples", "{:,}"),
     }
-    return {label: text.format(found[name]) for label, (name, text) in texts.items() if name in found}
+    return {
+        label: "not finite" if found[name] is None else text.format(found[name])
+        for label, (name, text) in texts.items()
+        if name in found
+    }
 
 
 def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:

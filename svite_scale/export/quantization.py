@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svite_scale.config.schema import Config
@@ -16,6 +17,7 @@ from svite_scale.data.transforms import DeviceTransform
 from svite_scale.errors import ConfigError
 from svite_scale.saved_run import evaluation_images
 from svite_scale.tracking.progress import track
+from svite_scale.train.evaluate import score
 
 OPERATORS = ["Gemm", "Conv"]
 """What is quantized: the products with weights."""
@@ -90,9 +92,10 @@ def accuracies(models: Mapping[str, nn.Module], config: Config) -> dict[str, flo
     transform = DeviceTransform(config.data, model.num_classes, torch.device("cpu"), training=False)
     correct, valid, damaged = dict.fromkeys(models, 0), 0, 0
     for batch in track(data, "evaluate", -(-data.num_samples // config.train.eval_batch_size), "batches"):
-        images, labels = transform(batch.images, batch.labels)
+        images, _ = transform(batch.images, batch.labels)
+        accepted = F.one_hot(batch.labels, model.num_classes).bool()
         valid, damaged = valid + int(batch.valid.sum()), damaged + int(batch.damaged.sum())
         for name, each in models.items():
-            correct[name] += int(((each(images).argmax(dim=1) == labels) & batch.valid).sum())
+            correct[name] += int((score(each(images), accepted).top1 & batch.valid).sum())
     data.damage.check(damaged, valid + damaged)
     return {name: count / valid for name, count in correct.items()}

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from svite_scale.errors import ConfigError, ExportError
 from svite_scale.export import onnx_form, packed_form, program_form, sliced_form, timm_form
-from svite_scale.export.form import Description, Form, Preprocessing, read_description
+from svite_scale.export.form import DESCRIPTION, Description, Form, Preprocessing, read_description
 
 FORMS: Mapping[str, Form] = {
     "timm": timm_form,
@@ -79,6 +80,27 @@ def read_export(path: Path, *, trusted: bool = False) -> Exported:
             "form of the model"
         )
     try:
-        return Exported(FORMS[description.form].read(folder, description), description)
+        model = FORMS[description.form].read(folder, description)
+        _check_shapes(model, description, folder / DESCRIPTION)
+        return Exported(model, description)
     except ConfigError as error:
         raise ExportError(f"{folder} can't be used ({error}); export the model again") from error
+
+
+def _check_shapes(model: nn.Module, description: Description, path: Path) -> None:
+    """Checks by one forward that a model takes the images and gives the logits that its description says.
+
+    Raises:
+        ExportError: it doesn't; names ``path``, the file of the description.
+    """
+    config = description.model
+    images = [2, config.in_channels, config.image_size, config.image_size]
+    try:
+        with torch.no_grad():
+            shape = list(model(torch.zeros(images)).shape)
+        problem = f"its logits have the shape {shape}"
+    except Exception as error:  # whatever a model raises
+        shape, problem = [], (str(error).strip() or type(error).__name__).splitlines()[0]
+    if shape != [2, config.num_classes]:
+        says = f"it says images {images} and {config.num_classes} classes"
+        raise ExportError(f"{path} isn't of the model beside it: {says}, but {problem}; export the model again")

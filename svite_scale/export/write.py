@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
 from svite_scale.errors import ConfigError, ExportError
-from svite_scale.export.form import Export, describe, write_description
+from svite_scale.export.form import DESCRIPTION, Export, describe, write_description
 from svite_scale.export.formats import OnnxOptions
 from svite_scale.export.model_card import write_card
 from svite_scale.export.read import FORMS
@@ -66,19 +66,27 @@ def export_run(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Gives an empty folder beside ``out``, which takes that name at the end, and is removed on an error.
+    """Gives an empty folder on the disk of ``out``. At the end it becomes ``out``, or its files move there if ``out`` exists,
+    ``export.json`` last. It is removed on an error.
 
     Raises:
         ExportError: ``out`` isn't empty, or can't be written.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and isn't an empty folder; give --out a new one, or remove it")
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    target = Path(os.path.realpath(out))
+    exists = target.exists()
+    parent = target if exists else target.parent
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        folder.rename(out)
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=parent, prefix=".export-", ignore_cleanup_errors=True) as temporary:
+            folder = Path(temporary) / "export"  # the temporary one is for its owner alone, this one as the umask says
+            folder.mkdir()
+            yield folder
+            if not exists:
+                folder.rename(target)
+            else:
+                for file in sorted(folder.iterdir(), key=lambda file: file.name == DESCRIPTION):
+                    file.rename(target / file.name)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"can't write to {out} ({error}); give --out a folder that can be written") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -59,7 +59,9 @@ def build_teacher(config: DistillationConfig, model: ModelConfig) -> nn.Module:
         options["img_size"] = model.image_size
     teacher = create("distillation.teacher", config.teacher, options, "use another teacher")
     with in_section("distillation"):
-        fit(teacher, open_weights(config.checkpoint, "checkpoint"), exactly=True).load(teacher)
+        fitted = fit(teacher, open_weights(config.checkpoint, "checkpoint"), exactly=True)
+        fitted.log_changes()
+        fitted.load(teacher)
     return teacher.eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from svite_scale.sparsity.layers.base import SparseLayer
 
 REMEDY = "give a timm model's state_dict() as .safetensors or .pth, or what launch/export.py writes as timm, sliced or packed"
 POSITIONS = "pos_embed"
+STATE_KEYS = ("state_dict", "model")
+"""Keys of a ``.pth`` under which a state dict may be. The first that has one is taken."""
+
 BITMASK = ".bitmask"
 """End of a tensor's name that only the form packed has."""
 
@@ -48,6 +51,7 @@ class Weights:
         read: returns a tensor, on the CPU.
         read_mask: returns which elements of a weight are active, bool like the weight.
         matrices: weights that are stored as matrices, ``[out, all other dimensions]``, whatever their shape in the model.
+        choices: what was taken of a file that holds several state dicts, in words, one line each.
     """
 
     field: str
@@ -56,6 +60,7 @@ class Weights:
     read: Callable[[str], Tensor]
     read_mask: Callable[[str], Tensor]
     matrices: frozenset[str] = frozenset()
+    choices: tuple[str, ...] = ()
 
     def error(self, problem: str, remedy: str = REMEDY) -> OptionError:
         """Returns the error about something in the file."""
@@ -105,7 +110,8 @@ def open_weights(path: str, field: str = "weights") -> Weights:
             return _of_tensors(field, path, sliced_model.dense_state_dict(file.parent))
         if file.suffix == ".safetensors":
             return _of_safetensors(field, path, file)
-        return _of_tensors(field, path, _read_pth(file))
+        tensors, choices = _read_pth(file)
+        return replace(_of_tensors(field, path, tensors), choices=choices)
     except Exception as error:  # the readers of damaged files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(field, path, f"can't be read as a state dict ({reason})", REMEDY) from error
@@ -120,28 +126,53 @@ def _is_sliced(file: Path) -> bool:
     return False
 
 
-def _read_pth(file: Path) -> dict[str, Tensor]:
-    """Returns the state dict of a ``.pth``, alone or under ``state_dict`` or ``model``. Its tensors are read when they are
-    used, unless the file is of torch's old format.
+def _read_pth(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Returns the state dict of a ``.pth``, alone or under one of :data:`STATE_KEYS`, and the choice if there are several. Its
+    tensors are read when they are used, unless the file is of torch's old format.
+
+    Raises:
+        ValueError: there is no state dict at these places; names the file's keys.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints have one
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    nested = next((key for key in ("state_dict", "model") if isinstance(content, dict) and key in content), None)
-    return clean_state_dict(content if nested is None else content[nested])
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    if _is_state_dict(content):
+        return clean_state_dict(content), ()
+    keys = [str(key) for key, value in content.items() if _is_state_dict(value)]
+    taken = next((key for key in STATE_KEYS if key in keys), None)
+    if taken is None:
+        remedy = f"; save what is under {keys[0]!r} alone, by torch.save" if keys else ""
+        names = _listed([repr(key) for key in content])
+        raise ValueError(
+            f"it is no dict of tensors, and has none under {' or '.join(STATE_KEYS)}; its keys are {names}{remedy}"
+        )
+    others = [repr(key) for key in keys if key != taken]
+    choice = f"the weights under {taken!r} are taken, not those under {_listed(others)}"
+    return clean_state_dict(content[taken]), (choice,) if others else ()
+
+
+def _is_state_dict(content: object) -> bool:
+    return isinstance(content, dict) and len(content) > 0 and all(isinstance(value, Tensor) for value in content.values())
 
 
 def _of_tensors(field: str, path: str, tensors: Mapping[str, Tensor]) -> Weights:
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "on the meta device, without values" if tensor.is_meta else f"of the layout {tensor.layout}"
+            raise ValueError(f"its tensor {name} is {kind}; save ordinary dense tensors")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return Weights(field, path, shapes, tensors.__getitem__, lambda name: tensors[name] != 0)
 
 
 def _of_safetensors(field: str, path: str, file: Path) -> Weights:
     with safe_open(file, "pt") as stored:
-        shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        stored_names: dict[str, str] = clean_state_dict({name: name for name in stored.keys()})  # noqa: SIM118 - no mapping
+        shapes = {name: torch.Size(stored.get_slice(inner).get_shape()) for name, inner in stored_names.items()}
 
     def read(name: str) -> Tensor:
         with safe_open(file, "pt") as stored:
-            tensor: Tensor = stored.get_tensor(name)
+            tensor: Tensor = stored.get_tensor(stored_names[name])
         return tensor
 
     if not any(name.endswith(BITMASK) for name in shapes):
@@ -188,7 +219,7 @@ class FittedWeights:
         kept: tensors of the model that stay as they were drawn, by name.
         shapes: of tensors in the file as the model has them, before they are changed, where they are stored as matrices.
         changed: functions that make a tensor of the file fit, by name.
-        changes: all that in words, one line each.
+        changes: all that in words, one line each; first the choices in the file.
     """
 
     weights: Weights
@@ -207,13 +238,15 @@ class FittedWeights:
         """Copies the weights into the model that they were fitted to, one tensor at a time.
 
         Raises:
-            OptionError: a tensor holds no numbers of the kind that the model's does.
+            OptionError: a tensor holds no numbers of the kind that the model's does, or a weight isn't finite.
         """
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in self.kept:
                 found = self.read(name)
                 if found.is_floating_point() != tensor.is_floating_point():
                     raise self.weights.error(f"its tensor {name} is of {found.dtype}, the model's of {tensor.dtype}")
+                if isinstance(tensor, nn.Parameter) and not found.isfinite().all():
+                    raise self.weights.error(f"its tensor {name} has values that aren't finite", "use an earlier checkpoint")
                 tensor.copy_(found)
 
     def read(self, name: str) -> Tensor:
@@ -242,7 +275,7 @@ def fit(model: nn.Module, weights: Weights, *, exactly: bool = False) -> FittedW
         OptionError: the weights are of another model; names the tensors.
     """
     wanted: dict[str, torch.Size] = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found, fitted = dict(weights.shapes), FittedWeights(weights)
+    found, fitted = dict(weights.shapes), FittedWeights(weights, changes=list(weights.choices))
     _unflatten(wanted, found, fitted)
     if not exactly:
         _keep_selectors(model, found, fitted)

@@ -37,7 +37,7 @@ class Series:
     Attributes:
         label: of the legend.
         steps: optimizer steps, ascending; at least one.
-        values: finite, one per step.
+        values: finite and neither extremely large nor small, one per step.
         color: number of its color in the style sheet.
     """
 
@@ -128,8 +128,10 @@ def _value_axis(values: Floats, from_zero: bool) -> Axis:
     low, high = float(values.min()), float(values.max())
     if from_zero or 0 <= low < 0.5 * high:
         low = min(low, 0.0)
-    if high - low <= 1e-9 * max(abs(high), abs(low)):
-        low, high = (0.0, 2 * high) if high > 0 else (low - 1.0, high + 1.0)
+    if low == high == 0:
+        low, high = -1.0, 1.0
+    elif high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = min(0.0, 2 * low), max(0.0, 2 * high)
     pad = 0.04 * (high - low)
     low, high = low if low == 0 else low - pad, high + pad
     return Axis(low, high, HEIGHT - BOTTOM, TOP, round_ticks(low, high))

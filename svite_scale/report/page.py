@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from svite_scale.data.format.files import replacing
 from svite_scale.errors import ConfigError, RunError
 from svite_scale.report import numbers
 from svite_scale.report.cost import cost
@@ -19,6 +21,9 @@ from svite_scale.report.section import Pictures, Section, run_label
 from svite_scale.report.summary import cards, configuration, key_numbers, sparsity_of, summary
 
 PAGE, PICTURES = "report.html", "pictures"
+PICTURE = re.compile(r"run\d+-.+\.(png|webp)")
+"""Names of pictures, whose numbers are those of the runs on the page."""
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The page runs no scripts and loads nothing, whatever stands in a run's files."""
 
@@ -62,13 +67,31 @@ def write_report(
     page = directory / PAGE
     content = render(runs, [section for section in found if section], pictures.notes)
     try:
-        (directory / PICTURES if pictures.files else directory).mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.files.items():
-            (directory / PICTURES / name).write_bytes(picture)
-        page.write_text(content, encoding="utf-8")
+        _write_pictures(directory / PICTURES, pictures.files)
+        with replacing(page) as path:
+            path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise RunError(f"can't write to {directory} ({error}); give --out a folder that can be written") from error
     return page
+
+
+def _write_pictures(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the pictures of a page, in place of those that an earlier report left; makes the folder of the page.
+
+    Raises:
+        OSError: they can't be written.
+        RunError: a folder is a link. The run may be somebody else's, so its links aren't followed.
+    """
+    for each in (folder.parent, folder):
+        if each.is_symlink():
+            raise RunError(f"{each} is a link, which a report doesn't follow; remove it, or give --out a folder that is none")
+    (folder if files else folder.parent).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        with replacing(folder / name) as path:
+            path.write_bytes(content)
+    for path in folder.glob("run*-*"):
+        if path.name not in files and PICTURE.fullmatch(path.name):
+            path.unlink()
 
 
 def render(runs: Sequence[ReportedRun], parts: Sequence[Section], notes: Sequence[str]) -> Html:

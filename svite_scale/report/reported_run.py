@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,11 @@ from torch import nn
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import ModelCost, count_flops
+from svite_scale.data.format.files import read_regular
 from svite_scale.errors import RunError
 from svite_scale.models.sparse import plan_sparse
 from svite_scale.saved_run import Line, SavedRun, damaged_line, load_model, read_lines, read_run, read_run_config
+from svite_scale.sparsity.options import FROM_WEIGHTS
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 OLD_NAMES = {"drop_rate": "drop_fraction"}
@@ -26,8 +28,7 @@ OLD_NAMES = {"drop_rate": "drop_fraction"}
 SUMMARY: dict[str, tuple[type, ...]] = {"seconds": (int, float), "steps": (int,), "world_size": (int,), "device": (str,)}
 """What a report reads of ``summary.json``, with its types."""
 
-
-LARGEST = 1e30
+LARGEST, SMALLEST = 1e30, 1e-30
 """No figure of a run comes near; a chart could not be drawn with all that a float can be."""
 
 
@@ -124,10 +125,19 @@ def read_reported_run(run_dir: Path, checkpoint: str | None, val: str | None) ->
     config = read_run_config(run_dir)
     has_saved = checkpoint is not None or CheckpointDirectory(run_dir / CHECKPOINTS).named()
     saved = read_run(run_dir, checkpoint, val) if has_saved else None
-    model = load_model(saved) if saved else plan_sparse(config.model, config.sparsity).model
+    model = load_model(saved) if saved else _planned_model(config)
     last_step = saved.step if saved and checkpoint else sys.maxsize
     metrics, topology = (read_lines(run_dir / name, last_step) for name in (METRICS, TOPOLOGY))
     return ReportedRun(run_dir, config, [_with_means(line) for line in metrics], topology, _read_summary(run_dir), saved, model)
+
+
+def _planned_model(config: Config) -> nn.Module:
+    """Returns the model of a run without a checkpoint, on the meta device.
+
+    The file of weights that the run started from may be gone. It is read only if its zeros say how many weights are active.
+    """
+    model = config.model if config.sparsity.masks == FROM_WEIGHTS else replace(config.model, weights=None)
+    return plan_sparse(model, config.sparsity).model
 
 
 def _with_means(line: Line) -> Line:
@@ -142,7 +152,7 @@ def _with_means(line: Line) -> Line:
 
 
 def number(line: Line, name: str) -> float:
-    """Returns a metric of a line; infinity if it is very large or none.
+    """Returns a metric of a line; infinity if it is very large or none, and 0 if it is very small.
 
     Raises:
         RunError: it isn't a number.
@@ -150,6 +160,8 @@ def number(line: Line, name: str) -> float:
     value = line[name]
     if type(value) not in (int, float):
         raise damaged_line(Path(METRICS), f"{name} of step {line['step']}", TypeError(f"{str(value)[:40]!r} is no number"))
+    if abs(value) < SMALLEST:
+        return 0.0
     return float(value) if abs(value) < LARGEST else math.inf
 
 
@@ -157,7 +169,7 @@ def _read_summary(run_dir: Path) -> dict[str, Any]:
     """Returns what a report needs of ``summary.json``; empty without the file."""
     path = run_dir / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(read_regular(path))
         for name, kinds in SUMMARY.items():
             value = summary[name]
             if type(value) not in kinds or (type(value) is not str and not 0 < value < LARGEST):

@@ -37,9 +37,10 @@ def describe_start(
     threads = "" if device.type == "cuda" else f", threads on each: {torch.get_num_threads()}"
     times = "" if train.accumulation_steps == 1 else f", {train.accumulation_steps} times"
     resumed = "" if resumed_step is None else f", resumed after step {resumed_step:,}"
+    start = f", from {config.model.weights}" if config.model.weights and resumed_step is None else ""
     return as_table(
         {
-            "model": f"{config.model.name}, {config.model.image_size} px",
+            "model": f"{config.model.name}, {config.model.image_size} px{start}",
             "active": active,
             "engine": f"{config.parallel.engine}, {train.precision}",
             "ranks": f"{world.size:,}, {world.local_size:,} on this machine, device {device_name(device)}{threads}",

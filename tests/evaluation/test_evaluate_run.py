@@ -99,6 +99,25 @@ def test_evaluate_computes_in_bf16_as_the_run_did(
     assert (logits.dtype, model.head.bias.dtype) == (torch.bfloat16, parameters)
 
 
+def test_evaluation_with_other_options_leaves_the_runs_own_alone(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    assert evaluate_here(capsys, "--run", run_dir, "train.eval_batch_size=7").status == 0
+    assert [path.name for path in (run_dir / "evaluation").iterdir()] == ["step-00000016-other"]
+
+
+def test_folder_that_cannot_be_written_is_refused_before_the_evaluation(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    answer = evaluate_here(capsys, "--run", saved("weights"), "--out", tmp_path / "file" / "out")
+    assert answer.status == 1
+    assert f"can't write to {tmp_path / 'file' / 'out'} (" in answer.err
+    assert "give --out a folder that can be written" in answer.err
+    assert "samples" not in answer.out + answer.err
+
+
 def test_all_numbers_are_those_by_hand(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, out = saved("weights"), tmp_path / "out"
     evaluate_here(capsys, "--run", run_dir, "--out", out, "train.eval_batch_size=7")

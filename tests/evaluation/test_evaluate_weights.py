@@ -94,6 +94,9 @@ def test_defaults_are_those_that_timms_model_was_trained_with(caplog: pytest.Log
     defaults_of("vit_base_patch16_224_miil")
     message = "vit_base_patch16_224_miil was trained with bilinear interpolation; here images are resized by bicubic"
     assert caplog.messages == [message]
+    caplog.clear()
+    defaults_of("vit_base_patch16_clip_384")
+    assert caplog.messages == ["vit_base_patch16_clip_384 was trained with crop mode squash; here the centre is cropped"]
     assert defaults_of("no model") == {"model": {"name": "no model"}}
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
 from svite_scale.errors import CheckpointError, ConfigError, ExportError
 from svite_scale.export.formats import FORMATS, OnnxOptions
 from svite_scale.export.read import FORMS, read_export
-from svite_scale.export.write import export_run
+from svite_scale.export.write import _new_folder, export_run
 from svite_scale.saved_run import read_run
 from tests.command_line import ROOT, run_here
+from tests.small_disk import mounted
 
 Saved = Callable[[str], Path]
 SCRIPT = ROOT / "launch" / "export.py"
@@ -22,6 +26,13 @@ SCRIPT = ROOT / "launch" / "export.py"
 @pytest.fixture(scope="module")
 def exported(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_run(read_run(saved("weights")), "timm", tmp_path_factory.mktemp("exported") / "out")
+
+
+@pytest.fixture(scope="module")
+def exported_in(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports a run in a form, once."""
+    folder = tmp_path_factory.mktemp("forms")
+    return cache(lambda form: export_run(read_run(saved("single")), form, folder / form))
 
 
 def test_export_json_describes_the_model_and_its_origin(saved: Saved, exported: Path) -> None:
@@ -61,8 +72,43 @@ def test_nothing_is_left_when_an_export_fails(saved: Saved, tmp_path: Path) -> N
         export_run(read_run(saved("single")), "timm", tmp_path / "out", ema=True)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=rf"^can't write to {tmp_path}/file/out \(.*Not a directory"):
+    with pytest.raises(ExportError, match=rf"^can't write to {tmp_path}/file/out \(.*File exists"):
         export_run(read_run(saved("single")), "timm", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("kind", ["the current folder", "a link", "a mount point"])
+def test_export_fills_an_empty_folder_that_exists(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A mount point, like a link, can't be replaced by a rename."""
+    folder, out = tmp_path / "folder", tmp_path / "folder"
+    with mounted(folder) if kind == "a mount point" else nullcontext(folder.mkdir()):
+        if kind == "the current folder":
+            monkeypatch.chdir(folder)
+            out = Path()
+        elif kind == "a link":
+            out = tmp_path / "link"
+            out.symlink_to("folder")
+        assert export_run(read_run(saved("weights")), "timm", out) == out
+        assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "export.json", "model.safetensors"}
+        assert read_export(out).num_classes == 10
+    assert out.is_symlink() == (kind == "a link")
+
+
+def test_export_ignores_what_a_killed_one_left(saved: Saved, tmp_path: Path) -> None:
+    """Of the same process id, as in a container."""
+    out = tmp_path / "out"
+    killed = _new_folder(out)
+    killed.__enter__()
+    (left,) = tmp_path.iterdir()
+    export_run(read_run(saved("weights")), "timm", out)
+    assert read_export(out).num_classes == 10
+    assert set(tmp_path.iterdir()) == {left, out}
+
+
+def test_exported_folder_can_be_read_as_the_umask_says(saved: Saved, exported: Path) -> None:
+    (exported.parent / "other").mkdir()
+    assert exported.stat().st_mode == (exported.parent / "other").stat().st_mode
 
 
 def test_options_that_do_not_fit_are_refused_by_name(saved: Saved, tmp_path: Path) -> None:
@@ -112,6 +158,32 @@ def test_weights_of_another_model_are_refused(exported: Path, tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=r"model.safetensors can't be read"):
         read_export(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["sliced", "pt2"])
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"num_classes": 12}, r"it says images \[2, 1, 8, 8\] and 12 classes, but its logits have the shape \[2, 10\]; export"),
+        ({"image_size": 12}, r"it says images \[2, 1, 12, 12\] and 10 classes, but .+; export the model again$"),
+        ({"image_size": 10**9}, r"it says images .* and 10 classes, but .+; export the model again$"),
+    ],
+)
+def test_description_of_another_model_is_refused(
+    exported_in: Callable[[str], Path], tmp_path: Path, form: str, sizes: dict[str, int], problem: str
+) -> None:
+    folder = copytree(exported_in(form), tmp_path / "copy")
+    description = json.loads((folder / "export.json").read_text())
+    description["model"].update(sizes)
+    if "image_size" in sizes:
+        (folder / "export.json").write_text(json.dumps(description))
+        with pytest.raises(ExportError, match=r"its preprocessing gives images of 8 pixels, and its model takes 1"):
+            read_export(folder, trusted=True)
+        description["preprocessing"].update(sizes)
+    (folder / "export.json").write_text(json.dumps(description))
+    with pytest.raises(ExportError, match=rf"^{folder}/export.json isn't of the model beside it: {problem}") as caught:
+        read_export(folder, trusted=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_forms_are_those_that_the_command_offers() -> None:

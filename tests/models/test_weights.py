@@ -73,6 +73,7 @@ FILES = {
     "in model": ("w.pth", nested_in("model")),
     "of timm's trainer": ("w.pth.tar", nested_in("state_dict", "module.")),
     "in a folder": ("model.safetensors", saved),
+    "of a wrapped model": ("w.safetensors", lambda model, path: saved(nn.ModuleDict({"module": model}), path)),
 }
 
 
@@ -84,6 +85,17 @@ def test_a_model_gets_the_weights_of_a_file(tmp_path: Path, caplog: pytest.LogCa
     svite_scale.load_weights(model, tmp_path if kind == "in a folder" else tmp_path / name)
     assert torch.equal(model(images), source(images))
     assert not lines_of(caplog)
+
+
+@pytest.mark.parametrize(("taken", "left"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_choice_of_one_of_several_state_dicts_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: str, left: str
+) -> None:
+    source, model, path = vit(0), vit(1), tmp_path / "w.pth"
+    torch.save({left: vit(2).state_dict(), taken: source.state_dict(), "optimizer": {"state": {}}, "epoch": 3}, path)
+    svite_scale.load_weights(model, path)
+    assert torch.equal(model.norm.weight + model.cls_token, source.norm.weight + source.cls_token)
+    assert lines_of(caplog) == [f"{path}: the weights under '{taken}' are taken, not those under '{left}'"]
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -161,12 +173,37 @@ def with_state(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path]
     return write
 
 
+def as_pth(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        state = dict(vit(0).state_dict())
+        torch.save(change(state), path.with_suffix(".pth"))
+
+    return write
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "none": (lambda path: None, "is no file; check the path; give a timm model's state_dict() as .saf"),
     "folder": (lambda path: path.mkdir(), "is a folder without model.safetensors; give"),
     "junk": (lambda path: path.write_bytes(b"junk" * 9), "can't be read as a state dict ("),
     "numbers": (lambda path: torch.save([1, 2], path.with_suffix(".pth")), "can't be read as a state dict ("),
     "no tensors": (lambda path: torch.save({"model": {"a": 1}}, path.with_suffix(".pth")), "can't be read as a state dict ("),
+    "average alone": (
+        as_pth(lambda state: {"model_ema": state, "epoch": 3}),
+        "can't be read as a state dict (it is no dict of tensors, and has none under state_dict or model; its keys are "
+        "'model_ema', 'epoch'; save what is under 'model_ema' alone, by torch.save); give",
+    ),
+    "sparse": (
+        as_pth(lambda state: {**state, "head.weight": state["head.weight"].to_sparse()}),
+        "can't be read as a state dict (its tensor head.weight is of the layout torch.sparse_coo; save ordinary dense tensors)",
+    ),
+    "meta": (
+        as_pth(lambda state: {**state, "head.weight": state["head.weight"].to("meta")}),
+        "can't be read as a state dict (its tensor head.weight is on the meta device, without values; save ordinary dense ten",
+    ),
+    "not finite": (
+        with_state(lambda state: state.update({"norm.bias": torch.full((24,), torch.inf)})),
+        "its tensor norm.bias has values that aren't finite; use an earlier checkpoint",
+    ),
     "missing": (
         with_state(lambda state: (state.pop("norm.bias"), state.pop("cls_token"))),
         "isn't of this vit_tiny_patch16_224: it has no cls_token, norm.bias; use the model that it was saved from",
@@ -190,6 +227,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch's own, of a file with such tensors
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_file_that_doesnt_fit_is_refused_in_one_line(tmp_path: Path, mistake: str) -> None:
     write, message = MISTAKES[mistake]

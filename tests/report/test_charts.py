@@ -40,9 +40,10 @@ def test_line_chart_reads_the_nearest_value_of_every_line() -> None:
     assert re.findall(r"([ab]) <b>([^<]+)</b>", chart) == [("a", "3"), ("b", "7")]
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0], [-1.0, -1.0], [1e-12, 1e12], [0.95, 0.951]])
-def test_line_chart_draws_any_finite_values(values: list[float]) -> None:
-    chart = line_chart("x", [Series("x", list(range(1, len(values) + 1)), values)])
+@pytest.mark.parametrize("values", [[0.0], [5.0], [-1.0, -1.0], [1e-12, 1e12], [0.95, 0.951], [-1e25, -1e25]])
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_line_chart_draws_any_finite_values(values: list[float], from_zero: bool) -> None:
+    chart = line_chart("x", [Series("x", list(range(1, len(values) + 1)), values)], from_zero=from_zero)
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points(chart))
     assert "nan" not in chart
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -39,6 +40,25 @@ def make_directory_of(name: str) -> Callable[[Path], object]:
     return make
 
 
+def make_pipe_of(name: str) -> Callable[[Path], object]:
+    def make(run: Path) -> None:
+        (run / name).unlink()
+        os.mkfifo(run / name)
+
+    return make
+
+
+def link_to_victim(name: str) -> Callable[[Path], object]:
+    """Puts a link to the folder ``victim`` beside the run."""
+
+    def link(run: Path) -> None:
+        (run.parent / "victim").mkdir()
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).symlink_to(run.parent / "victim")
+
+    return link
+
+
 def add_metrics(line: str) -> Callable[[Path], object]:
     return lambda run: (run / "metrics.jsonl").open("a").write(line + "\n")
 
@@ -60,6 +80,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         add_metrics('{"step": 16, "drop_fraction": "<script>"}'),
         "metrics.jsonl: drop_fraction of step 16 is damaged",
     ),
+    "a step below 0": (add_metrics(f'{{"step": -1{"0" * 400}}}'), "{run}/metrics.jsonl: line "),
     "a step that is none": (add_metrics('{"step": 1e999}'), "{run}/metrics.jsonl: line "),
     "a summary of text": (lambda run: (run / "summary.json").write_text("[]"), "{run}/summary.json can't be read (TypeError"),
     "no ranks": (
@@ -67,7 +88,17 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "{run}/summary.json can't be read (TypeError(\"world_size is '0'\"",
     ),
     "a deep line": (add_metrics("[" * 10**5), "{run}/metrics.jsonl: line "),
-    "no file": (make_directory_of("metrics.jsonl"), "{run}/metrics.jsonl can't be read ([Errno 21] Is a directory"),
+    "no file": (
+        make_directory_of("metrics.jsonl"),
+        "{run}/metrics.jsonl can't be read ({run}/metrics.jsonl is no ordinary file",
+    ),
+    "metrics in a pipe": (
+        make_pipe_of("metrics.jsonl"),
+        "{run}/metrics.jsonl can't be read ({run}/metrics.jsonl is no ordinary",
+    ),
+    "a summary in a pipe": (make_pipe_of("summary.json"), "{run}/summary.json can't be read (OSError("),
+    "a report that is a link": (link_to_victim("report"), "{run}/report is a link, which a report doesn't follow; remove it"),
+    "pictures that are a link": (link_to_victim("report/pictures"), "{run}/report/pictures is a link, which a report doesn't"),
 }
 
 
@@ -78,8 +109,9 @@ def test_a_report_refuses_a_hostile_run_without_running_it(
     run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
     poison, message = HOSTILE[kind]
     poison(run_dir)
-    answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
+    answer = command(capsys, "--run", run_dir)
     assert not PROOF.exists()
+    assert not [*(tmp_path / "victim").glob("*")]
     assert (answer.status, answer.out) == (2, "")
     assert answer.err.startswith("report error: " + message.format(run=run_dir)), answer.err
     assert len(answer.err.splitlines()) == 1, answer.err
@@ -105,6 +137,20 @@ def test_a_report_leaves_out_shards_of_a_command_in_the_config(
     assert len(Page(tmp_path / "out" / "report.html").images) == 4 + 2 * 2
 
 
+def test_a_report_replaces_links_to_files_and_leaves_their_targets(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(saved("single"), tmp_path / "run")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (run_dir / "report" / "pictures").mkdir(parents=True)
+    for name in ("report.html", f".report.html.{os.getpid()}.tmp", "pictures/run1-blocks.0.attn.heads.png"):
+        (run_dir / "report" / name).symlink_to(victim)
+    assert command(capsys, "--run", run_dir).status == 0
+    assert victim.read_text() == "precious"
+    assert Page(run_dir / "report" / "report.html").title == "run"
+
+
 def test_a_page_shows_names_as_text(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = shutil.copytree(saved("weights"), tmp_path / "<script>alert(1)<script>")
     answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
@@ -126,3 +172,14 @@ def test_a_report_leaves_out_values_that_no_chart_can_show(
     text = Page(tmp_path / "out" / "report.html").text
     assert "nan" not in text.lower()
     assert "inf%" not in text
+
+
+def test_a_report_draws_values_that_are_very_small_or_far_below_0(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    line = '{"step": 16, "samples_per_second": 5e-324, "data_wait": -1e-320, "lr": -1e25, "epoch": 5e-324}\n'
+    (run_dir / "metrics.jsonl").write_text(line)
+    answer = command(capsys, "--run", run_dir, "--out", tmp_path / "out")
+    assert (answer.status, answer.err) == (0, "")
+    assert "Images per second" in Page(tmp_path / "out" / "report.html").text

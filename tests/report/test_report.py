@@ -9,6 +9,7 @@ import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Callable
+from errno import ENOSPC
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -293,6 +294,40 @@ def test_report_refuses_wrong_arguments_in_one_line(saved: Saved, capsys: pytest
     assert (answer.status, answer.err) == (2, "report error: --images = 0: is no number of images; use at least 1\n")
 
 
+def test_report_of_a_run_without_checkpoints_needs_no_file_of_first_weights(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = going(saved, tmp_path / "run")
+    text = (run_dir / "config.yaml").read_text()
+    assert "  weights: null\n" in text
+    (run_dir / "config.yaml").write_text(text.replace("  weights: null\n", "  weights: /nowhere/vit.safetensors\n"))
+    answer = command(capsys, "--run", run_dir)
+    assert (answer.status, answer.err) == (0, "")
+    assert Page(run_dir / "report" / "report.html").ids == EXPECTED["fsdp2"][0]
+
+
+def test_report_removes_its_former_pictures_only(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("single", "weights"):
+        assert command(capsys, "--run", saved(name), "--out", tmp_path).status == 0
+        (tmp_path / "pictures" / "mine.png").touch()
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["mine.png"]
+
+
+def test_report_keeps_the_former_page_when_the_disk_is_full(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.html").write_text("former")
+
+    def fill_disk(path: Path, *_: object, **__: object) -> int:
+        path.touch()
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    answer = command(capsys, "--run", saved("weights"), "--out", tmp_path)
+    assert (answer.status, answer.out) == (2, "")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.html", "former")]
+
+
 def write_evaluation(run_dir: Path) -> None:
     """What ``launch/evaluate.py`` writes, of numbers that are no run's own."""
     folder = run_dir / "evaluation" / "step-00000016"
@@ -317,6 +352,24 @@ def test_report_shows_what_evaluate_has_found(saved: Saved, tmp_path: Path, caps
         assert text in page.text, text
     assert "ant25%4\nzebra75%8\n2100%2" in page.text, "the hardest first"
     assert "yak" not in page.text
+    assert "Measured on x, with the labels of the shards." in page.text
+
+
+def test_report_shows_an_evaluation_by_labels_of_its_own_whose_loss_is_not_finite(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(saved("weights"), tmp_path / "run")
+    write_evaluation(run_dir)
+    path = run_dir / "evaluation" / "step-00000016" / "evaluation.json"
+    found = json.loads(path.read_text()) | {"loss": None, "calibration_error": None}
+    for labels, places in (({}, 2), ({"labels": "own.json", "label_map": "map.json"}, 1)):
+        path.write_text(json.dumps(found | labels))
+        answer = command(capsys, "--run", run_dir)
+        assert (answer.status, answer.err) == (0, "")
+        text = Page(run_dir / "report" / "report.html").text
+        assert text.count("lossnot finite") == places, "in the section, and on the model card if the labels are those of the data"
+        assert text.count("calibration errornot finite") == places
+    assert "Measured on x, with the labels of own.json and the label map map.json." in text
 
 
 def test_report_leaves_out_the_evaluation_of_a_former_checkpoint(

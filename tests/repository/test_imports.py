@@ -68,7 +68,7 @@ MAY_IMPORT = {
         "saved_run",
         "export",
     },
-    "report": {"errors", "config", "sparsity", "models", "tracking", "cost", "checkpoint", "saved_run", "export"},
+    "report": {"errors", "config", "sparsity", "data", "models", "tracking", "cost", "checkpoint", "saved_run", "export"},
     "publish": {"errors", "config", "models", "tracking", "saved_run", "export", "report"},
     "": {"errors", "sparsity", "models", "engines", "cost", "train"},
 }

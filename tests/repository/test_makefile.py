@@ -16,6 +16,7 @@ SHARDS = "python launch/make_shards.py --source mnist5k --out data/mnist5k"
 TEST = "python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0"
 TRAIN = "deepspeed --num_gpus {} launch/train.py --config configs/quickstart.yaml run_dir={}"
 EVALUATE = "python launch/evaluate.py --run {}"
+REPORT = "python launch/report.py --run {}"
 
 # Serves as python3, as .venv's python and as its deepspeed, ruff and mypy.
 STAND_IN = """#!/usr/bin/env bash
@@ -42,8 +43,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 def run_of(run_dir: str, ranks: int = 2) -> list[str]:
-    """Returns the calls that train and evaluate the quick start."""
-    return [TRAIN.format(ranks, run_dir), EVALUATE.format(run_dir)]
+    """Returns the calls that train the quick start, and show its result."""
+    return [TRAIN.format(ranks, run_dir), EVALUATE.format(run_dir), REPORT.format(run_dir)]
 
 
 def make(clone: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,9 +85,9 @@ def test_second_quickstart_trains_beside_the_first_run_and_sets_up_nothing(clone
 
 def test_quickstart_takes_ranks_from_the_machine_unless_given(clone: Path) -> None:
     make(clone, "quickstart", GPUS="1")
-    assert calls(clone)[-2:] == run_of("runs/quickstart", ranks=1)
+    assert calls(clone)[-3:] == run_of("runs/quickstart", ranks=1)
     make(clone, "quickstart", "RANKS=4", "RUN_DIR=runs/mine")
-    assert calls(clone)[-2:] == run_of("runs/mine", ranks=4)
+    assert calls(clone)[-3:] == run_of("runs/mine", ranks=4)
 
 
 @pytest.mark.parametrize("step", ["-m venv", "-m pip", "launch/make_shards.py"])
@@ -96,7 +97,7 @@ def test_quickstart_repairs_what_failed_midway_when_run_again(clone: Path, step:
     assert make(clone, "quickstart").returncode == 0
     again = calls(clone)
     assert step in again[0]
-    assert again[-2:] == run_of("runs/quickstart")
+    assert again[-3:] == run_of("runs/quickstart")
 
 
 def test_test_fast_leaves_slow_tests_out_and_needs_no_compiler(clone: Path) -> None:

@@ -27,7 +27,8 @@ from tests.tracking.trackers import tracker_of
 
 @pytest.fixture(scope="module")
 def run_dir(saved: Callable[[str], Path], empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished run whose heads, neurons and tokens are sparse, in MLflow by default, published twice; the first export is spoiled."""
+    """A finished run whose heads, neurons and tokens are sparse, in MLflow by default. It is published twice, because the first
+    export is spoiled."""
     run_dir = Path(shutil.copytree(saved("tokens"), tmp_path_factory.mktemp("published") / "tokens"))
     shutil.copy(empty_database, run_dir.parent)
     config = replace(read_config(run_dir / "config.yaml"), tracking=TrackingConfig())

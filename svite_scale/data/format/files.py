@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     slow for shards; their indexes have checksums.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # in a folder of somebody else's it may be a link, which would be followed
     try:
         yield temporary
         os.replace(temporary, path)
@@ -46,6 +47,16 @@ def open_regular(path: Path) -> IO[bytes]:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is no ordinary file")
     return open(path, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Returns the content of an ordinary file.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        return file.read()
 
 
 def sha256_of(path: Path) -> str:
