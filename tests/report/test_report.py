@@ -367,7 +367,7 @@ def test_report_shows_an_evaluation_by_labels_of_its_own_whose_loss_is_not_finit
         answer = command(capsys, "--run", run_dir)
         assert (answer.status, answer.err) == (0, "")
         text = Page(run_dir / "report" / "report.html").text
-        assert text.count("lossnot finite") == places, "in the section, and on the model card if the labels are those of the data"
+        assert text.count("lossnot finite") == places, "in the section, and on the card for the data's own labels"
         assert text.count("calibration errornot finite") == places
     assert "Measured on x, with the labels of own.json and the label map map.json." in text
 
