@@ -25,6 +25,7 @@ from svite_scale.export.formats import OnnxOptions
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.saved_run import SavedRun
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.options import FROM_WEIGHTS
 from svite_scale.tracking.tracker import METRICS
 
 CARD = "README.md"
@@ -257,7 +258,7 @@ def recipe(config: Config) -> tuple[dict[str, Any], list[str]]:
     for name, value in flatten_config(to_dict(config)).items():
         if value == defaults[name]:
             continue
-        if OF_ONE_MACHINE.fullmatch(name):
+        if OF_ONE_MACHINE.fullmatch(name) and value != FROM_WEIGHTS:
             hidden.append(name)
             continue
         *sections, key = name.split(".")

@@ -83,6 +83,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
             folder = Path(temporary) / "export"  # the temporary one is for its owner alone, this one as the umask says
             folder.mkdir()
             yield folder
+            for file in folder.iterdir():
+                file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
             if not exists:
                 folder.rename(target)
             else:

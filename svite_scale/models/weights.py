@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -134,7 +135,10 @@ def _read_pth(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ValueError: there is no state dict at these places; names the file's keys.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints have one
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except UnpicklingError as error:  # torch's own text advises to run what is in the file
+            raise ValueError("it is no file of torch.save, or holds more than tensors") from error
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
     if _is_state_dict(content):
@@ -172,7 +176,7 @@ def _of_safetensors(field: str, path: str, file: Path) -> Weights:
 
     def read(name: str) -> Tensor:
         with safe_open(file, "pt") as stored:
-            tensor: Tensor = stored.get_tensor(stored_names[name])
+            tensor: Tensor = stored.get_tensor(stored_names.get(name, name))
         return tensor
 
     if not any(name.endswith(BITMASK) for name in shapes):

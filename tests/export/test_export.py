@@ -109,6 +109,8 @@ def test_export_ignores_what_a_killed_one_left(saved: Saved, tmp_path: Path) -> 
 def test_exported_folder_can_be_read_as_the_umask_says(saved: Saved, exported: Path) -> None:
     (exported.parent / "other").mkdir()
     assert exported.stat().st_mode == (exported.parent / "other").stat().st_mode
+    (exported.parent / "other" / "file").touch()
+    assert {file.stat().st_mode for file in exported.iterdir()} == {(exported.parent / "other" / "file").stat().st_mode}
 
 
 def test_options_that_do_not_fit_are_refused_by_name(saved: Saved, tmp_path: Path) -> None:

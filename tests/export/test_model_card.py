@@ -127,6 +127,13 @@ def test_recipe_gives_the_config_again_but_for_the_machine(saved: Saved, tmp_pat
     assert hidden == ["run_dir", "data.train", "data.val", "data.workers", "tracking.mlflow"]
 
 
+def test_recipe_says_that_zeros_of_the_weights_were_inactive(saved: Saved) -> None:
+    given = ["model.weights=/secret", "sparsity.masks=from_weights", "sparsity.density=1.0"]
+    values, hidden = recipe(read_config(saved("weights") / "config.yaml", given))
+    assert values["sparsity"]["masks"] == "from_weights"
+    assert "sparsity.masks" not in hidden
+
+
 def test_recipe_has_no_path_of_the_config(saved: Saved) -> None:
     paths = (
         "model.weights",
