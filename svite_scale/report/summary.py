@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -130,9 +131,13 @@ def _comparison(runs: Runs) -> Section:
     options = [flatten_config(to_dict(run.config)) for run in runs]
     differing = [key for key in options[0] if key != "run_dir" and len({str(each[key]) for each in options}) > 1]
     if differing:
-        rows = [[key, *(str(each[key]) for each in options)] for key in differing]
-        parts += [tag("h4", "Options that differ"), tag("div", table(head, rows), class_="card")]
+        rows = [[key, *(_as_in_yaml(each[key]) for each in options)] for key in differing]
+        parts += [tag("h4", "Options that differ"), tag("div", table(head, rows), class_="card options")]
     return Section("Summary", join(*parts))
+
+
+def _as_in_yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _list(rows: Mapping[str, str], kind: str) -> Html:
