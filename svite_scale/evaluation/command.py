@@ -49,8 +49,6 @@ def main(arguments: argparse.Namespace) -> int:
         subject = find_subject(arguments)
         out: Path = arguments.out or default_folder(subject, arguments)
         device = torch.device("cpu") if subject.form in ON_CPU else ranks.local_device(world)
-        if world.is_main:  # before the work, not after it
-            write_files(out, {})
         if arguments.throughput is None:
             evaluate(subject, world, device, arguments.labels, arguments.label_map, out)
         else:
@@ -103,6 +101,8 @@ def evaluate(
     labels = read_labels(data.indexes, model.num_classes, labels_file, map_file)
     transform = DeviceTransform(config.data, model.num_classes, device, training=False)
     forward = place(subject.model, config, device)
+    if world.is_main:  # a folder that can't be written is known before the work, not after it
+        write_files(out, {})
     ranks.start(world, device)
     started = time.perf_counter()
     results = collect_results(forward, data, transform, labels, device, is_main=world.is_main)
@@ -137,6 +137,7 @@ def time_inference(subject: Subject, world: World, device: torch.device, batches
         raise ConfigError("--throughput", list(batches), "times one process", "start it by plain python")
     if min(batches) < 1:
         raise ConfigError("--throughput", list(batches), "has a batch size below 1", "use at least 1")
+    write_files(out, {})
     found = measure_throughput(subject, batches, device)
     facts = {**subject.facts, "precision": subject.config.train.precision, "device": name_of(device)}
     print(table(found))
