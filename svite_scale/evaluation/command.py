@@ -29,6 +29,7 @@ from svite_scale.evaluation.throughput import BATCHES, measure_throughput, table
 from svite_scale.runtime import ranks
 from svite_scale.runtime.world import World
 from svite_scale.train.command import run_on_every_rank
+from svite_scale.train.messages import device_name
 
 MOST_LABELS = 4096
 """Labels of the largest confusion matrix, which has as many rows and columns."""
@@ -117,7 +118,7 @@ def evaluate(
             "label_map": map_file and str(map_file),
             "precision": config.train.precision,
             "world_size": world.size,
-            "device": name_of(device),
+            "device": device_name(device),
         }
         print(json.dumps(found, indent=2))
         write_files(out, {**details(results, class_names(data.indexes, results.num_labels)), "evaluation.json": to_json(found)})
@@ -139,13 +140,9 @@ def time_inference(subject: Subject, world: World, device: torch.device, batches
         raise ConfigError("--throughput", list(batches), "has a batch size below 1", "use at least 1")
     write_files(out, {})
     found = measure_throughput(subject, batches, device)
-    facts = {**subject.facts, "precision": subject.config.train.precision, "device": name_of(device)}
+    facts = {**subject.facts, "precision": subject.config.train.precision, "device": device_name(device)}
     print(table(found))
     write_files(out, {"throughput.json": to_json({**facts, "threads": torch.get_num_threads(), "batches": found})})
-
-
-def name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def class_names(indexes: Sequence[ShardIndex], num_labels: int) -> list[str] | None:

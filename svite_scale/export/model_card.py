@@ -17,7 +17,7 @@ from svite_scale.checkpoint.load import read_run_state
 from svite_scale.config.load import flatten_config, to_dict
 from svite_scale.config.plain_yaml import dump
 from svite_scale.config.schema import Config
-from svite_scale.cost.flops import count_flops
+from svite_scale.cost.flops import ModelCost, count_flops
 from svite_scale.data.remote.fetch import PIPE
 from svite_scale.errors import ExportError
 from svite_scale.export.form import Export, Notes
@@ -66,12 +66,13 @@ def write_card(export: Export, notes: Notes, folder: Path) -> None:
 def card_text(export: Export, notes: Notes) -> str:
     """Returns the model card as Markdown, with the YAML at its top that model hubs read."""
     run, description = export.run, export.description
-    tables = run_tables(run, export.model, ema=description.origin.ema)
+    cost = count_flops(export.model, run.config.model.image_size)
+    tables = run_tables(run, export.model, cost, ema=description.origin.ema)
     if notes.facts:
         tables[f"In the form {description.form}"] = dict(notes.facts)
     sections = [
         f"# {_plain(description.origin.run)}",
-        _plain(summary(run, export.model)),
+        _plain(summary(run.config, cost)),
         f"## Use\n\n{notes.usage.strip()}" + ("\n\n`FOLDER` is the path of this folder." if "FOLDER" in notes.usage else ""),
         *(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()),
         f"## Commands\n\n{_commands(export)}",
@@ -81,10 +82,8 @@ def card_text(export: Export, notes: Notes) -> str:
     return f"---\n{dump(_front_matter(export, notes))}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def summary(run: SavedRun, model: nn.Module) -> str:
+def summary(config: Config, cost: ModelCost) -> str:
     """Returns two sentences that say what a model is, as plain text."""
-    config = run.config
-    cost = count_flops(model, config.model.image_size)
     return (
         f"An image classifier: {config.model.name} with {config.model.num_classes:,} classes, for images of "
         f"{config.model.image_size} px, trained by svite_scale. {cost.params_active / cost.params_dense:.1%} of the parameters "
@@ -92,12 +91,13 @@ def summary(run: SavedRun, model: nn.Module) -> str:
     )
 
 
-def run_tables(run: SavedRun, model: nn.Module, *, ema: bool = False) -> dict[str, dict[str, str]]:
+def run_tables(run: SavedRun, model: nn.Module, cost: ModelCost, *, ema: bool = False) -> dict[str, dict[str, str]]:
     """Returns what a card says of a run, by section and name, in order. Values are plain text.
 
     Args:
         run: up to a checkpoint.
         model: of that checkpoint, from :func:`~svite_scale.saved_run.load_model`.
+        cost: of the same model.
         ema: whether it is the moving average.
 
     Raises:
@@ -107,7 +107,7 @@ def run_tables(run: SavedRun, model: nn.Module, *, ema: bool = False) -> dict[st
     return {
         "Model": _model(run, model, ema),
         "Density": densities(model) or {"all layers": "dense"},
-        "Cost": _cost(model, run.config.model.image_size),
+        "Cost": _cost(cost),
         "Accuracy": {**accuracy.values, "data": accuracy.data, "measured": accuracy.source} if accuracy else {"measured": "no"},
         "Training": _training(run),
         "Data": _data(run.config),
@@ -187,8 +187,7 @@ def _model(run: SavedRun, model: nn.Module, ema: bool) -> dict[str, str]:
     return rows
 
 
-def _cost(model: nn.Module, image_size: int) -> dict[str, str]:
-    cost = count_flops(model, image_size)
+def _cost(cost: ModelCost) -> dict[str, str]:
     return {
         "parameters": f"{cost.params_active:,} active of {cost.params_dense:,} ({cost.params_active / cost.params_dense:.1%})",
         "multiply-accumulates of an image": f"{cost.sparse_macs:,} of {cost.dense_macs:,} ({1 - cost.saving:.1%})",

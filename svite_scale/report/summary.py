@@ -115,10 +115,10 @@ def summary(runs: Runs) -> Section:
     facts = _list(_facts(run), "card facts")
     if run.saved is None:
         return Section("Summary", facts)
-    tables = run_tables(run.saved, run.model)
+    tables = run_tables(run.saved, run.model, run.cost)
     card = [tag("div", tag("h3", title), _list(rows, "narrow facts")) for title, rows in tables.items()]
     folded = tag("details", tag("summary", "Model card"), tag("div", *card, class_="tables"))
-    return Section("Summary", join(facts, folded), card_summary(run.saved, run.model))
+    return Section("Summary", join(facts, folded), card_summary(run.config, run.cost))
 
 
 def _comparison(runs: Runs) -> Section:
@@ -153,8 +153,7 @@ def _cell(number: KeyNumber | None) -> str:
 def _facts(run: ReportedRun) -> dict[str, str]:
     """Returns what was trained, and how."""
     config, train, optimizer = run.config, run.config.train, run.config.optimizer
-    backend = config.parallel.backend
-    engine = [f"deepspeed ZeRO-{config.parallel.zero_stage}" if backend == "deepspeed" else backend]
+    engine = [config.parallel.engine]
     if run.world_size is not None:
         engine.append("1 rank" if run.world_size == 1 else f"{run.world_size} ranks")
     engine += [train.precision, *([run.summary["device"]] if run.summary else [])]

@@ -13,10 +13,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from svite_scale.config.load import flatten_config, read_config, to_dict
+from svite_scale.cost.flops import count_flops
 from svite_scale.errors import ExportError, RunError
 from svite_scale.export.model_card import last_accuracy, recipe, run_tables
 from svite_scale.export.write import export_run
-from svite_scale.saved_run import load_model, read_run
+from svite_scale.saved_run import SavedRun, load_model, read_run
 from tests.report.by_hand import tensors, unit_masks, unpacked
 from tests.runs import metrics_of
 
@@ -55,9 +56,14 @@ def test_card_shows_no_path_of_the_machine(saved: Saved, exported: Path) -> None
     assert str(saved("weights").parent) not in text
 
 
+def tables_of(run: SavedRun) -> dict[str, dict[str, str]]:
+    model = load_model(run)
+    return run_tables(run, model, count_flops(model, run.config.model.image_size))
+
+
 def test_densities_and_parameters_are_those_of_the_checkpoint(saved: Saved) -> None:
     run = read_run(saved("weights"))
-    by_hand, tables = tensors(run.checkpoint), run_tables(run, load_model(run))
+    by_hand, tables = tensors(run.checkpoint), tables_of(run)
     masks = [f"blocks.{block}.mlp.fc1.mask" for block in (0, 1)]
     active = sum(int(unpacked(by_hand[name], 32 * 128).sum()) for name in masks)
     expected = f"{active / 8192:.4f}: {active:,} of 8,192 weights in 2 layers"
@@ -69,7 +75,7 @@ def test_densities_and_parameters_are_those_of_the_checkpoint(saved: Saved) -> N
 def test_densities_count_heads_and_neurons(saved: Saved) -> None:
     run = read_run(saved("single"))
     heads = sum(int(mask.sum()) for name, mask in unit_masks(run.checkpoint).items() if name.endswith("heads"))
-    found = run_tables(run, load_model(run))["Density"]
+    found = tables_of(run)["Density"]
     assert found["blocks.*.attn.heads"] == f"{heads / 16:.4f}: {heads} of 16 heads in 2 layers"
     assert found["blocks.*.mlp.neurons"].endswith(" of 256 neurons in 2 layers")
 
