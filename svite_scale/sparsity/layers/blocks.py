@@ -16,9 +16,14 @@ from torch.autograd.function import Function
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.block_grid import BlockGrid
 from svite_scale.sparsity.kernels import block_products
-from svite_scale.sparsity.kernels.operators import block_active_gradient, block_product, block_transposed_product
-from svite_scale.sparsity.layers.base import GradientHook, LayerContext, UnitParameter
-from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear, with_signature
+from svite_scale.sparsity.kernels.operators import (
+    block_active_gradient,
+    block_product,
+    block_transposed_product,
+    record_weight_gradient,
+)
+from svite_scale.sparsity.layers.base import LayerContext, UnitParameter, with_signature
+from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 
 
 class BlockLayer(PackedLayer):
@@ -38,9 +43,7 @@ class BlockLayer(PackedLayer):
 
     def read_dense(self, values: Tensor, mask: Tensor) -> Tensor:
         dense = block_products.expand(values.view(-1, *self.value_shape), mask, self.grid)
-        if self.gradient_hook is None:
-            return dense
-        return cast(Tensor, GradientRecord.apply(dense, self.grid, self.gradient_hook))
+        return cast(Tensor, WeightRecorder.apply(dense, self.handle)) if torch.is_grad_enabled() else dense
 
     @torch.no_grad()
     def take_active(self, dense: Tensor) -> None:
@@ -64,7 +67,7 @@ class BlockLayer(PackedLayer):
         x = x.to(self._product_dtype(x))
         values = self.values.view(-1, *self.value_shape).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return cast(Tensor, BlockProduct.apply(x, values, self.mask, bias, self.grid, self.gradient_hook))
+        return cast(Tensor, BlockProduct.apply(x, values, self.mask, bias, self.grid, self.handle))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={list(self.grid.block)}"
@@ -108,24 +111,22 @@ class BlockProduct(Function):
 
     @staticmethod
     @with_signature
-    def forward(
-        x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, grid: BlockGrid, hook: GradientHook | None
-    ) -> Tensor:
+    def forward(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, grid: BlockGrid, handle: Tensor) -> Tensor:
         return block_product(x, values, mask, bias, grid.matrix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, mask, _, ctx.grid, ctx.hook = inputs
-        ctx.save_for_backward(x, values, mask)
+        x, values, mask, _, ctx.grid, handle = inputs
+        ctx.save_for_backward(x, values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
+        x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = TransposedProduct.apply(grad, values, mask, ctx.grid)
+            grad_x = TransposedProduct.apply(grad, values, mask, ctx.grid, handle)
         if ctx.needs_input_grad[1]:
-            grad_values = ActiveGradient.apply(grad, x, mask, ctx.grid, len(values), ctx.hook)
+            grad_values = ActiveGradient.apply(grad, x, mask, ctx.grid, len(values), handle)
         if ctx.needs_input_grad[3]:
             grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(dim=0)
         return grad_x, grad_values, None, grad_bias, None, None
@@ -138,71 +139,67 @@ class TransposedProduct(Function):
 
     @staticmethod
     @with_signature
-    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
+    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid, handle: Tensor) -> Tensor:
         return block_transposed_product(grad, values, mask, grid.matrix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, values, mask, ctx.grid = inputs
-        ctx.save_for_backward(grad, values, mask)
+        grad, values, mask, ctx.grid, handle = inputs
+        ctx.save_for_backward(grad, values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        grad, values, mask = ctx.saved_tensors
+        grad, values, mask, handle = ctx.saved_tensors
         grad_grad = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_grad = BlockProduct.apply(grad_x, values, mask, None, ctx.grid, None)
+            grad_grad = BlockProduct.apply(grad_x, values, mask, None, ctx.grid, handle)
         if ctx.needs_input_grad[1]:
-            grad_values = ActiveGradient.apply(grad, grad_x, mask, ctx.grid, len(values), None)
-        return grad_grad, grad_values, None, None
+            grad_values = ActiveGradient.apply(grad, grad_x, mask, ctx.grid, len(values), handle)
+        return grad_grad, grad_values, None, None, None
 
 
 class ActiveGradient(Function):
-    """The active blocks of ``grad.T @ x``, ``[k, U, V]``; a hook gets all of it."""
+    """The active blocks of ``grad.T @ x``, ``[k, U, V]``; the layer's hook gets all blocks."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(grad: Tensor, x: Tensor, mask: Tensor, grid: BlockGrid, num_active: int, hook: GradientHook | None) -> Tensor:
-        if hook is None:
-            height, width = grid.block
-            return block_active_gradient(grad, x, mask, [num_active, width, height])
-        dense = torch.atleast_2d(grad).flatten(0, -2).t() @ torch.atleast_2d(x).flatten(0, -2)
-        hook(grid.to_blocks(dense))
-        return block_products.compress(dense, mask, grid, num_active)
+    def forward(grad: Tensor, x: Tensor, mask: Tensor, grid: BlockGrid, num_active: int, handle: Tensor) -> Tensor:
+        height, width = grid.block
+        return block_active_gradient(grad, x, mask, [num_active, width, height], handle)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, x, mask, ctx.grid, *_ = inputs
-        ctx.save_for_backward(grad, x, mask)
+        grad, x, mask, ctx.grid, _, handle = inputs
+        ctx.save_for_backward(grad, x, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        grad, x, mask = ctx.saved_tensors
+        grad, x, mask, handle = ctx.saved_tensors
         grad_grad = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_grad = BlockProduct.apply(x, grad_values, mask, None, ctx.grid, None)
+            grad_grad = BlockProduct.apply(x, grad_values, mask, None, ctx.grid, handle)
         if ctx.needs_input_grad[1]:
-            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid)
+            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid, handle)
         return grad_grad, grad_x, None, None, None, None
 
 
-class GradientRecord(Function):
-    """Passes a dense weight on; in backward gives the hook its gradient."""
+class WeightRecorder(Function):
+    """Passes a dense weight on; in backward the layer's hook gets its gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(dense: Tensor, grid: BlockGrid, hook: GradientHook) -> Tensor:
+    def forward(dense: Tensor, handle: Tensor) -> Tensor:
         return dense.view_as(dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.grid, ctx.hook = inputs
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.hook(ctx.grid.to_blocks(gradient.detach()))
-        return gradient, None, None
+        record_weight_gradient(gradient, *ctx.saved_tensors)
+        return gradient, None
