@@ -1,7 +1,7 @@
 """The Triton kernels of blocks: on CPU tensors under Triton's interpreter, or compiled on a GPU.
 
-test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is imported.
-The interpreter can't multiply bf16.
+test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is
+imported. The interpreter can't multiply bf16.
 """
 
 from __future__ import annotations
