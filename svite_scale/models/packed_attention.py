@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from svite_scale.sparsity.layers.base import LayerContext, UnitParameter
-from svite_scale.sparsity.layers.units import GradientRecorder, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.layers.units import RowLinear, TransposedLinear, UnitLayer
 from svite_scale.sparsity.transition import TopologyTransition
 
 QKV = 3
@@ -70,9 +69,7 @@ class PackedAttention(UnitLayer):
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
-        if self.gradient_hook is None:
-            return output
-        return GradientRecorder.apply(output, x, partial(self.record_gradient, attn_mask=attn_mask, is_causal=is_causal))
+        return self.recorded(output, x, attn_mask, is_causal)
 
     def to_dense(self) -> Attention:
         bias = self.qkv.bias

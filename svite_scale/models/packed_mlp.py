@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.base import LayerContext, UnitParameter
-from svite_scale.sparsity.layers.units import GradientRecorder, RowLinear, TransposedLinear, UnitLayer
+from svite_scale.sparsity.layers.units import RowLinear, TransposedLinear, UnitLayer
 from svite_scale.sparsity.transition import TopologyTransition
 
 
@@ -49,8 +49,7 @@ class PackedMlp(UnitLayer, Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        output: Tensor = super().forward(x)
-        return output if self.gradient_hook is None else GradientRecorder.apply(output, x, self.record_gradient)
+        return self.recorded(super().forward(x), x)
 
     def to_dense(self) -> Mlp:
         bias = self.fc1.bias
@@ -66,7 +65,7 @@ class PackedMlp(UnitLayer, Mlp):
     def growth_numel(self) -> int:
         return self.shape.numel() * self.out_features
 
-    def record_gradient(self, x: Tensor, gradient: Tensor) -> None:
+    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
         """Records the gradient of each neuron's column, ``[N, out]``; for absent neurons that of their candidates' columns."""
         assert self.gradient_hook is not None
         active = self.active_units()

@@ -133,7 +133,8 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
     monkeypatch.setattr(packed, "expand", watched_expand)
     with saved_tensors() as saved:
         output = twin.packed(x)
-    assert {tensor.data_ptr() for tensor in saved} == {t.data_ptr() for t in (x, twin.packed.values, twin.packed.mask)}
+    kept = (x, twin.packed.values, twin.packed.mask, twin.packed.handle)
+    assert {tensor.data_ptr() for tensor in saved} == {tensor.data_ptr() for tensor in kept}
     assert len(expanded) == 1
     assert expanded[0]() is None, "the dense weight outlives the forward"
     output.sum().backward()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.hooks import GradientHook, new_handle
 from svite_scale.sparsity.mask import plain_bits
 from svite_scale.sparsity.module_names import named_modules
 from svite_scale.sparsity.transition import TopologyTransition
 
 Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
-
-GradientHook = Callable[[Tensor], None]
-"""Takes what a layer's growth scores are made of, ``[growth_numel]`` in any shape, inside its backward. May be a collective."""
 
 
 class RecordedGradients(Protocol):
@@ -93,7 +93,8 @@ class SparseLayer(nn.Module):
         shape: of all units, N elements.
         num_active: active units, k.
         mask: frozen uint8 parameter, ``[ceil(N / 8)]``, one bit per unit.
-        gradient_hook: see :data:`GradientHook`; None outside growth windows.
+        gradient_hook: see :data:`~svite_scale.sparsity.hooks.GradientHook`; None outside growth windows.
+        handle: by which operators find the hook; see :mod:`svite_scale.sparsity.hooks`.
         update_step: step of the topology update that gradients are being recorded for.
         engine: the topology engine that moves its units, as long as there is one; None where there is none.
     """
@@ -104,12 +105,19 @@ class SparseLayer(nn.Module):
     num_active: int
     mask: nn.Parameter
     gradient_hook: GradientHook | None = None
+    handle: Tensor
     update_step: int = 0
     engine: ref[Any] | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Makes a layer, a copy or an unpickled one too, with a handle of its own."""
+        layer = super().__new__(cls)
+        layer.handle = new_handle(layer)
+        return layer
+
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state that copies and pickles are made of: a copy has no engine, and nothing of it is recorded."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_hook", "engine")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("gradient_hook", "handle", "engine")}
 
     def name_at(self, path: str) -> str:
         """Returns its name where it is the submodule ``path`` of a model, which is empty where it is the model itself."""
@@ -187,3 +195,9 @@ def filled(empty: Dense, weight: Tensor, bias: nn.Parameter | Tensor | None, lik
     if bias is not None:
         empty.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return empty.train(like.training)
+
+
+def with_signature(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Stores a function's signature: ``Function.apply`` asks for it at each call, and finding it takes long."""
+    function.__signature__ = signature(function)  # type: ignore[attr-defined]  # as PEP 362 has it
+    return function

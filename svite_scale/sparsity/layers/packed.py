@@ -7,8 +7,6 @@ A packed weight of N elements with k active ones is ``values`` (float ``[k]``, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -19,8 +17,9 @@ from torch.autograd.function import Function
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
-from svite_scale.sparsity.kernels.operators import compress, expand
-from svite_scale.sparsity.layers.base import GradientHook, LayerContext, SparseLayer, UnitParameter, filled
+from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
+from svite_scale.sparsity.kernels.operators import active_gradient, compress, expand
+from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, UnitParameter, filled, with_signature
 from svite_scale.sparsity.layers.dense_weight import DenseWeight
 from svite_scale.sparsity.mask import Mask
 
@@ -45,24 +44,26 @@ class PackedLayer(SparseLayer):
     Attributes:
         values: trainable float parameter, ``[num_active]``, in ascending flat position; its own shape an engine may hide.
         bias: the dense layer's own bias, or None.
-        weight: the dense weight, of ``shape``; see :attr:`weight`.
-        shape: shape of the dense weight, N elements.
+        weight: the dense weight, of ``grid.shape``; see :attr:`weight`.
+        grid: the dense weight's shape, and its division into units.
         gradient_hook: takes the gradient of the dense weight, shaped like the weight.
     """
 
     unit = "weights"
+    grid: BlockGrid
     values: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str) -> None:
+    def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
         """Replaces ``dense``, and shares its bias; :meth:`set_weight` fills ``values`` and ``mask``."""
         nn.Module.__init__(self)  # not the dense class's, which would make a weight
         weight = dense.weight
-        if not 0 < num_active <= weight.numel():
-            raise TopologyError(f"{name}: {num_active} active weights don't fit a weight of shape {tuple(weight.shape)}")
-        self.name, self.num_active, self.shape = name, num_active, weight.shape
-        self.values = nn.Parameter(weight.new_zeros(num_active))
-        self.mask = Mask(torch.zeros(bits.num_bytes(weight.numel()), dtype=torch.uint8, device=weight.device))
+        self.grid = BlockGrid(weight.shape, block)
+        if not 0 < num_active <= self.grid.num_blocks:
+            raise TopologyError(f"{name}: {num_active} active {self.unit} don't fit a weight of shape {tuple(weight.shape)}")
+        self.name, self.num_active, self.shape = name, num_active, self.grid.grid
+        self.values = nn.Parameter(weight.new_zeros(num_active, *self.value_shape))
+        self.mask = Mask(torch.zeros(bits.num_bytes(self.grid.num_blocks), dtype=torch.uint8, device=weight.device))
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         self.train(dense.training)
 
@@ -71,22 +72,31 @@ class PackedLayer(SparseLayer):
         """Packs a dense weight.
 
         Args:
-            dense: like the layer's ``shape``.
+            dense: of the shape of the weight.
             active: bool ``[N]`` with ``num_active`` set.
         """
-        if int(active.sum()) != self.num_active:
-            raise TopologyError(f"{self.name}: the mask has {int(active.sum())} active weights, the layer {self.num_active}")
+        if (found := int(active.sum())) != self.num_active:
+            raise TopologyError(f"{self.name}: the mask has {found} active {self.unit}, the layer {self.num_active}")
         self.mask.copy_(bits.pack(active))
         self.take_active(dense)
 
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of what ``values`` has of one unit."""
+        return ()
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """Returns the dense weight, of ``shape``; on a module whose parameters aren't sharded."""
-        return kernels.expand(self.values, self.mask, self.shape)
+        """Returns the dense weight; on a module whose parameters aren't sharded."""
+        return self.read_dense(self.values, self.mask)
+
+    def read_dense(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Returns the dense weight that ``values`` and ``mask`` stand for. Differentiable."""
+        return read_dense(values, mask, self.shape, self.handle)
 
     @property
     def growth_numel(self) -> int:
-        return self.shape.numel()
+        return self.grid.shape.numel()
 
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values)}
@@ -101,7 +111,7 @@ class PackedLayer(SparseLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of ``shape``, 0 where inactive, made again by each read.
+        """The dense weight, 0 where inactive, made again by each read.
 
         It is differentiable as the layer's own product is, so modules that read their layers' weights train them too. What is
         written into it reaches the active weights, so ``nn.init`` draws them again; see
@@ -111,13 +121,12 @@ class PackedLayer(SparseLayer):
             TopologyError: an engine holds only a part of the layer here; or on assignment.
         """
         values, mask = self.values, self.mask
-        if values.numel() != self.num_active or hasattr(values, "to_local"):
+        if values.numel() != self.num_active * self.grid.block_numel or hasattr(values, "to_local"):
             raise TopologyError(
                 f"{self.name}.weight: an engine holds only a part of it here; read it inside the forward of the module that "
                 "the engine gathers it for"
             )
-        dense = read_dense(values, mask, self.shape, self.gradient_hook)
-        return DenseWeight.of(dense, self)
+        return DenseWeight.of(self.read_dense(values, mask), self)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -133,7 +142,7 @@ class PackedLayer(SparseLayer):
 
     @torch.no_grad()
     def take_active(self, dense: Tensor) -> None:
-        """Copies the active weights from ``dense``, of ``shape``; its other elements are ignored."""
+        """Copies the active weights from ``dense``, of the weight's shape; its other elements are ignored."""
         self.values.copy_(kernels.compress(dense, self.mask, self.num_active))
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
@@ -144,19 +153,19 @@ class PackedLayer(SparseLayer):
         return x.dtype
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
+        return f"shape={tuple(self.grid.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be None
     """``nn.Linear`` with a packed weight: ``[..., in_features]`` to ``[..., out_features]``."""
 
-    def __init__(self, dense: nn.Linear, num_active: int, name: str) -> None:
-        super().__init__(dense, num_active, name)
+    def __init__(self, dense: nn.Linear, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
+        super().__init__(dense, num_active, name, block)
         self.in_features, self.out_features = dense.in_features, dense.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self._product_dtype(x))
-        return cast(Tensor, PackedLinearProduct.apply(x, self.values, self.mask, self.bias, self.shape, self.gradient_hook))
+        return cast(Tensor, PackedLinearProduct.apply(x, self.values, self.mask, self.bias, self.shape, self.handle))
 
     def to_dense(self) -> nn.Linear:
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -166,8 +175,8 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be None
     """``nn.Conv2d`` with a packed weight: ``[batch, in, height, width]`` to ``[batch, out, height', width']``, or one image."""
 
-    def __init__(self, dense: nn.Conv2d, num_active: int, name: str) -> None:
-        super().__init__(dense, num_active, name)
+    def __init__(self, dense: nn.Conv2d, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
+        super().__init__(dense, num_active, name, block)
         for attribute in CONVOLUTION:
             setattr(self, attribute, getattr(dense, attribute))
         self.transposed, self.output_padding = dense.transposed, dense.output_padding
@@ -183,19 +192,12 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         options = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        hook = self.gradient_hook
-        return cast(Tensor, PackedConv2dProduct.apply(x, self.values, self.mask, self.bias, self.shape, options, hook))
+        return cast(Tensor, PackedConv2dProduct.apply(x, self.values, self.mask, self.bias, self.shape, options, self.handle))
 
     def to_dense(self) -> nn.Conv2d:
         options: dict[str, Any] = {attribute: getattr(self, attribute) for attribute in CONVOLUTION}
         dense = nn.Conv2d(**options, bias=self.bias is not None, device="meta")
         return filled(dense, self.dense_weight(), self.bias, self, self.values)
-
-
-def with_signature(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Stores a function's signature: ``Function.apply`` asks for it at each call, and finding it takes long."""
-    function.__signature__ = signature(function)  # type: ignore[attr-defined]  # as PEP 362 has it
-    return function
 
 
 class DenseRead(Function):
@@ -205,47 +207,50 @@ class DenseRead(Function):
 
     @staticmethod
     @with_signature
-    def forward(values: Tensor, mask: Tensor, shape: torch.Size, hook: GradientHook | None) -> Tensor:
+    def forward(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None) -> Tensor:
         return expand(values, mask, shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, mask, _, ctx.hook = inputs
-        ctx.save_for_backward(values, mask)
+        values, mask, _, handle = inputs
+        ctx.save_for_backward(values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, mask = ctx.saved_tensors
-        return _packed_gradient(gradient, values, mask, ctx.hook), None, None, None
+        values, mask, handle = ctx.saved_tensors
+        return _packed_gradient(gradient, values, mask, handle), None, None, None
 
 
 class ActiveRead(Function):
-    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient."""
+    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient.
+
+    Where a layer's handle is given, the tensor is the gradient of the layer's dense weight, and the layer's hook gets it whole.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
-        return compress(dense, mask, num_active)
+    def forward(dense: Tensor, mask: Tensor, num_active: int, handle: Tensor | None) -> Tensor:
+        return compress(dense, mask, num_active) if handle is None else active_gradient(dense, mask, num_active, handle)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        dense, mask, _ = inputs
+        dense, mask, *_ = inputs
         ctx.save_for_backward(mask)
         ctx.shape = dense.shape
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return read_dense(gradient, mask, ctx.shape), None, None
+        return read_dense(gradient, mask, ctx.shape), None, None, None
 
 
-def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, hook: GradientHook | None = None) -> Tensor:
-    """Returns the dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the hook."""
+def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None = None) -> Tensor:
+    """Returns the dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the layer's hook."""
     if not torch.is_grad_enabled():  # in a backward, where a function of autograd would only take time
         return expand(values, mask, shape)
-    return cast(Tensor, DenseRead.apply(values, mask, shape, hook))
+    return cast(Tensor, DenseRead.apply(values, mask, shape, handle))
 
 
 class PackedLinearProduct(Function):
@@ -256,24 +261,24 @@ class PackedLinearProduct(Function):
     @staticmethod
     @with_signature
     def forward(
-        x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, hook: GradientHook | None
+        x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size, handle: Tensor | None
     ) -> Tensor:
         return F.linear(x, expand(values.to(x.dtype), mask, shape), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, mask, _, ctx.shape, ctx.hook = inputs
-        ctx.save_for_backward(x, values, mask)
+        x, values, mask, _, ctx.shape, handle = inputs
+        ctx.save_for_backward(x, values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
+        x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.hook)
+            grad_x = grad @ read_dense(values.to(grad.dtype), mask, ctx.shape, handle)
         rows = torch.atleast_2d(grad).flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, ctx.hook)
+            grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, handle)
         if ctx.needs_input_grad[3]:
             grad_bias = rows.sum(dim=0)
         return grad_x, grad_values, None, grad_bias, None, None
@@ -293,35 +298,32 @@ class PackedConv2dProduct(Function):
         bias: Tensor | None,
         shape: torch.Size,
         options: dict[str, Any],
-        hook: GradientHook | None,
+        handle: Tensor | None,
     ) -> Tensor:
         weight = expand(values.to(x.dtype), mask, shape)
         return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, mask, _, ctx.shape, ctx.options, ctx.hook = inputs
-        ctx.save_for_backward(x, values, mask)
+        x, values, mask, _, ctx.shape, ctx.options, handle = inputs
+        ctx.save_for_backward(x, values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
+        x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = read_dense(values.to(grad.dtype), mask, ctx.shape, ctx.hook)
+            weight = read_dense(values.to(grad.dtype), mask, ctx.shape, handle)
             grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, **ctx.options)
         if ctx.needs_input_grad[1]:
             dense = torch.nn.grad.conv2d_weight(x, ctx.shape, grad, **ctx.options)
-            grad_values = _packed_gradient(dense, values, mask, ctx.hook)
+            grad_values = _packed_gradient(dense, values, mask, handle)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_values, None, grad_bias, None, None, None
 
 
-def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, hook: GradientHook | None) -> Tensor:
-    """Returns the active elements of the dense gradient, which the hook gets whole."""
-    if hook is not None:
-        hook(dense.detach())
-    if not torch.is_grad_enabled():
-        return compress(dense, mask, values.numel()).to(values.dtype)
-    return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)
+def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, handle: Tensor | None) -> Tensor:
+    """Returns the active elements of the dense gradient, which the layer's hook gets whole."""
+    read = ActiveRead.apply if torch.is_grad_enabled() else ActiveRead.forward  # a function of autograd would only take time
+    return cast(Tensor, read(dense, mask, values.numel(), handle)).to(values.dtype)

@@ -9,16 +9,16 @@ in the next step, and its incoming weights in the step after.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.hashing import hashed_uniform
-from svite_scale.sparsity.layers.base import SparseLayer, filled
+from svite_scale.sparsity.kernels.operators import record_gradient
+from svite_scale.sparsity.layers.base import SparseLayer, filled, with_signature
 from svite_scale.sparsity.mask import Mask
 
 
@@ -88,31 +88,51 @@ class UnitLayer(SparseLayer):
         empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         return filled(empty, weight, bias, self, trained)
 
-    def record_gradient(self, x: Tensor, gradient: Tensor) -> None:
+    def recorded(self, output: Tensor, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Returns the layer's output, whose backward records what growth scores are made of in growth windows.
+
+        Args:
+            output: ``[B, tokens, out]``.
+            x: the layer's input, ``[B, tokens, in]``.
+            attn_mask: of an attention.
+            is_causal: of an attention.
+        """
+        if not torch.is_grad_enabled():
+            return output
+        return cast(Tensor, GradientRecorder.apply(output, x, self.handle, attn_mask, is_causal))
+
+    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         """Passes what growth scores are made of to the gradient hook, inside backward.
 
         Args:
             x: the layer's input, ``[B, tokens, in]``.
             gradient: of the loss with respect to the layer's output, ``[B, tokens, out]``.
+            attn_mask: of an attention.
+            is_causal: of an attention.
         """
         raise NotImplementedError
 
 
 class GradientRecorder(Function):
-    """Passes a unit layer's output on; in backward calls ``record`` with the layer's input and the output's gradient."""
+    """Passes a unit layer's output on; in backward gives the layer the output's gradient, if the layer has a hook."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.record = record
+    @with_signature
+    def forward(output: Tensor, x: Tensor, handle: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, handle, attn_mask, ctx.is_causal = inputs
+        ctx.save_for_backward(x, handle, attn_mask)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        ctx.record(x, gradient)
-        return gradient, None, None
+        x, handle, attn_mask = ctx.saved_tensors
+        record_gradient(gradient.detach(), x.detach(), handle, attn_mask, ctx.is_causal)
+        return gradient, None, None, None, None
 
 
 class TransposedLinear(nn.Module):
