@@ -40,6 +40,9 @@ class Allocation:
     masks: str | None = None
     """Instead of ``density``: a safetensors file of one tensor of 0 and 1 per layer, named as in the dense state dict. Or
     ``from_weights``: weights that are 0 are inactive, for a model that is pruned already."""
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
+    """Rows and columns of the blocks in which weights are active or inactive: with blocks of 16 rows or more the time of a step
+    falls with density. Layers that they don't divide keep single weights, as [1, 1] does everywhere."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
 

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from svite_scale.errors import OptionError, TopologyError
+from svite_scale.errors import OptionError, SparsifyError, TopologyError
 from svite_scale.sparsity.allocation.first_masks import FirstMasks, NonzeroWeights
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_layers
 from svite_scale.sparsity.allocation.mask_file import MaskFile
+from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
 from svite_scale.sparsity.hashing import hashed_uniform
+from svite_scale.sparsity.layers.blocks import BlockConv2d, BlockLinear, is_matrix
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 from svite_scale.sparsity.layers.plain_layer import PLAIN, lost_in_packing, own_attributes, plain_type, refuse_wrapped
 from svite_scale.sparsity.module_names import named_modules
 from svite_scale.sparsity.options import FROM_WEIGHTS, Allocation
 from svite_scale.sparsity.update import grow
 
-PACKED_TYPE: dict[type[nn.Module], type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+PACKED_TYPE: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+BLOCK_TYPE: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: BlockLinear, nn.Conv2d: BlockConv2d}
 
 logger = logging.getLogger("svite_scale")
 
@@ -34,6 +37,7 @@ def sparsify(
     power_scale: float = Allocation.power_scale,
     densities: Mapping[str, float] | None = None,
     masks: str | PathLike[str] | None = None,
+    block: tuple[int, int] = Allocation.block,
     keep_dense: Sequence[str] = (),
     seed: int = 0,
     by_magnitude: bool = False,
@@ -57,6 +61,9 @@ def sparsify(
         masks: a safetensors file that :class:`~svite_scale.sparsity.allocation.mask_file.MaskFile` describes; or
             ``from_weights``, for a model that is pruned already: weights that are 0 are inactive, in exact numbers. A layer
             without zeros stays dense.
+        block: V and U: weights are active or inactive in blocks of V rows by U columns. With V of 16 or more, products take the
+            time of the active blocks only. Linear layers, and convolutions of patches that don't overlap, are in blocks if V
+            and U divide their rows and columns; all others keep single weights, which is logged.
         keep_dense: patterns of layers that aren't made sparse, and don't count in ``density``.
         seed: of the masks that are drawn.
         by_magnitude: the weights of largest magnitude are active at first, in each layer as many as its density says: for a
@@ -84,6 +91,7 @@ def sparsify(
         power_scale=power_scale,
         densities=densities or {},  # type: ignore[arg-type]
         masks=None if masks is None else fspath(masks),
+        block=(block[0], block[1]),
         keep_dense=tuple(keep_dense),
     )
     return pack_weights(model, allocation, seed, by_magnitude=by_magnitude)
@@ -110,22 +118,23 @@ def pack_weights(
     """
     layers = prunable_layers(model)
     masks = masks if allocation.masks and masks else _first_masks(layers, allocation)
-    plan = plan_layers({name: layer.weight.shape for name, layer in layers.items()}, allocation, packed_otherwise, masks)
+    plan = plan_layers(_grids(layers, allocation.block), allocation, packed_otherwise, masks)
     refuse_shared(model, {entry.name for entry in plan if not entry.kept_dense})
 
     def first_mask(entry: LayerPlan) -> Tensor:
         weight = layers[entry.name].weight
         if masks is not None:
-            return masks.read(entry.name, entry.shape).to(weight.device)
+            return masks.read(entry.name, entry.grid).to(weight.device)
+        num_active = entry.num_active // entry.grid.block_numel
         if by_magnitude:
-            return largest(weight.detach().abs().flatten(), entry.num_active)
-        return random_mask(entry.numel, entry.num_active, seed, entry.name, weight.device)
+            return largest(entry.grid.norms(weight.detach()), num_active)
+        return random_mask(entry.grid.num_blocks, num_active, seed, entry.name, weight.device)
 
     packed = {entry.name: _packed(layers[entry.name], entry, first_mask) for entry in plan if entry.is_packed}
     # Nothing can fail any more, and nothing was changed yet.
     for name, module in packed.items():
         replace_module(model, name, module)
-    _warn_of_raised(plan)
+    _warn_of_exceptions(plan, allocation.block)
     return plan
 
 
@@ -202,6 +211,20 @@ def _first_masks(layers: Mapping[str, nn.Linear | nn.Conv2d], allocation: Alloca
     return None if allocation.masks is None else MaskFile(allocation.masks)
 
 
+def _grids(layers: Mapping[str, nn.Linear | nn.Conv2d], block: tuple[int, int]) -> dict[str, BlockGrid]:
+    """Returns the grid of each layer's weight: of single weights where the block doesn't fit."""
+    grids = {}
+    for name, layer in layers.items():
+        grid = BlockGrid(layer.weight.shape, block)
+        grids[name] = grid if is_matrix(layer) and grid.fits() else BlockGrid(layer.weight.shape)
+    if block != SINGLE and all(grid.block == SINGLE for grid in grids.values()):
+        name, layer = next(iter(layers.items()))
+        rows, columns = BlockGrid(layer.weight.shape).matrix
+        problem = f"divides no layer's weight; {name}, for one, has {rows} rows and {columns} columns"
+        raise SparsifyError("block", list(block), problem, "choose rows and columns that divide those of most layers")
+    return grids
+
+
 def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[[LayerPlan], Tensor]) -> PackedLayer:
     """Returns the packed layer for a dense one, which isn't changed."""
     weight = dense.weight
@@ -212,7 +235,8 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[
         raise TopologyError(f"{plan.name}: its weight is {weight.dtype}, and sparse weights are real; list it in keep_dense")
     if not weight.requires_grad:
         raise TopologyError(f"{plan.name}: its weight is frozen, and sparse weights are trained; list it in keep_dense")
-    layer = PACKED_TYPE[type(dense)](dense, plan.num_active, plan.name)  # type: ignore[arg-type]
+    packed_type = (PACKED_TYPE if plan.block == SINGLE else BLOCK_TYPE)[type(dense)]
+    layer = packed_type(dense, plan.num_active // plan.grid.block_numel, plan.name, plan.block)
     _copy_attributes(dense, layer, plan.name)
     if not weight.is_meta:
         layer.set_weight(weight, first_mask(plan))
@@ -229,9 +253,19 @@ def _copy_attributes(dense: nn.Linear | nn.Conv2d, layer: PackedLayer, name: str
         setattr(layer.values, attribute, value)
 
 
-def _warn_of_raised(plan: Iterable[LayerPlan]) -> None:
+def _warn_of_exceptions(plan: Iterable[LayerPlan], block: tuple[int, int]) -> None:
     raised = [entry.name for entry in plan if entry.raised]
     if raised:
         logger.warning(
-            "layers whose part of the density is below one weight keep one each (%d): %s", len(raised), ", ".join(raised)
+            "layers whose part of the density is below one weight or block keep one each (%d): %s",
+            len(raised),
+            ", ".join(raised),
+        )
+    single = [entry.name for entry in plan if entry.is_packed and entry.block != block]
+    if single:
+        logger.warning(
+            "layers that blocks of %d x %d don't divide keep single weights, which take the time of dense ones (%d): %s",
+            *block,
+            len(single),
+            ", ".join(single),
         )

@@ -14,9 +14,14 @@ from svite_scale.errors import SparsifyError
 from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
 from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
 from svite_scale.sparsity.allocation.layer_plan import Allocation, LayerPlan, plan_density, plan_layers
+from svite_scale.sparsity.block_grid import BlockGrid
 
 NAMES = ["patch_embed.proj", *(f"blocks.{i}.{kind}" for i in (0, 1, 10) for kind in ("attn.qkv", "mlp.fc1")), "head"]
 SHAPES = {name: torch.Size((8, 10)) for name in NAMES}
+
+
+def grids(shapes: dict[str, torch.Size]) -> dict[str, BlockGrid]:
+    return {name: BlockGrid(shape) for name, shape in shapes.items()}
 
 
 def shapes_of(sizes: list[list[int]]) -> dict[str, torch.Size]:
@@ -46,7 +51,7 @@ def test_the_first_pattern_that_matches_decides() -> None:
         "blocks.10.mlp.fc1": 0.3,
         "head": 0.5,
     }
-    plan = plan_layers(SHAPES, Allocation(densities=densities))
+    plan = plan_layers(grids(SHAPES), Allocation(densities=densities))
     assert {entry.name: entry.num_active for entry in plan} == {name: round(80 * found[name]) for name in NAMES}
 
 
@@ -77,11 +82,11 @@ def test_patterns_are_a_shells_and_know_upper_case() -> None:
 )
 def test_densities_that_dont_fit_are_refused(densities: dict[str, float], message: str) -> None:
     with pytest.raises(SparsifyError, match=re.escape(f"densities = {message}")):
-        plan_layers(SHAPES, Allocation(densities=densities))
+        plan_layers(grids(SHAPES), Allocation(densities=densities))
 
 
 def test_layers_kept_dense_dont_count() -> None:
-    plan = plan_layers(SHAPES, Allocation(density=0.3, keep_dense=["head", "patch_embed*"]))
+    plan = plan_layers(grids(SHAPES), Allocation(density=0.3, keep_dense=["head", "patch_embed*"]))
     assert [entry.name for entry in plan] == NAMES
     kept = [entry for entry in plan if entry.kept_dense]
     assert [entry.name for entry in kept] == ["patch_embed.proj", "head"]
@@ -110,7 +115,7 @@ def test_layers_kept_dense_dont_count() -> None:
 )
 def test_what_doesnt_fit_the_layers_is_refused(allocation: Allocation, message: str) -> None:
     with pytest.raises(SparsifyError, match=re.escape(message)):
-        plan_layers(SHAPES, allocation)
+        plan_layers(grids(SHAPES), allocation)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +144,13 @@ def test_arguments_that_dont_go_together_are_refused(arguments: dict[str, object
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_each_distribution_is_the_one_named(distribution: str) -> None:
     shapes = shapes_of([[3, 40], [20, 20], [30, 6]])
-    plan = plan_layers(shapes, Allocation(density=0.2, distribution=distribution))
+    plan = plan_layers(grids(shapes), Allocation(density=0.2, distribution=distribution))
     assert [entry.num_active for entry in plan] == list(counts(shapes, DISTRIBUTIONS[distribution](shapes, 0.2)).values())
 
 
 def test_the_exponent_reaches_erk() -> None:
     shapes = shapes_of([[3, 40], [20, 20], [30, 6]])
-    plan = plan_layers(shapes, Allocation(density=0.1, power_scale=0.5))
+    plan = plan_layers(grids(shapes), Allocation(density=0.1, power_scale=0.5))
     expected = list(counts(shapes, erk(shapes, 0.1, power_scale=0.5)).values())
     assert [entry.num_active for entry in plan] == expected != list(counts(shapes, erk(shapes, 0.1)).values())
 
@@ -153,9 +158,9 @@ def test_the_exponent_reaches_erk() -> None:
 def test_a_layer_of_less_than_one_weight_is_raised() -> None:
     # Of 0.05 * (4 + 20 + 400) = 21.2 the first layer gets 0.2 and one whole weight, the second exactly one.
     shapes = shapes_of([[2, 2], [4, 5], [20, 20]])
-    plan = plan_layers(shapes, Allocation(density=0.05, distribution="uniform"))
+    plan = plan_layers(grids(shapes), Allocation(density=0.05, distribution="uniform"))
     assert [(entry.num_active, entry.raised) for entry in plan] == [(1, True), (1, False), (19, False)]
-    by_pattern = plan_layers(shapes, Allocation(densities={"*": 0.05}))
+    by_pattern = plan_layers(grids(shapes), Allocation(densities={"*": 0.05}))
     assert by_pattern == plan
 
 
@@ -170,7 +175,7 @@ def test_a_plan_meets_the_density_of_the_layers_it_makes_sparse(
     densities = DISTRIBUTIONS[distribution](sparse, density) if sparse else {}
     budget = round(math.fsum(densities[name] * shape.numel() for name, shape in sparse.items()))
     assume(budget >= len(sparse) > 0)
-    plan = plan_layers(shapes, Allocation(density=density, distribution=distribution, keep_dense=keep_dense))
+    plan = plan_layers(grids(shapes), Allocation(density=density, distribution=distribution, keep_dense=keep_dense))
     assert {entry.name: entry.shape for entry in plan} == shapes
     assert sum(entry.num_active for entry in plan if entry.name in sparse) == budget
     assert plan_density(plan) == budget / sum(shape.numel() for shape in sparse.values())
@@ -188,5 +193,5 @@ def test_a_plan_meets_the_density_of_the_layers_it_makes_sparse(
 def test_explicit_densities_are_met_layer_by_layer(shapes: dict[str, torch.Size], densities: list[float]) -> None:
     wanted = dict(zip(shapes, densities, strict=False))
     assume(all(wanted[name] * shape.numel() >= 1 for name, shape in shapes.items()))
-    for entry in plan_layers(shapes, Allocation(densities=wanted)):
+    for entry in plan_layers(grids(shapes), Allocation(densities=wanted)):
         assert abs(entry.num_active - wanted[entry.name] * entry.numel) < 1

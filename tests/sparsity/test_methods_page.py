@@ -54,7 +54,17 @@ def test_the_page_names_every_method_and_every_default() -> None:
             assert shown == [written(getattr(SparsityConfig(), key.strip("` "))) for key in keys.split(",")]
 
     fields = {each.name for each in dataclasses.fields(SparsityConfig)}
-    where_weights_are = {"density", "distribution", "power_scale", "densities", "masks", "keep_dense", "structured", "tokens"}
+    where_weights_are = {
+        "density",
+        "distribution",
+        "power_scale",
+        "densities",
+        "masks",
+        "block",
+        "keep_dense",
+        "structured",
+        "tokens",
+    }
     assert found == fields - where_weights_are - {"method"}
 
 

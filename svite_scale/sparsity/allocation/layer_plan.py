@@ -11,6 +11,7 @@ from svite_scale.errors import SparsifyError
 from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
 from svite_scale.sparsity.allocation.first_masks import FirstMasks
 from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
+from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
 from svite_scale.sparsity.options import FROM_WEIGHTS, Allocation
 
 
@@ -22,7 +23,8 @@ class LayerPlan:
         name: of the module.
         shape: of its weight.
         num_active: active weights.
-        raised: its part of the density is below one weight, and it has one weight all the same.
+        block: rows and columns of the blocks that they come in.
+        raised: its part of the density is below one block, and it has one all the same.
         kept_dense: it isn't made sparse on request, and doesn't count in the density.
         in_units: it is smaller by whole heads or neurons.
     """
@@ -30,6 +32,7 @@ class LayerPlan:
     name: str
     shape: torch.Size
     num_active: int
+    block: tuple[int, int] = SINGLE
     raised: bool = False
     kept_dense: bool = False
     in_units: bool = False
@@ -37,6 +40,10 @@ class LayerPlan:
     @property
     def numel(self) -> int:
         return self.shape.numel()
+
+    @property
+    def grid(self) -> BlockGrid:
+        return BlockGrid(self.shape, self.block)
 
     @property
     def density(self) -> float:
@@ -49,7 +56,7 @@ class LayerPlan:
 
 
 def plan_layers(
-    shapes: Mapping[str, torch.Size],
+    grids: Mapping[str, BlockGrid],
     allocation: Allocation,
     packed_otherwise: Collection[str] = (),
     masks: FirstMasks | None = None,
@@ -57,29 +64,34 @@ def plan_layers(
     """Returns the exact count of active weights of each layer.
 
     Args:
-        shapes: weight shape of each layer that may be made sparse.
+        grids: of the weight of each layer that may be made sparse.
         allocation: says where the active weights are.
         packed_otherwise: names of layers that aren't among them, which ``keep_dense`` may match all the same.
         masks: the first masks, where they say how many weights are active; None where a density does.
 
     Returns:
-        One entry per layer, in the order of ``shapes``.
+        One entry per layer, in the order of ``grids``.
 
     Raises:
         SparsifyError: patterns, masks or budget don't fit the layers.
     """
-    kept = matching_layers([*shapes, *packed_otherwise], allocation.keep_dense) & shapes.keys()
-    sparse = {name: shape for name, shape in shapes.items() if name not in kept}
+    kept = matching_layers([*grids, *packed_otherwise], allocation.keep_dense) & grids.keys()
+    sparse = {name: grid for name, grid in grids.items() if name not in kept}
     if not sparse:
         raise SparsifyError(
             "keep_dense", list(allocation.keep_dense), "keeps every layer dense", "let it leave out at least one"
         )
     num_active, raised = (masks.counts(sparse), set()) if masks else _counts(sparse, allocation)
-    if allocation.masks == FROM_WEIGHTS and not packed_otherwise and num_active == _numels(sparse):
-        problem = "no weight is 0, so this model isn't pruned"
+    num_blocks = {name: grid.num_blocks for name, grid in grids.items()}
+    if allocation.masks == FROM_WEIGHTS and not packed_otherwise and num_active == {name: num_blocks[name] for name in sparse}:
+        what = "weight" if allocation.block == SINGLE else f"block of {list(allocation.block)}"
+        problem = f"no {what} is 0, so this model isn't pruned"
         raise SparsifyError("masks", FROM_WEIGHTS, problem, "give a density, or the weights of a pruned model")
-    num_active |= {name: shapes[name].numel() for name in kept}
-    return [LayerPlan(name, shape, num_active[name], name in raised, name in kept) for name, shape in shapes.items()]
+    num_active |= {name: num_blocks[name] for name in kept}
+    return [
+        LayerPlan(name, grid.shape, num_active[name] * grid.block_numel, grid.block, name in raised, name in kept)
+        for name, grid in grids.items()
+    ]
 
 
 def plan_density(plan: Sequence[LayerPlan]) -> float:
@@ -88,20 +100,18 @@ def plan_density(plan: Sequence[LayerPlan]) -> float:
     return sum(layer.num_active for layer in sparse) / sum(layer.numel for layer in sparse)
 
 
-def _numels(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-    return {name: shape.numel() for name, shape in shapes.items()}
-
-
-def _counts(shapes: Mapping[str, torch.Size], allocation: Allocation) -> tuple[dict[str, int], set[str]]:
-    """Returns the active weights of each layer by its density, and the layers whose part of it is below one weight."""
-    densities = layer_densities(shapes, allocation)
+def _counts(grids: Mapping[str, BlockGrid], allocation: Allocation) -> tuple[dict[str, int], set[str]]:
+    """Returns the active blocks of each layer by its density, and the layers whose part of it is below one block."""
+    densities = layer_densities({name: grid.shape for name, grid in grids.items()}, allocation)
+    num_active: dict[str, int] = {}
     try:
-        num_active = counts(shapes, densities)
+        for block in {grid.block: None for grid in grids.values()}:  # each size of block has a budget of its own
+            num_active |= counts({name: grid.grid for name, grid in grids.items() if grid.block == block}, densities)
     except ValueError as error:
         field = "densities" if allocation.densities else "density"
         remedy = "raise it, or list small layers in keep_dense"
         raise SparsifyError(field, getattr(allocation, field), str(error), remedy) from error
-    return num_active, {name for name, shape in shapes.items() if densities[name] * shape.numel() < 1}
+    return num_active, {name for name, grid in grids.items() if densities[name] * grid.num_blocks < 1}
 
 
 def layer_densities(shapes: Mapping[str, torch.Size], allocation: Allocation) -> dict[str, float]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svite_scale.errors import SparsifyError
+from svite_scale.sparsity.block_grid import BlockGrid
 
 SUFFIX = ".weight"
 NO_MASKS = ("C64", "F4", "F6_E2M3", "F6_E3M2")
@@ -19,7 +20,8 @@ NO_MASKS = ("C64", "F4", "F6_E2M3", "F6_E3M2")
 class MaskFile:
     """A safetensors file with one tensor per layer, named and shaped like the layer's weight in the dense state dict.
 
-    A tensor is bool, or of any real dtype holding only 0 and 1; active is 1. One tensor at a time is in memory.
+    A tensor is bool, or of any real dtype holding only 0 and 1; active is 1. Where weights come in blocks, all weights of a
+    block are 0, or all are 1. One tensor at a time is in memory.
 
     Attributes:
         path: of the file.
@@ -41,41 +43,42 @@ class MaskFile:
             problem = f"can't be read as safetensors ({error})"
             raise self._error(problem, "write it with safetensors.torch.save_file") from error
 
-    def counts(self, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-        """Returns the numbers of active weights.
+    def counts(self, grids: Mapping[str, BlockGrid]) -> dict[str, int]:
+        """Returns the numbers of active blocks.
 
         Args:
-            shapes: weight shape of each prunable layer.
+            grids: of the weight of each prunable layer.
 
         Raises:
             SparsifyError: tensors and layers don't fit together one to one, or a tensor is no mask.
         """
-        for name in shapes:
+        for name in grids:
             if name + SUFFIX not in self._names:
                 raise self._error(f"has no tensor {name}{SUFFIX}", f"add it, or list {name} in keep_dense")
-        unknown = sorted(self._names - {name + SUFFIX for name in shapes})
+        unknown = sorted(self._names - {name + SUFFIX for name in grids})
         if unknown:
             raise self._error(
                 f"its tensor {unknown[0]} is of no prunable layer",
                 "remove it, and name tensors LAYER.weight, of no layer in keep_dense",
             )
-        return {name: int(self.read(name, shape).sum()) for name, shape in shapes.items()}
+        return {name: int(self.read(name, grid).sum()) for name, grid in grids.items()}
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
+    def read(self, name: str, grid: BlockGrid) -> Tensor:
         """Reads one layer's mask, bool ``[N]`` on the CPU.
 
         Args:
             name: of the layer.
-            shape: of its weight, N elements.
+            grid: of its weight, N blocks.
 
         Raises:
-            SparsifyError: the tensor's shape is another, it holds something else than 0 and 1, or no weight is active.
+            SparsifyError: the tensor's shape is another, it holds something else than 0 and 1, no weight is active, or a block
+                is active in part.
         """
         with safe_open(self.path, "pt") as file:
             stored = file.get_slice(name + SUFFIX)
             found = tuple(stored.get_shape())
-            if found != shape:
-                raise self._error(f"its tensor {name}{SUFFIX} is of shape {found}", f"use the weight's, {tuple(shape)}")
+            if found != grid.shape:
+                raise self._error(f"its tensor {name}{SUFFIX} is of shape {found}", f"use the weight's, {tuple(grid.shape)}")
             if stored.get_dtype() in NO_MASKS:
                 raise self._error(f"its tensor {name}{SUFFIX} is of dtype {stored.get_dtype()}", "save it as torch.bool")
             numbers = file.get_tensor(name + SUFFIX).flatten().double()
@@ -86,7 +89,11 @@ class MaskFile:
             raise self._error(
                 f"its tensor {name}{SUFFIX} has no active weight", "set at least one, since no layer can be empty"
             )
-        return active
+        blocks = grid.to_blocks(active).flatten(1)
+        if not torch.equal(blocks.any(dim=1), blocks.all(dim=1)):
+            block = list(grid.block)
+            raise self._error(f"its tensor {name}{SUFFIX} has blocks of {block} that are active in part", "set whole blocks")
+        return blocks.any(dim=1)
 
     def _error(self, problem: str, remedy: str) -> SparsifyError:
         return SparsifyError("masks", self.path, problem, remedy)

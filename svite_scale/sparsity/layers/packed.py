@@ -17,7 +17,8 @@ from torch.autograd.function import Function
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
-from svite_scale.sparsity.kernels.operators import active_gradient, compress, expand
+from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
+from svite_scale.sparsity.kernels.operators import compress, expand, record_gradient
 from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, UnitParameter, filled, with_signature
 from svite_scale.sparsity.layers.dense_weight import DenseWeight
 from svite_scale.sparsity.mask import Mask
@@ -43,24 +44,26 @@ class PackedLayer(SparseLayer):
     Attributes:
         values: trainable float parameter, ``[num_active]``, in ascending flat position; its own shape an engine may hide.
         bias: the dense layer's own bias, or None.
-        weight: the dense weight, of ``shape``; see :attr:`weight`.
-        shape: shape of the dense weight, N elements.
+        weight: the dense weight, of ``grid.shape``; see :attr:`weight`.
+        grid: the dense weight's shape, and its division into units.
         gradient_hook: takes the gradient of the dense weight, shaped like the weight.
     """
 
     unit = "weights"
+    grid: BlockGrid
     values: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str) -> None:
+    def __init__(self, dense: nn.Linear | nn.Conv2d, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
         """Replaces ``dense``, and shares its bias; :meth:`set_weight` fills ``values`` and ``mask``."""
         nn.Module.__init__(self)  # not the dense class's, which would make a weight
         weight = dense.weight
-        if not 0 < num_active <= weight.numel():
-            raise TopologyError(f"{name}: {num_active} active weights don't fit a weight of shape {tuple(weight.shape)}")
-        self.name, self.num_active, self.shape = name, num_active, weight.shape
-        self.values = nn.Parameter(weight.new_zeros(num_active))
-        self.mask = Mask(torch.zeros(bits.num_bytes(weight.numel()), dtype=torch.uint8, device=weight.device))
+        self.grid = BlockGrid(weight.shape, block)
+        if not 0 < num_active <= self.grid.num_blocks:
+            raise TopologyError(f"{name}: {num_active} active {self.unit} don't fit a weight of shape {tuple(weight.shape)}")
+        self.name, self.num_active, self.shape = name, num_active, self.grid.grid
+        self.values = nn.Parameter(weight.new_zeros(num_active, *self.value_shape))
+        self.mask = Mask(torch.zeros(bits.num_bytes(self.grid.num_blocks), dtype=torch.uint8, device=weight.device))
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         self.train(dense.training)
 
@@ -69,22 +72,36 @@ class PackedLayer(SparseLayer):
         """Packs a dense weight.
 
         Args:
-            dense: like the layer's ``shape``.
+            dense: of the shape of the weight.
             active: bool ``[N]`` with ``num_active`` set.
         """
-        if int(active.sum()) != self.num_active:
-            raise TopologyError(f"{self.name}: the mask has {int(active.sum())} active weights, the layer {self.num_active}")
+        if (found := int(active.sum())) != self.num_active:
+            raise TopologyError(f"{self.name}: the mask has {found} active {self.unit}, the layer {self.num_active}")
         self.mask.copy_(bits.pack(active))
         self.take_active(dense)
 
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of what ``values`` has of one unit."""
+        return ()
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """Returns the dense weight, of ``shape``; on a module whose parameters aren't sharded."""
-        return kernels.expand(self.values, self.mask, self.shape)
+        """Returns the dense weight; on a module whose parameters aren't sharded."""
+        return self.read_dense(self.values, self.mask)
+
+    def read_dense(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Returns the dense weight that ``values`` and ``mask`` stand for. Differentiable."""
+        return read_dense(values, mask, self.shape, self.handle)
+
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
+        """Passes the gradient of the dense weight to the gradient hook, inside backward."""
+        assert self.gradient_hook is not None
+        self.gradient_hook(gradient)
 
     @property
     def growth_numel(self) -> int:
-        return self.shape.numel()
+        return self.grid.shape.numel()
 
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values)}
@@ -99,7 +116,7 @@ class PackedLayer(SparseLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, of ``shape``, 0 where inactive, made again by each read.
+        """The dense weight, 0 where inactive, made again by each read.
 
         It is differentiable as the layer's own product is, so modules that read their layers' weights train them too. What is
         written into it reaches the active weights, so ``nn.init`` draws them again; see
@@ -109,13 +126,12 @@ class PackedLayer(SparseLayer):
             TopologyError: an engine holds only a part of the layer here; or on assignment.
         """
         values, mask = self.values, self.mask
-        if values.numel() != self.num_active or hasattr(values, "to_local"):
+        if values.numel() != self.num_active * self.grid.block_numel or hasattr(values, "to_local"):
             raise TopologyError(
                 f"{self.name}.weight: an engine holds only a part of it here; read it inside the forward of the module that "
                 "the engine gathers it for"
             )
-        dense = read_dense(values, mask, self.shape, self.handle)
-        return DenseWeight.of(dense, self)
+        return DenseWeight.of(self.read_dense(values, mask), self)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -131,7 +147,7 @@ class PackedLayer(SparseLayer):
 
     @torch.no_grad()
     def take_active(self, dense: Tensor) -> None:
-        """Copies the active weights from ``dense``, of ``shape``; its other elements are ignored."""
+        """Copies the active weights from ``dense``, of the weight's shape; its other elements are ignored."""
         self.values.copy_(kernels.compress(dense, self.mask, self.num_active))
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
@@ -142,14 +158,14 @@ class PackedLayer(SparseLayer):
         return x.dtype
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
+        return f"shape={tuple(self.grid.shape)}, num_active={self.num_active}, bias={self.bias is not None}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be None
     """``nn.Linear`` with a packed weight: ``[..., in_features]`` to ``[..., out_features]``."""
 
-    def __init__(self, dense: nn.Linear, num_active: int, name: str) -> None:
-        super().__init__(dense, num_active, name)
+    def __init__(self, dense: nn.Linear, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
+        super().__init__(dense, num_active, name, block)
         self.in_features, self.out_features = dense.in_features, dense.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,8 +180,8 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc]  # bias may be
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # bias may be None
     """``nn.Conv2d`` with a packed weight: ``[batch, in, height, width]`` to ``[batch, out, height', width']``, or one image."""
 
-    def __init__(self, dense: nn.Conv2d, num_active: int, name: str) -> None:
-        super().__init__(dense, num_active, name)
+    def __init__(self, dense: nn.Conv2d, num_active: int, name: str, block: tuple[int, int] = SINGLE) -> None:
+        super().__init__(dense, num_active, name, block)
         for attribute in CONVOLUTION:
             setattr(self, attribute, getattr(dense, attribute))
         self.transposed, self.output_padding = dense.transposed, dense.output_padding
@@ -211,28 +227,25 @@ class DenseRead(Function):
 
 
 class ActiveRead(Function):
-    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient.
-
-    Where a layer's handle is given, the tensor is the gradient of the layer's dense weight, and the layer's hook gets it whole.
-    """
+    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(dense: Tensor, mask: Tensor, num_active: int, handle: Tensor | None) -> Tensor:
-        return compress(dense, mask, num_active) if handle is None else active_gradient(dense, mask, num_active, handle)
+    def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
+        return compress(dense, mask, num_active)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        dense, mask, *_ = inputs
+        dense, mask, _ = inputs
         ctx.save_for_backward(mask)
         ctx.shape = dense.shape
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return read_dense(gradient, mask, ctx.shape), None, None, None
+        return read_dense(gradient, mask, ctx.shape), None, None
 
 
 def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None = None) -> Tensor:
@@ -314,5 +327,8 @@ class PackedConv2dProduct(Function):
 
 def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, handle: Tensor | None) -> Tensor:
     """Returns the active elements of the dense gradient, which the layer's hook gets whole."""
-    read = ActiveRead.apply if torch.is_grad_enabled() else ActiveRead.forward  # a function of autograd would only take time
-    return cast(Tensor, read(dense, mask, values.numel(), handle)).to(values.dtype)
+    if handle is not None:
+        record_gradient(dense.detach(), None, None, handle)
+    if not torch.is_grad_enabled():
+        return compress(dense, mask, values.numel()).to(values.dtype)
+    return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)

@@ -1,0 +1,127 @@
+"""Products with a weight that is stored as its active blocks, by the fastest path for a tensor's device and dtype.
+
+A weight of ``shape`` [R, C] in blocks of V rows by U columns is ``values``, float ``[k, U, V]``, the k active blocks along a
+row of blocks first, and ``mask``, uint8 ``[ceil(N / 8)]``, a bit for each of the N blocks. Each of the three products is linear
+in both of its factors, and the derivatives of each are the other two. They multiply active blocks only:
+
+- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks.
+- Anything else: the weight is expanded and multiplied dense, since the products of such small blocks would take longer.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.block_grid import BlockGrid
+from svite_scale.sparsity.kernels import torch_block_products
+
+SMALLEST_ROWS = 16
+"""V below which a dense product is faster on a CPU."""
+
+
+class BlockProducts(Protocol):
+    """One path. Inputs are contiguous matrices, ``[tokens, R]`` or ``[tokens, C]``."""
+
+    def product(self, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor: ...
+
+    def transposed_product(self, grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor: ...
+
+    def active_gradient(self, grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor: ...
+
+
+@torch.no_grad()
+def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
+    """Returns ``x @ W.T + bias``, ``[..., R]``.
+
+    Args:
+        x: ``[..., C]``.
+        values: ``[k, U, V]``, of the dtype of ``x``.
+        mask: uint8 ``[ceil(N / 8)]`` with k bits set, on the same device.
+        bias: ``[R]``, or None.
+        shape: R and C.
+
+    Raises:
+        ValueError: the mask isn't of N blocks, or, on the CPU, k of them aren't active.
+    """
+    matrix = _matrix(x)
+    result = _path(matrix, values).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
+    return result.view(*x.shape[:-1], shape[0])
+
+
+@torch.no_grad()
+def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+    """Returns ``grad @ W``, ``[..., C]``, for ``grad`` ``[..., R]``; see :func:`product`."""
+    matrix = _matrix(grad)
+    result = _path(matrix, values).transposed_product(matrix, values.contiguous(), mask.contiguous(), shape)
+    return result.view(*grad.shape[:-1], shape[1])
+
+
+@torch.no_grad()
+def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor:
+    """Returns the active blocks of ``grad.T @ x``, of ``size`` [k, U, V], for ``grad`` ``[..., R]`` and ``x`` ``[..., C]``; see
+    :func:`product`.
+    """
+    grad, x = _matrix(grad), _matrix(x)
+    return _path(x, x.new_empty(0, *size[1:])).active_gradient(grad, x, mask.contiguous(), size)
+
+
+def expand(values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
+    """Returns the dense weight of a grid, 0 where inactive. Differentiable, on any device; the host doesn't wait for it."""
+    active = _active_blocks(mask, grid, len(values))
+    source = (active.cumsum(0) - 1).clamp_(min=0, max=len(values) - 1)
+    return grid.to_weight(torch.where(active.view(-1, 1, 1), values[source], 0.0))
+
+
+def compress(dense: Tensor, mask: Tensor, grid: BlockGrid, num_active: int) -> Tensor:
+    """Returns the active blocks of a dense weight, ``[k, U, V]``; see :func:`expand`."""
+    active = _active_blocks(mask, grid, num_active)
+    return grid.to_blocks(dense)[torch.nonzero_static(active, size=num_active).squeeze(1)]
+
+
+def _active_blocks(mask: Tensor, grid: BlockGrid, num_active: int) -> Tensor:
+    """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it."""
+    active = bits.unpack(mask, grid.num_blocks)
+    if active.device.type == "cpu":
+        bits.check_count(int(active.count_nonzero()), num_active)
+    return active
+
+
+class DenseProducts:
+    """The path of small blocks: the weight is dense for the time of a product."""
+
+    def product(self, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
+        return F.linear(x, expand(values, mask, _grid(shape, values.shape)), bias)
+
+    def transposed_product(self, grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ expand(values, mask, _grid(shape, values.shape))
+
+    def active_gradient(self, grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor:
+        dense = grad.t() @ x
+        return compress(dense, mask, _grid(dense.shape, size), size[0])
+
+
+def is_sized(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether products with blocks of this shape, ``[k, U, V]``, run at the size of what is active."""
+    return device.type == "cpu" and values_shape[2] >= SMALLEST_ROWS
+
+
+def _path(x: Tensor, values: Tensor) -> BlockProducts:
+    if is_sized(values.shape, x.device, x.dtype):
+        return torch_block_products
+    return DENSE
+
+
+DENSE = DenseProducts()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _grid(shape: torch.Size, values_shape: torch.Size) -> BlockGrid:
+    return BlockGrid(shape, (values_shape[2], values_shape[1]))
