@@ -147,7 +147,7 @@ def test_dry_run_marks_layers_whose_density_was_raised(
     assert answer.status == 0
     raised = [layer for layer in rows(answer.out, ROW) if layer["rest"] == "  raised to one weight"]
     assert [(layer["name"], layer["active"]) for layer in raised] == [("head", "1")]
-    assert caplog.messages == ["layers whose part of the density is below one weight keep one each (1): head"]
+    assert caplog.messages == ["layers whose part of the density is below one weight or block keep one each (1): head"]
     assert number(rows(answer.out, ROW)[-1]["active"]) == round(0.001 * number(rows(answer.out, ROW)[-1]["total"]))
 
 

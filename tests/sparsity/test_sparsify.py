@@ -225,7 +225,7 @@ def test_raised_layers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
         assert [entry.raised for entry in plan] == [True, False, True]
         (record,) = caplog.records
         assert (record.name, record.levelname) == ("svite_scale", "WARNING")
-        assert record.getMessage() == "layers whose part of the density is below one weight keep one each (2): 0, 2"
+        assert record.getMessage() == "layers whose part of the density is below one weight or block keep one each (2): 0, 2"
         caplog.clear()
         sparsify(model(), 0.5, distribution="uniform")
         assert not caplog.records

@@ -127,7 +127,7 @@ class BlockProduct(Function):
         x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = TransposedProduct.apply(grad, values, mask, ctx.grid)
+            grad_x = TransposedProduct.apply(grad, values, mask, ctx.grid, handle)
         if ctx.needs_input_grad[1]:
             grad_values = ActiveGradient.apply(grad, x, mask, ctx.grid, len(values), handle)
         if ctx.needs_input_grad[3]:
@@ -142,23 +142,23 @@ class TransposedProduct(Function):
 
     @staticmethod
     @with_signature
-    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
+    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid, handle: Tensor | None) -> Tensor:
         return block_transposed_product(grad, values, mask, grid.matrix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, values, mask, ctx.grid = inputs
-        ctx.save_for_backward(grad, values, mask)
+        grad, values, mask, ctx.grid, handle = inputs
+        ctx.save_for_backward(grad, values, mask, handle)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        grad, values, mask = ctx.saved_tensors
+        grad, values, mask, handle = ctx.saved_tensors
         grad_grad = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_grad = BlockProduct.apply(grad_x, values, mask, None, ctx.grid, None)
+            grad_grad = BlockProduct.apply(grad_x, values, mask, None, ctx.grid, handle)
         if ctx.needs_input_grad[1]:
-            grad_values = ActiveGradient.apply(grad, grad_x, mask, ctx.grid, len(values), None)
-        return grad_grad, grad_values, None, None
+            grad_values = ActiveGradient.apply(grad, grad_x, mask, ctx.grid, len(values), handle)
+        return grad_grad, grad_values, None, None, None
 
 
 class ActiveGradient(Function):
@@ -184,7 +184,7 @@ class ActiveGradient(Function):
         if ctx.needs_input_grad[0]:
             grad_grad = BlockProduct.apply(x, grad_values, mask, None, ctx.grid, None)
         if ctx.needs_input_grad[1]:
-            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid)
+            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid, None)
         return grad_grad, grad_x, None, None, None, None
 
 
