@@ -34,7 +34,7 @@ def test_the_host_never_waits_for_the_gpu(dtype: torch.dtype) -> None:
     mask, shape = bits.pack(active).cuda(), torch.Size([12 * 64, 24 * 32])
     values = torch.randn(96, 32, 64, device="cuda", dtype=dtype)
     x, bias = torch.randn(2000, shape[1], device="cuda", dtype=dtype), torch.zeros(shape[0], device="cuda", dtype=dtype)
-    assert block_products.is_sized(values.shape, values.device, dtype)
+    assert block_products._path(values.shape, values.device, dtype) is not block_products.DENSE
     for mode in ("default", "error"):  # the first time, tiles are timed
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -45,10 +45,22 @@ def test_the_host_never_waits_for_the_gpu(dtype: torch.dtype) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("block", [(8, 16), (16, 8), (24, 16)])
-def test_other_blocks_are_multiplied_dense(block: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("block", "dtype", "expected"),
+    [
+        ((16, 16), torch.float32, True),
+        ((48, 32), torch.bfloat16, True),
+        ((16, 16), torch.float64, False),
+        ((8, 16), torch.float32, False),
+        ((16, 8), torch.float16, False),
+        ((24, 16), torch.float32, False),
+    ],
+)
+def test_products_are_sized_where_both_sides_are_multiples_of_16(
+    block: tuple[int, int], dtype: torch.dtype, expected: bool
+) -> None:
     height, width = block
-    assert not block_products.is_sized(torch.Size([5, width, height]), torch.device("cuda", 0), torch.bfloat16)
+    assert block_products.is_sized(torch.Size([5, width, height]), torch.device("cuda"), dtype) == expected
 
 
 @pytest.mark.parametrize("trouble", ["no triton", "no GPU driver"])
@@ -58,13 +70,14 @@ def test_where_it_cant_be_used_products_are_dense_and_one_warning_says_so(
     if trouble == "no triton":
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.delitem(sys.modules, "svite_scale.sparsity.kernels.triton_block_products", raising=False)
+        monkeypatch.delattr("svite_scale.sparsity.kernels.triton_block_products", raising=False)
     elif torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    monkeypatch.delattr("svite_scale.sparsity.kernels.triton_block_products", raising=False)
     block_products._cuda.cache_clear()
     with caplog.at_level("WARNING", logger="svite_scale"):
         for dtype in (torch.float32, torch.bfloat16):
-            assert not block_products.is_sized(torch.Size([5, 16, 32]), torch.device("cuda", 0), dtype)
+            path = block_products._path(torch.Size([5, 16, 32]), torch.device("cuda", 0), dtype)
+            assert path is block_products.DENSE
     block_products._cuda.cache_clear()
     (record,) = caplog.records
     assert "can't be used on cuda:0, so weights in blocks take the time of dense ones" in record.getMessage()
