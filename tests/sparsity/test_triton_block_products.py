@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels import block_products
+from svite_scale.sparsity.layers.packed import PackedLayer
+from tests.sparsity.packing import twin_of
 
 ROOT = Path(__file__).parents[2]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled Triton kernels need a CUDA GPU")
@@ -43,6 +46,23 @@ def test_the_host_never_waits_for_the_gpu(dtype: torch.dtype) -> None:
             block_products.active_gradient(y, x, mask, values.shape)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("block", [(16, 16), (32, 48), (96, 16)])
+def test_a_layer_computes_on_a_gpu_what_it_computes_on_a_cpu(block: tuple[int, int]) -> None:
+    layer = twin_of(nn.Linear(96, 192), block=block).packed
+    x = torch.randn(2, 197, 96)
+    results = [compute(layer.to(device), x.to(device)) for device in ("cpu", "cuda")]
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-3)
+
+
+def compute(layer: PackedLayer, x: Tensor) -> tuple[Tensor, ...]:
+    """Returns a layer's output, and the gradients of its input, values and bias."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, layer.values, layer.bias])
 
 
 @pytest.mark.parametrize(
