@@ -16,7 +16,7 @@ from svite_scale.sparsity import bits
 def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.block_products.product`; for CPU tensors."""
     columns = x.t().contiguous()
-    result = x.new_empty(shape[0], len(x))
+    result = x.new_zeros(shape[0], len(x))  # a row of blocks may have no active one
     for rows, chosen, weight in _rows_of_blocks(values, mask, shape):
         torch.mm(weight.t(), columns[chosen], out=result[rows])
     result = result.t().contiguous()
