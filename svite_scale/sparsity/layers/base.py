@@ -149,6 +149,16 @@ class SparseLayer(nn.Module):
         """Elements that the gradient hook takes."""
         raise NotImplementedError
 
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
+        """Passes what growth scores are made of to the gradient hook, inside backward. Called only while there is a hook.
+
+        Args:
+            gradient: of the loss, with respect to the dense weight; or, for neurons and heads, to the layer's output,
+                ``[B, tokens, out]``.
+            inputs: of neurons and heads the layer's input, ``[B, tokens, in]``, and the mask of an attention that has one.
+        """
+        raise NotImplementedError
+
     def unit_parameters(self) -> dict[str, UnitParameter]:
         """Returns, by name within the layer, the parameters that follow the topology."""
         raise NotImplementedError
