@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helpers beside thi
 from benchmarks.machine import describe_machine
 from benchmarks.structure import Twin
 from svite_scale import attach
-from svite_scale.config.schema import Config, SparsityConfig
+from svite_scale.config.schema import SparsityConfig
+from svite_scale.cost.flops import count_flops
 from svite_scale.evaluation.timing import WARMUP, alternate, ratio
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
-from tests.cost.costs import count
 
 Block = tuple[int, int]
 SINGLE: Block = (1, 1)
@@ -59,7 +59,7 @@ def print_header(name: str) -> None:
 
 
 def print_ratios(density: float, rows: dict[str, SparsityConfig], arguments: argparse.Namespace) -> None:
-    """Times models beside the dense one, and prints a row for each. ``MACs`` is the active part of the multiply-accumulates."""
+    """Times models beside the dense one, and prints a row for each. ``MACs``: what is multiplied, of the dense model's."""
     model = ModelConfig(name=arguments.model)
     twins = {name: Twin(sparsity, "cpu", model) for name, sparsity in (rows | {"dense": SparsityConfig()}).items()}
     images, labels = torch.randn(arguments.batch_size, 3, 224, 224), torch.arange(arguments.batch_size)
@@ -67,12 +67,12 @@ def print_ratios(density: float, rows: dict[str, SparsityConfig], arguments: arg
     inferences = {name: lambda twin=twin: twin.infer(images) for name, twin in twins.items()}
     times = [alternate(tasks, arguments.rounds) for tasks in (steps, inferences)]
     for name in twins:
-        macs = 1 - count(Config(run_dir="unused", model=model, sparsity=rows[name])).saving if name in rows else 1.0
+        cost = count_flops(twins[name].model, image_size=224)
         columns = (
             f"{statistics.median(seconds[name]) * 1e3:{width}.1f} {ratio(seconds[name], seconds['dense']):7.3f}"
             for width, seconds in zip((9, 10), times, strict=True)
         )
-        print(f"{density:7}  {name:20} {macs:6.3f} {' '.join(columns)}", flush=True)
+        print(f"{density:7}  {name:20} {cost.multiplied_macs / cost.dense_macs:6.3f} {' '.join(columns)}", flush=True)
 
 
 def update_section(arguments: argparse.Namespace) -> None:
