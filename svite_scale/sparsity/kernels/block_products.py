@@ -118,18 +118,20 @@ class DenseProducts:
 
 
 def is_sized(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether products with blocks of this shape, ``[k, U, V]``, run at the size of what is active."""
-    return _path(values_shape, device, dtype) is not DENSE
+    """Returns whether a device has products at the size of what is active for blocks of this shape, ``[k, U, V]``."""
+    _, width, height = values_shape
+    if device.type == "cuda":
+        return dtype in FAST_DTYPES and width % TENSOR_CORE_SIDE == height % TENSOR_CORE_SIDE == 0
+    return device.type == "cpu" and height >= SMALLEST_ROWS
 
 
 def _path(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> BlockProducts:
-    _, width, height = values_shape
-    if device.type == "cpu" and height >= SMALLEST_ROWS:
-        is_compiled = dtype == torch.float32 and height % cpu_block_products.ROWS_MULTIPLE == 0
-        return _cpu() if is_compiled else torch_block_products
-    if device.type == "cuda" and dtype in FAST_DTYPES and width % TENSOR_CORE_SIDE == height % TENSOR_CORE_SIDE == 0:
+    if not is_sized(values_shape, device, dtype):
+        return DENSE
+    if device.type == "cuda":
         return _cuda(device)
-    return DENSE
+    is_compiled = dtype == torch.float32 and values_shape[2] % cpu_block_products.ROWS_MULTIPLE == 0
+    return _cpu() if is_compiled else torch_block_products
 
 
 @cache

@@ -326,7 +326,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tl.store(outputs + offsets, sums.to(outputs.dtype.element_ty), mask=has_token & has_n)
 
 
-@triton.autotune(_tiles((32, 64, 4, 5), (64, 64, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (64, 256, 8, 3)), **TUNING)
+@triton.autotune(_tiles((32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (64, 256, 8, 3)), **TUNING)
 @triton.jit(do_not_specialize=["num_tokens", "part_tokens", "token_class"])
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     grads, inputs, starts, columns, outputs, num_tokens, part_tokens, num_outputs, num_inputs, numel, token_class,
