@@ -136,7 +136,7 @@ def test_products_take_any_leading_dimensions_and_strides(dtype: torch.dtype, he
 
 
 def test_the_number_of_threads_changes_no_bit(compiled: CpuBlockProducts) -> None:
-    factors = case(48, 3, 500, torch.arange(ROWS * COLUMNS) % 3 > 0)
+    factors = case(48, 3, 5000, torch.arange(ROWS * COLUMNS) % 3 > 0)
     x, grad, values = factors.x.float(), factors.grad.float(), factors.values.float()
     before, results = torch.get_num_threads(), []
     try:

@@ -305,24 +305,34 @@ INLINE void add_chunk(const Plan *plan, int64_t g, int num_vectors, const float 
 int64_t block_active_gradient(const float *dy, const float *x, int64_t tokens, const uint8_t *mask, float *gradient,
                               int64_t num_active, int64_t G, int64_t J, int64_t U, int64_t V, int64_t threads) {
     Plan plan;
-    int64_t C = J * U, R = G * V, found = prepare(&plan, mask, num_active, G, J, U, CHUNK, C * CHUNK);
+    // Threads wait for each other before and after each part of the tokens, so more threads take larger ones.
+    int64_t C = J * U, R = G * V, part = threads == 1 ? CHUNK : 16 * threads * CHUNK;
+    int64_t found = prepare(&plan, mask, num_active, G, J, U, CHUNK, C * smaller(part, tokens + CHUNK));
     if (found != num_active) return found;
     if (tokens == 0) memset(gradient, 0, num_active * U * V * sizeof *gradient);
     int64_t pairs = (V + PAIR - 1) / PAIR; // of vectors in a block; the last may be one vector
 #pragma omp parallel num_threads(threads)
-    for (int64_t token = 0; token < tokens; token += CHUNK) {
-        int64_t size = smaller(CHUNK, tokens - token);
+    for (int64_t start = 0; start < tokens; start += part) {
+        int64_t end = smaller(start + part, tokens);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < size; t += LANES) to_columns(x + (token + t) * C, size - t, C, plan.scratch + t, CHUNK);
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < G * pairs; item++) {
-            int64_t g = item / pairs, v = item % pairs * PAIR;
-            const float *grads = dy + token * R + g * V + v;
-            if (v + PAIR <= V)
-                add_chunk(&plan, g, 2, plan.scratch, grads, R, V, size, token == 0, gradient + v);
-            else
-                add_chunk(&plan, g, 1, plan.scratch, grads, R, V, size, token == 0, gradient + v);
+        for (int64_t token = start; token < end; token += LANES) {
+            int64_t before = (token - start) / CHUNK * CHUNK; // tokens of earlier chunks
+            to_columns(x + token * C, tokens - token, C, plan.scratch + before * C + token - start - before, CHUNK);
         }
+        for (int64_t token = start; token < end; token += CHUNK) {
+            const float *columns = plan.scratch + (token - start) * C;
+            int64_t size = smaller(CHUNK, tokens - token);
+#pragma omp for schedule(static, 1) nowait // each thread keeps its items from chunk to chunk
+            for (int64_t item = 0; item < G * pairs; item++) {
+                int64_t g = item / pairs, v = item % pairs * PAIR;
+                const float *grads = dy + token * R + g * V + v;
+                if (v + PAIR <= V)
+                    add_chunk(&plan, g, 2, columns, grads, R, V, size, token == 0, gradient + v);
+                else
+                    add_chunk(&plan, g, 1, columns, grads, R, V, size, token == 0, gradient + v);
+            }
+        }
+#pragma omp barrier
     }
     finish(&plan);
     return found;
