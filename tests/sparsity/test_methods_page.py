@@ -17,7 +17,7 @@ from svite_scale.sparsity.options import METHODS as NAMES
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.methods import METHODS
 from tests import reference
-from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, active_units
+from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, active_units, batch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 
