@@ -69,7 +69,9 @@ class PackedAttention(UnitLayer):
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
-        return self.recorded(output, x, attn_mask, is_causal)
+        if is_causal:
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        return self.recorded(output, x, attn_mask)
 
     def to_dense(self) -> Attention:
         bias = self.qkv.bias
@@ -82,7 +84,7 @@ class PackedAttention(UnitLayer):
         dense.q_norm, dense.k_norm = copy.deepcopy((self.q_norm, self.k_norm))
         return dense.train(self.training)
 
-    def _context(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _context(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Returns the heads' outputs, ``[B, heads, tokens, d]``, from ``[B, tokens, 3 * heads * d]``."""
         batch, tokens, _ = qkv.shape
         query, key, value = qkv.view(batch, tokens, QKV, -1, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -98,12 +100,13 @@ class PackedAttention(UnitLayer):
     def growth_numel(self) -> int:
         return self.shape.numel() * (2 if self.keeps_columns else self.head_dim * self.out_features + 2)
 
-    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
         """Records for each head its :meth:`_growth_terms`, or the paper's growth score ``[N, 1]``, and its Taylor score."""
         assert self.gradient_hook is not None
+        x, attn_mask = (*inputs, None)[:2]
         active = self.active_units()
         bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
-        context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias), attn_mask, is_causal).to(gradient.dtype)
+        context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias), attn_mask).to(gradient.dtype)
         columns = self._by_head(self.proj.weight).to(gradient.dtype)
         # dL/dA: of the active heads, or of all whose columns there are.
         slopes = torch.einsum("bno,hdo->bhnd", gradient, columns)
@@ -116,7 +119,7 @@ class PackedAttention(UnitLayer):
             growth = gradient.new_zeros(active.numel(), self.head_dim * self.out_features + 1)
             growth[active] = self._growth_terms(context, gradient)
             rows = self.candidates(~active).view(-1, QKV, self.head_dim, x.shape[-1]).transpose(0, 1).flatten(0, 2)
-            fresh = self._context(F.linear(x, rows.to(x.dtype)), attn_mask, is_causal).to(gradient.dtype)
+            fresh = self._context(F.linear(x, rows.to(x.dtype)), attn_mask).to(gradient.dtype)
             growth[~active] = self._growth_terms(fresh, gradient)
         self.gradient_hook(torch.cat([growth, taylor], dim=1))
 

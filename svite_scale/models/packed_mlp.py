@@ -65,11 +65,11 @@ class PackedMlp(UnitLayer, Mlp):
     def growth_numel(self) -> int:
         return self.shape.numel() * self.out_features
 
-    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
         """Records the gradient of each neuron's column, ``[N, out]``; for absent neurons that of their candidates' columns."""
         assert self.gradient_hook is not None
         active = self.active_units()
-        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        x, gradient = inputs[0].flatten(0, -2), gradient.flatten(0, -2)
         columns = gradient.new_zeros(active.numel(), self.out_features)
         bias = None if self.fc1.bias is None else self.fc1.bias.to(x.dtype)
         hidden = self.act(F.linear(x, self.fc1.weight.to(x.dtype), bias))

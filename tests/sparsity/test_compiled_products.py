@@ -30,6 +30,14 @@ def weights(model: nn.Module) -> None:
     sparsify(model, 0.5)
 
 
+def blocks(model: nn.Module) -> None:
+    sparsify(model, 0.5, block=(16, 4))
+
+
+def small_blocks(model: nn.Module) -> None:
+    sparsify(model, 0.5, block=(4, 2))
+
+
 def units(model: nn.Module) -> None:
     pack_units(model, heads=0.5, neurons=0.5)
 
@@ -38,7 +46,13 @@ def paper_units(model: nn.Module) -> None:
     pack_units(model, heads=0.5, neurons=0.5, grow="paper")
 
 
-KINDS: dict[str, Callable[[nn.Module], None]] = {"weights": weights, "units": units, "paper units": paper_units}
+KINDS: dict[str, Callable[[nn.Module], None]] = {
+    "weights": weights,
+    "blocks": blocks,
+    "small blocks": small_blocks,
+    "units": units,
+    "paper units": paper_units,
+}
 
 
 class CountingBackend:
@@ -140,18 +154,18 @@ def test_a_copied_or_unpickled_layer_has_a_handle_of_its_own() -> None:
     file.seek(0)
     copies: list[SparseLayer] = [copy.copy(layer), copy.deepcopy(layer), torch.load(file, weights_only=False)]
     layer.gradient_hook = print
+    assert hooks.recording_layer(layer.handle) is layer
     for each in copies:
-        assert hooks.layer_of(each.handle) is each
-        assert hooks.hook_of(each.handle) is None
-    assert hooks.layer_of(layer.handle) is layer
-    assert hooks.hook_of(layer.handle) is print
+        assert hooks.recording_layer(each.handle) is None
+        each.gradient_hook = print
+        assert hooks.recording_layer(each.handle) is each
 
 
 def test_a_handle_does_not_keep_its_layer_alive() -> None:
     (layer, *_) = sparse_layers(build_block("weights")).values()
+    layer.gradient_hook = print
     handle, alive = layer.handle, weakref.ref(layer)
     del layer, _
     gc.collect()
     assert alive() is None
-    assert hooks.layer_of(handle) is None
-    assert hooks.hook_of(handle) is None
+    assert hooks.recording_layer(handle) is None

@@ -1,4 +1,4 @@
-"""The interface between the topology engine and modules of which only a part is active: weights, neurons, or heads."""
+"""The interface between the topology engine and modules of which only a part is active: weights, blocks, neurons, or heads."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class SparseLayer(nn.Module):
     """A module that has N units, of which k are active. The topology engine decides which.
 
     Attributes:
-        unit: the kind of its units: ``weights``, ``neurons`` or ``heads``.
+        unit: the kind of its units: ``weights``, ``blocks``, ``neurons`` or ``heads``.
         name: in the model it was made in; once a topology engine has it, in the model that the engine was given.
         shape: of all units, N elements.
         num_active: active units, k.
@@ -134,6 +134,12 @@ class SparseLayer(nn.Module):
         if not keep_vars:
             destination[f"{prefix}mask"] = plain_bits(self.mask)
 
+    def num_multiplied(self, device: torch.device) -> int:
+        """Returns the number of units that its products on a device multiply: the active ones, or all N where inactive ones are
+        multiplied as zeros.
+        """
+        return self.num_active
+
     def to_dense(self) -> nn.Module:
         """Returns a new dense module of the kind that this one replaced, with zeros for what is inactive."""
         raise NotImplementedError
@@ -141,6 +147,16 @@ class SparseLayer(nn.Module):
     @property
     def growth_numel(self) -> int:
         """Elements that the gradient hook takes."""
+        raise NotImplementedError
+
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
+        """Passes what growth scores are made of to the gradient hook, inside backward. Called only while there is a hook.
+
+        Args:
+            gradient: of the loss, with respect to the dense weight; or, for neurons and heads, to the layer's output,
+                ``[B, tokens, out]``.
+            inputs: of neurons and heads the layer's input, ``[B, tokens, in]``, and the mask of an attention that has one.
+        """
         raise NotImplementedError
 
     def unit_parameters(self) -> dict[str, UnitParameter]:

@@ -20,7 +20,7 @@ from svite_scale.sparsity.kernels.operators import (
     block_active_gradient,
     block_product,
     block_transposed_product,
-    record_weight_gradient,
+    record_gradient,
 )
 from svite_scale.sparsity.layers.base import LayerContext, UnitParameter, with_signature
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
@@ -43,11 +43,18 @@ class BlockLayer(PackedLayer):
 
     def read_dense(self, values: Tensor, mask: Tensor) -> Tensor:
         dense = block_products.expand(values.view(-1, *self.value_shape), mask, self.grid)
-        return cast(Tensor, WeightRecorder.apply(dense, self.handle)) if torch.is_grad_enabled() else dense
+        return cast(Tensor, RecordedWeight.apply(dense, self.handle)) if torch.is_grad_enabled() else dense
+
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
+        super().record_gradient(self.grid.to_blocks(gradient))
 
     @torch.no_grad()
     def take_active(self, dense: Tensor) -> None:
         self.values.copy_(block_products.compress(dense, self.mask, self.grid, self.num_active))
+
+    def num_multiplied(self, device: torch.device) -> int:
+        size = torch.Size([self.num_active, *self.value_shape])
+        return self.num_active if block_products.is_sized(size, device, self.values.dtype) else self.grid.num_blocks
 
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values, row_numel=self.grid.block_numel)}
@@ -111,7 +118,7 @@ class BlockProduct(Function):
 
     @staticmethod
     @with_signature
-    def forward(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, grid: BlockGrid, handle: Tensor) -> Tensor:
+    def forward(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, grid: BlockGrid, handle: Tensor | None) -> Tensor:
         return block_product(x, values, mask, bias, grid.matrix)
 
     @staticmethod
@@ -139,7 +146,7 @@ class TransposedProduct(Function):
 
     @staticmethod
     @with_signature
-    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid, handle: Tensor) -> Tensor:
+    def forward(grad: Tensor, values: Tensor, mask: Tensor, grid: BlockGrid, handle: Tensor | None) -> Tensor:
         return block_transposed_product(grad, values, mask, grid.matrix)
 
     @staticmethod
@@ -159,34 +166,34 @@ class TransposedProduct(Function):
 
 
 class ActiveGradient(Function):
-    """The active blocks of ``grad.T @ x``, ``[k, U, V]``; the layer's hook gets all blocks."""
+    """The active blocks of ``grad.T @ x``, ``[k, U, V]``; where a layer's handle is given, its hook gets all of it."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(grad: Tensor, x: Tensor, mask: Tensor, grid: BlockGrid, num_active: int, handle: Tensor) -> Tensor:
+    def forward(grad: Tensor, x: Tensor, mask: Tensor, grid: BlockGrid, num_active: int, handle: Tensor | None) -> Tensor:
         height, width = grid.block
         return block_active_gradient(grad, x, mask, [num_active, width, height], handle)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, x, mask, ctx.grid, _, handle = inputs
-        ctx.save_for_backward(grad, x, mask, handle)
+        grad, x, mask, ctx.grid, *_ = inputs
+        ctx.save_for_backward(grad, x, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        grad, x, mask, handle = ctx.saved_tensors
+        grad, x, mask = ctx.saved_tensors
         grad_grad = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_grad = BlockProduct.apply(x, grad_values, mask, None, ctx.grid, handle)
+            grad_grad = BlockProduct.apply(x, grad_values, mask, None, ctx.grid, None)
         if ctx.needs_input_grad[1]:
-            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid, handle)
+            grad_x = TransposedProduct.apply(grad, grad_values, mask, ctx.grid, None)
         return grad_grad, grad_x, None, None, None, None
 
 
-class WeightRecorder(Function):
-    """Passes a dense weight on; in backward the layer's hook gets its gradient."""
+class RecordedWeight(Function):
+    """A dense weight; its gradient is given to the layer's hook too, if the layer has one."""
 
     generate_vmap_rule = True
 
@@ -197,9 +204,11 @@ class WeightRecorder(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        _, handle = inputs
+        ctx.save_for_backward(handle)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        record_weight_gradient(gradient, *ctx.saved_tensors)
+        (handle,) = ctx.saved_tensors
+        record_gradient(gradient.detach(), None, None, handle)
         return gradient, None

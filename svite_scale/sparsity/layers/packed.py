@@ -18,7 +18,7 @@ from torch.autograd.function import Function
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
 from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
-from svite_scale.sparsity.kernels.operators import active_gradient, compress, expand
+from svite_scale.sparsity.kernels.operators import compress, expand, record_gradient
 from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, UnitParameter, filled, with_signature
 from svite_scale.sparsity.layers.dense_weight import DenseWeight
 from svite_scale.sparsity.mask import Mask
@@ -94,9 +94,18 @@ class PackedLayer(SparseLayer):
         """Returns the dense weight that ``values`` and ``mask`` stand for. Differentiable."""
         return read_dense(values, mask, self.shape, self.handle)
 
+    def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
+        """Passes the gradient of the dense weight to the gradient hook, inside backward."""
+        assert self.gradient_hook is not None
+        self.gradient_hook(gradient)
+
     @property
     def growth_numel(self) -> int:
         return self.grid.shape.numel()
+
+    def num_multiplied(self, device: torch.device) -> int:
+        """Returns N: the products are dense ones."""
+        return self.grid.num_blocks
 
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values)}
@@ -222,28 +231,25 @@ class DenseRead(Function):
 
 
 class ActiveRead(Function):
-    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient.
-
-    Where a layer's handle is given, the tensor is the gradient of the layer's dense weight, and the layer's hook gets it whole.
-    """
+    """The active elements of a dense tensor, ``[k]``: the inverse of :class:`DenseRead`, and its gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(dense: Tensor, mask: Tensor, num_active: int, handle: Tensor | None) -> Tensor:
-        return compress(dense, mask, num_active) if handle is None else active_gradient(dense, mask, num_active, handle)
+    def forward(dense: Tensor, mask: Tensor, num_active: int) -> Tensor:
+        return compress(dense, mask, num_active)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        dense, mask, *_ = inputs
+        dense, mask, _ = inputs
         ctx.save_for_backward(mask)
         ctx.shape = dense.shape
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return read_dense(gradient, mask, ctx.shape), None, None, None
+        return read_dense(gradient, mask, ctx.shape), None, None
 
 
 def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None = None) -> Tensor:
@@ -325,5 +331,8 @@ class PackedConv2dProduct(Function):
 
 def _packed_gradient(dense: Tensor, values: Tensor, mask: Tensor, handle: Tensor | None) -> Tensor:
     """Returns the active elements of the dense gradient, which the layer's hook gets whole."""
-    read = ActiveRead.apply if torch.is_grad_enabled() else ActiveRead.forward  # a function of autograd would only take time
-    return cast(Tensor, read(dense, mask, values.numel(), handle)).to(values.dtype)
+    if handle is not None:
+        record_gradient(dense.detach(), None, None, handle)
+    if not torch.is_grad_enabled():
+        return compress(dense, mask, values.numel()).to(values.dtype)
+    return cast(Tensor, ActiveRead.apply(dense, mask, values.numel())).to(values.dtype)

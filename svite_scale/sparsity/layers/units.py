@@ -88,51 +88,39 @@ class UnitLayer(SparseLayer):
         empty = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         return filled(empty, weight, bias, self, trained)
 
-    def recorded(self, output: Tensor, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Returns the layer's output, whose backward records what growth scores are made of in growth windows.
+    def recorded(self, output: Tensor, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Returns the layer's output, from whose gradient growth scores are recorded in growth windows.
 
         Args:
             output: ``[B, tokens, out]``.
             x: the layer's input, ``[B, tokens, in]``.
             attn_mask: of an attention.
-            is_causal: of an attention.
         """
         if not torch.is_grad_enabled():
             return output
-        return cast(Tensor, GradientRecorder.apply(output, x, self.handle, attn_mask, is_causal))
-
-    def record_gradient(self, x: Tensor, gradient: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-        """Passes what growth scores are made of to the gradient hook, inside backward.
-
-        Args:
-            x: the layer's input, ``[B, tokens, in]``.
-            gradient: of the loss with respect to the layer's output, ``[B, tokens, out]``.
-            attn_mask: of an attention.
-            is_causal: of an attention.
-        """
-        raise NotImplementedError
+        return cast(Tensor, RecordedOutput.apply(output, x, attn_mask, self.handle))
 
 
-class GradientRecorder(Function):
-    """Passes a unit layer's output on; in backward gives the layer the output's gradient, if the layer has a hook."""
+class RecordedOutput(Function):
+    """A unit layer's output; its gradient is given to the layer too, with the layer's input, if the layer has a hook."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @with_signature
-    def forward(output: Tensor, x: Tensor, handle: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def forward(output: Tensor, x: Tensor, attn_mask: Tensor | None, handle: Tensor) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, handle, attn_mask, ctx.is_causal = inputs
-        ctx.save_for_backward(x, handle, attn_mask)
+        _, *saved = inputs
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, handle, attn_mask = ctx.saved_tensors
-        record_gradient(gradient.detach(), x.detach(), handle, attn_mask, ctx.is_causal)
-        return gradient, None, None, None, None
+        x, attn_mask, handle = ctx.saved_tensors
+        record_gradient(gradient.detach(), x.detach(), attn_mask, handle)
+        return gradient, None, None, None
 
 
 class TransposedLinear(nn.Module):
