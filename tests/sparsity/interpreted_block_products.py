@@ -1,7 +1,7 @@
 """The Triton kernels of blocks: on CPU tensors under Triton's interpreter, or compiled on a GPU.
 
-test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is imported.
-The interpreter can't multiply bf16.
+test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is
+imported. The interpreter can't multiply bf16.
 """
 
 from __future__ import annotations
@@ -161,6 +161,19 @@ def test_a_mask_of_another_count_stays_inside_the_buffers(difference: int) -> No
     assert_near(triton_products.product(x, values, mask, None, weight.shape), case.x @ weight.t())
     assert_near(triton_products.transposed_product(grad, values, mask, weight.shape), case.grad @ weight)
     assert triton_products.active_gradient(grad, x, mask, values.shape).shape == values.shape
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what Triton would time")
+def test_tiles_are_timed_once_for_numbers_of_tokens_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    for kernel in (triton_products._product_kernel, triton_products._gradient_kernel):
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setattr(kernel, "_do_bench", lambda _, quantiles: timed.append(1) or [0.0] * 3)
+    counts = []
+    for num_tokens, dtype in [(260, torch.float16), (300, torch.float16), (100, torch.float16), (100, torch.float32)]:
+        check_products(case_of((32, 16), some_active(), num_tokens), dtype)
+        counts.append(len(timed))
+    assert counts == [6 + 6 + 5, 6 + 6 + 5, 6 + 6 + 5 + 4 + 4 + 5, 6 + 6 + 5 + 4 + 4 + 5]
 
 
 @pytest.mark.usefixtures("first_tile")

@@ -101,8 +101,9 @@ def test_the_first_tile_suits_every_gpu(architecture: int, dtype: str, kernel: A
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", [blocks._product_kernel, blocks._gradient_kernel])
 def test_tf32_uses_tensor_cores(architecture: int, kernel: Any) -> None:
-    compiled = compile_product(kernel, architecture, "fp32", (64, 32), kernel.configs[0], precision="tf32")
+    compiled = compile_product(kernel, architecture, "fp32", (128, 64), kernel.configs[0], precision="tf32")
     assert_built(compiled)
+    assert compiled.metadata.shared <= min(SHARED_MEMORY.values())
     assert "tf32" in compiled.asm["ptx"]
 
 
