@@ -20,7 +20,7 @@ def paper_table(configs: Iterable[Path]) -> str:
         ConfigError: a file can't be read, or no run can do what it says.
     """
     columns = f"{'GMACs':>8} {'of':>8} {'saved':>7} {'paper':>7} {'params M':>9} {'of':>7} {'paper':>6}"
-    return "\n".join([f"{'config':26} {columns}", *map(_row, configs)])
+    return "\n".join([f"{'config':33} {columns}", *map(_row, configs)])
 
 
 def _row(path: Path) -> str:
@@ -28,6 +28,6 @@ def _row(path: Path) -> str:
     cost = count_flops(validate(config, world_size=None).model, config.model.image_size)
     saving, params = PUBLISHED.get(path.stem, ("-", "-"))
     return (
-        f"{path.stem:26} {cost.sparse_macs / 1e9:8.3f} {cost.dense_macs / 1e9:8.3f} {100 * cost.saving:6.2f}% {saving:>7} "
+        f"{path.stem:33} {cost.sparse_macs / 1e9:8.3f} {cost.dense_macs / 1e9:8.3f} {100 * cost.saving:6.2f}% {saving:>7} "
         f"{cost.params_active / 1e6:9.2f} {cost.params_dense / 1e6:7.2f} {params:>6}"
     )

@@ -43,6 +43,8 @@ DENSITIES = {
     "deit_small_s60": 0.4,
     "deit_tiny_s30": 0.7,
     "deit_tiny_s40": 0.6,
+    **{f"deit_{size}_block_s{100 - percent}": percent / 100 for size in ("small", "base") for percent in (50, 30, 10)},
+    "deit_small_block_neurons_t50_s70": 0.3,
     **dict.fromkeys(("deit_small_t95_s50", "deit_small_t90_s50", "deit_small_t70_s50", "deit_small_t50_s50"), 0.5),
 }
 UNIT_DENSITIES = {"deit_tiny_structured_s30": 0.7, "deit_small_structured_s40": 0.6, "deit_base_structured_s40": 0.6}
@@ -81,7 +83,8 @@ def test_model_and_density_are_what_the_name_says(name: str) -> None:
     assert config.sparsity.density == DENSITIES[name]
     tokens = re.search(r"_t(\d+)", name)
     assert config.sparsity.tokens.keep == (int(tokens[1]) / 100 if tokens else None)
-    assert config.sparsity.structured == StructuredConfig()
+    assert config.sparsity.structured == StructuredConfig(neurons=config.sparsity.density if "_neurons" in name else 1.0)
+    assert config.sparsity.block == ((16, 16) if "_block" in name else (1, 1))
 
 
 @pytest.mark.parametrize("name", UNIT_DENSITIES)

@@ -104,7 +104,8 @@ def test_peak_memory_is_the_largest_resident_size_of_the_process_on_the_cpu() ->
 
 
 def test_flops_per_second_counts_six_operations_for_each_multiply_accumulate_of_a_sample() -> None:
-    cost = ModelCost((LayerCost("a", 100, 30), LayerCost("b", 50, 50)), params_dense=1, params_active=1)
+    layers = (LayerCost("a", 100, 30, 30), LayerCost("b", 50, 10, 50))
+    cost = ModelCost(layers, params_dense=1, params_active=1, device_type="cpu")
     assert flops_per_second(cost, 10.0) == {"flops_per_second": 4800.0, "dense_flops_per_second": 9000.0}
 
 

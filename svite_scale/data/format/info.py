@@ -8,9 +8,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from svite_scale.data.format.files import open_regular, replacing
@@ -19,7 +20,13 @@ from svite_scale.errors import DataError
 INFO_NAME = "_info.json"
 
 
-def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classes: Sequence[str] | None) -> Path:
+def write_info(
+    shards: Sequence[Path],
+    counts: Sequence[int],
+    split: str,
+    classes: Sequence[str] | None,
+    details: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Adds a split to ``_info.json`` in the folder of its shards, or replaces it, and returns the path.
 
     Args:
@@ -27,6 +34,7 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
         counts: samples of each.
         split: its name.
         classes: names of the labels from 0, if they are known.
+        details: other fields of the split, for JSON.
 
     Raises:
         DataError: the file there holds something else.
@@ -37,6 +45,7 @@ def write_info(shards: Sequence[Path], counts: Sequence[int], split: str, classe
         "num_samples": sum(counts),
         "filenames": [shard.name for shard in shards],
         "shard_lengths": list(counts),
+        **details,
     }
     if classes is not None:
         info["classes"] = list(classes)

@@ -17,6 +17,7 @@ from svite_scale.data.format.patterns import find_shards
 from svite_scale.data.format.rule import summarize
 from svite_scale.data.make.builtin import Digits, Photographs
 from svite_scale.data.make.folder import describe_text_order, image_folder, labelled_files
+from svite_scale.data.make.glyphs import IMAGE_SIZE, Glyphs, find_glyphs
 from svite_scale.data.make.processes import in_processes
 from svite_scale.data.make.shards import Output, Source, shard_pattern
 from svite_scale.errors import DataError, SviteScaleError
@@ -37,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
         The exit status: 0, 2 after an error, which is one line on stderr, or 130 when it was interrupted.
     """
     try:
-        for name in ("workers", "count", "samples_per_shard"):
+        for name in ("workers", "count", "samples_per_shard", "image_size"):
             number = getattr(arguments, name)
             if number is not None and number < 1:
                 raise DataError(f"--{name.replace('_', '-')} is {number}; use at least 1")
@@ -68,6 +69,8 @@ def sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """Returns the sources to write, by prefix."""
     if arguments.source == "mnist5k":
         return {"train": Digits("train"), "val": Digits("val")}
+    if arguments.source == "glyphs":
+        return glyph_sources(arguments)
     prefix = arguments.prefix or "train"
     if arguments.source == "photographs":
         return {prefix: Photographs(arguments.count or 1000, prefix)}
@@ -79,6 +82,18 @@ def sources(arguments: argparse.Namespace) -> dict[str, Source]:
         return {prefix: source}
     names = None if classes is None else list(classes)
     return {prefix: labelled_files(arguments.source, read_labels(arguments.labels, classes), names)}
+
+
+def glyph_sources(arguments: argparse.Namespace) -> dict[str, Source]:
+    image_size = arguments.image_size or IMAGE_SIZE
+    canvas = arguments.canvas or image_size
+    if canvas < image_size:
+        raise DataError(f"--canvas is {canvas}; use at least the image size, {image_size}")
+    splits, left_out = find_glyphs(arguments.fonts, arguments.workers)
+    families = {glyph.font.family for glyphs in splits.values() for glyph in glyphs}
+    fonts = {glyph.font.digest for glyphs in splits.values() for glyph in glyphs}
+    print(f"{len(fonts)} fonts of {len(families)} families{left_out_suffix(left_out)}")
+    return {split: Glyphs(glyphs, image_size, canvas) for split, glyphs in splits.items()}
 
 
 def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
@@ -93,7 +108,7 @@ def write(source: Source, arguments: argparse.Namespace, prefix: str) -> None:
         with Progress(prefix, total, "images", done=total - left) as progress:
             for count in output.write(missing, arguments.workers):
                 progress.advance(count)
-    write_info(output.shards, output.counts, prefix, source.classes)
+    write_info(output.shards, output.counts, prefix, source.classes, source.details)
     done = f"wrote {len(missing)} of {len(output.shards)} shards" if missing else "already complete"
     split = "val" if prefix == "val" else "train"
     print(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset import TarWriter
@@ -144,6 +144,8 @@ class Source(ABC):
     """Names of the labels from 0, if the source has them."""
     left_out: Mapping[str, int] = MappingProxyType({})
     """Files that are no samples, counted by kind."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """What ``_info.json`` says about the split beside its shards and classes."""
 
     @abstractmethod
     def sample(self, number: int) -> Sample:

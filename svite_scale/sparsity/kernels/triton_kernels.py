@@ -87,7 +87,7 @@ def _block_positions(numel, block: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _load_active(mask, positions, exists):  # type: ignore[no-untyped-def]
+def load_active(mask, positions, exists):  # type: ignore[no-untyped-def]
     """Returns 1 where a position exists and is active, else 0; int32."""
     byte = tl.load(mask + positions // 8, mask=exists, other=0).to(tl.int32)
     return (byte >> (positions % 8).to(tl.int32)) & 1
@@ -103,13 +103,13 @@ def _value_positions(active, counts, ends):  # type: ignore[no-untyped-def]
 @triton.jit
 def _count_kernel(mask, counts, numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
     positions, exists = _block_positions(numel, block)
-    tl.store(counts + tl.program_id(0), tl.sum(_load_active(mask, positions, exists), 0).to(tl.int64))
+    tl.store(counts + tl.program_id(0), tl.sum(load_active(mask, positions, exists), 0).to(tl.int64))
 
 
 @triton.jit
 def _expand_kernel(values, mask, counts, ends, dense, numel, num_active, block: tl.constexpr):  # type: ignore[no-untyped-def]
     positions, exists = _block_positions(numel, block)
-    active = _load_active(mask, positions, exists)
+    active = load_active(mask, positions, exists)
     sources = _value_positions(active, counts, ends)
     elements = tl.load(values + sources, mask=(active != 0) & (sources < num_active), other=0)
     tl.store(dense + positions, elements, mask=exists)
@@ -118,7 +118,7 @@ def _expand_kernel(values, mask, counts, ends, dense, numel, num_active, block: 
 @triton.jit
 def _compress_kernel(dense, mask, counts, ends, values, numel, num_active, block: tl.constexpr):  # type: ignore[no-untyped-def]
     positions, exists = _block_positions(numel, block)
-    active = _load_active(mask, positions, exists)
+    active = load_active(mask, positions, exists)
     targets = _value_positions(active, counts, ends)
     elements = tl.load(dense + positions, mask=active != 0, other=0)
     tl.store(values + targets, elements, mask=(active != 0) & (targets < num_active))
