@@ -44,8 +44,8 @@ def absent_biases(config: Config) -> int:
 def test_dry_run_of_each_shipped_config_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = "model.weights=null"  # the files of weights aren't here
     answer = run_here(capsys, "--config", str(path), "--dry-run", "--ranks", "4", drawn)
-    config = read_config(path, [drawn])
     assert (answer.status, answer.err) == (0, "")
+    config = read_config(path, [drawn])
     *layers, total = rows(answer.out, ROW)
     assert len(layers) == 4 * (config.model.depth or 12) + 2
     for layer in layers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from svite_scale.sparsity.block_grid import SINGLE
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.packing import BLOCK_TYPE, PACKED_TYPE
+from tests import reference
 
 
 @dataclass
@@ -64,16 +64,8 @@ def twin_of(dense: nn.Linear | nn.Conv2d, density: float = 0.4, seed: int = 0, b
 
 
 def positions_of_units(shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """Returns where each weight of each block is in the flat weight, int64 ``[N, U, V]``, by the definition of a block."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    height, width = block
-    return torch.tensor(
-        [
-            [[(row + v) * columns + column + u for v in range(height)] for u in range(width)]
-            for row in range(0, rows, height)
-            for column in range(0, columns, width)
-        ]
-    )
+    """Returns where each weight of each block is in the flat weight, int64 ``[N, U, V]``."""
+    return torch.tensor(reference.unit_positions(shape, block)).view(-1, block[1], block[0])
 
 
 LINEARS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
