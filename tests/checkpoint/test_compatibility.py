@@ -36,7 +36,7 @@ MUST_STAY = {
     "seed",
     *(f"model.{name}" for name in ("name", "num_classes", "image_size", "in_channels", "patch_size", "embed_dim", "depth")),
     *("model.num_heads", "model.drop_path"),
-    *(f"sparsity.{name}" for name in ("density", "distribution", "power_scale", "densities", "keep_dense", "method")),
+    *(f"sparsity.{name}" for name in ("density", "distribution", "power_scale", "densities", "block", "keep_dense", "method")),
     *(f"sparsity.structured.{name}" for name in ("heads", "neurons", "grow")),
     *(f"sparsity.tokens.{name}" for name in ("keep", "blocks", "mode", "temperature", "final_temperature")),
     *(f"sparsity.{name}" for name in ("random_share", "update_unit", "update_every", "update_start", "update_batch_size")),

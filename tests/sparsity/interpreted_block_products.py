@@ -122,8 +122,12 @@ def test_no_block_or_all_blocks(density: int) -> None:
     check_products(case_of((16, 32), torch.full((3, 7), density, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (70, 90), (3, 1100)])
-def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [16, 128, triton_products.INDEX_TILE])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (9, 20)])
+def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(
+    size: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_products, "INDEX_TILE", tile)
     active = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.3
     mask = bits.pack(active.flatten()).to(DEVICE)
     rows, columns = active.nonzero().t()

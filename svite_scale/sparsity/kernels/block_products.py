@@ -4,7 +4,9 @@ A weight of ``shape`` [R, C] in blocks of V rows by U columns is ``values``, flo
 row of blocks first, and ``mask``, uint8 ``[ceil(N / 8)]``, a bit for each of the N blocks. Each of the three products is linear
 in both of its factors, and the derivatives of each are the other two. They multiply active blocks only:
 
-- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks.
+- CPU, fp32, V a multiple of 16: C, compiled at the first use.
+- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks. So too where C can't be compiled, which is
+  logged once.
 - CUDA, fp32, bf16 and fp16, U and V multiples of 16: Triton.
 - Anything else: the weight is expanded and multiplied dense, since the products of such small blocks would take longer. So too
   where Triton can't be used, which is logged once.
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.block_grid import BlockGrid
-from svite_scale.sparsity.kernels import FAST_DTYPES, torch_block_products
+from svite_scale.sparsity.kernels import FAST_DTYPES, MISSING, cpu_block_products, torch_block_products
+from svite_scale.sparsity.kernels.cpu_library import BuildError
 
 SMALLEST_ROWS = 16
 """V below which a dense product is faster on a CPU."""
@@ -55,7 +58,7 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
     Raises:
         ValueError: the mask isn't of N blocks, or, on the CPU, k of them aren't active.
     """
-    matrix = _matrix(x)
+    matrix, bias = _matrix(x), None if bias is None else bias.contiguous()
     result = _path(values.shape, x.device, x.dtype).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
     return result.view(*x.shape[:-1], shape[0])
 
@@ -125,7 +128,19 @@ def is_sized(values_shape: torch.Size, device: torch.device, dtype: torch.dtype)
 def _path(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> BlockProducts:
     if not is_sized(values_shape, device, dtype):
         return DENSE
-    return _cuda(device) if device.type == "cuda" else torch_block_products
+    if device.type == "cuda":
+        return _cuda(device)
+    is_compiled = dtype == torch.float32 and values_shape[2] % cpu_block_products.ROWS_MULTIPLE == 0
+    return _cpu() if is_compiled else torch_block_products
+
+
+@cache
+def _cpu() -> BlockProducts:
+    try:
+        return cpu_block_products.load()
+    except (BuildError, OSError) as error:
+        LOG.warning(MISSING, "weights in blocks", error)
+        return torch_block_products
 
 
 @cache
