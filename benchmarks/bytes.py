@@ -1,6 +1,6 @@
 """Bytes that training holds and sends, packed against dense, on every backend.
 
-    python benchmarks/bytes.py [--model deit_tiny_patch16_224] [--density 0.3] [--world-sizes 1 2 4] [--precision fp32]
+    python benchmarks/bytes.py [--model deit_tiny_patch16_224] [--density 0.3] [--block 1 1] [--world-sizes 1 2 4]
 
 Held bytes are the storages of the engine's own tensors between two steps, on rank 0. Gradients are those of the parameters, and
 whatever else is alive before the optimizer's step but not after it. Buffers are what else the engine holds, to use it again.
@@ -56,10 +56,10 @@ BYTES_RECEIVED = 128
 """Their offset in Linux's ``struct tcp_info``."""
 
 
-def measure(backend_name: str, model_name: str, density: float, precision: str) -> dict[str, float]:
+def measure(backend_name: str, model_name: str, sparsity: SparsityConfig, precision: str) -> dict[str, float]:
     """Returns the bytes by kind on this rank, and the bytes that an average rank sends in a step. A collective."""
     earlier = storages(live_tensors()).keys()
-    model, _ = build_sparse(ModelConfig(name=model_name), SparsityConfig(density=density), seed=0)
+    model, _ = build_sparse(ModelConfig(name=model_name), sparsity, seed=0)
     options = EngineOptions(
         device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=BATCH_SIZE, bf16=precision == "bf16"
     )
@@ -185,20 +185,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--density", type=float, default=0.3)
+    parser.add_argument("--block", type=int, nargs=2, default=[1, 1], metavar=("ROWS", "COLUMNS"))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     arguments = parser.parse_args()
     print(describe_machine())
-    print(f"{arguments.model}, density {arguments.density}, {arguments.precision}; state = {' + '.join(STATE)}, of rank 0")
+    sparse = SparsityConfig(density=arguments.density, block=tuple(arguments.block))
+    print(f"{arguments.model}, density {sparse.density}, block {arguments.block}, {arguments.precision}")
+    print(f"state = {' + '.join(STATE)}, of rank 0")
     rows = []
     for world_size in arguments.world_sizes:
         for backend in arguments.backends:
             if backend == "single" and world_size > 1:
                 continue
             packed, dense = (
-                run_on_ranks(world_size, measure, backend, arguments.model, density, arguments.precision)[0]
-                for density in (arguments.density, 1.0)
+                run_on_ranks(world_size, measure, backend, arguments.model, sparsity, arguments.precision)[0]
+                for sparsity in (sparse, SparsityConfig())
             )
             rows.append((backend, world_size, packed, dense))
     print_table(rows)

@@ -1,6 +1,6 @@
-"""Costs and savings of sparsity on one GPU: kernels, selection, training steps, topology updates, torch.compile.
+"""Costs and savings of sparsity on one GPU: kernels, selection, training steps, topology updates, torch.compile, blocks.
 
-    python benchmarks/gpu.py [--sections kernels selection steps update compile graph] [--rounds 15]
+    python benchmarks/gpu.py [--sections kernels selection steps update compile graph products blocks] [--rounds 15]
 
 A training step is forward, backward and fused AdamW in bf16 autocast at 224 px. Packed and dense models run alternately in one
 process, so that other load on the machine affects both alike. Times are medians; a ratio is the median of the ratios of
@@ -34,6 +34,8 @@ from svite_scale.models.dense import blocks
 from svite_scale.models.options import ModelConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity import bits, kernels
+from svite_scale.sparsity.block_grid import BlockGrid
+from svite_scale.sparsity.kernels import block_products
 from svite_scale.sparsity.update import kth_smallest, prune_and_grow
 from svite_scale.train.optimizer import build_optimizer
 from svite_scale.train.options import OptimizerConfig
@@ -49,6 +51,12 @@ STEPS = [
 """Models and batch sizes."""
 GRAPHS = [("deit_small_patch16_224", 128), ("deit_base_patch16_224", 64)]
 DENSITIES = (0.3, 0.1)
+BLOCKS = [(16, 16), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128)]
+"""Rows and columns of blocks."""
+STEP_BLOCKS = [(32, 32), (64, 64), (128, 128)]
+BLOCK_DENSITIES = (0.5, 0.3, 0.1)
+PRODUCTS = {"qkv": (2304, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
+"""Rows and columns of weights of DeiT-Base."""
 DEIT_SMALL = {"packed": ("deit_small_patch16_224", 0.3), "dense": ("deit_small_patch16_224", 1.0)}
 LAYERS = {"proj": 768 * 768, "qkv": 2304 * 768, "fc1, fc2": 3072 * 768}
 """Weights of the layers of DeiT-Base."""
@@ -60,13 +68,17 @@ among them, because their names are those of other casts."""
 class Run:
     """A model with its optimizer on the GPU, one step at a time."""
 
-    def __init__(self, name: str, density: float, batch_size: int) -> None:
+    def __init__(
+        self, name: str, density: float, batch_size: int, block: tuple[int, int] = (1, 1), compiled: bool = False
+    ) -> None:
         """Builds the model, takes two steps, and measures the peak memory of the second in MiB."""
         gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
-        model, _ = build_sparse(ModelConfig(name=name), SparsityConfig(density=density), seed=0)
+        model, _ = build_sparse(ModelConfig(name=name), SparsityConfig(density=density, block=block), seed=0)
         self.model = model.cuda().train()
+        for part in blocks(self.model) if compiled else ():
+            part.compile(fullgraph=True)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.images = torch.randn(batch_size, 3, 224, 224, device="cuda")
         self.labels = torch.arange(batch_size, device="cuda")
@@ -214,11 +226,10 @@ def timed(task: Callable[[], object]) -> float:
 
 def compile_section(rounds: int) -> None:
     """Prints the time of a step of DeiT-Small whose blocks are compiled one by one, packed and dense, beside eager twins."""
-    runs, compiled = ({kind: Run(*small, 128) for kind, small in DEIT_SMALL.items()} for _ in range(2))
-    for run in compiled.values():
-        for block in blocks(run.model):
-            block.compile(fullgraph=True)
     start = time.perf_counter()
+    runs, compiled = (
+        {kind: Run(*small, 128, compiled=compiles) for kind, small in DEIT_SMALL.items()} for compiles in (False, True)
+    )
     tasks = {kind: run.step for kind, run in runs.items()}
     print_twins("compiled blocks", tasks, {kind: run.step for kind, run in compiled.items()}, rounds)
     print(f"compiling and timing took {time.perf_counter() - start:.0f} s")
@@ -245,6 +256,73 @@ def graph_section(rounds: int) -> None:
         print(f"loss after an update: graph {run.graph_loss.item():.6f}, eager {run.loss().item():.6f}")
 
 
+def product_section(rounds: int) -> None:
+    """Prints the times of the three products with blocks beside dense ones, in bf16, for a batch of 128, and their speed."""
+    header = " ".join(f"{f'{kind}, ms':>8} {'/ dense':>8}" for kind in ("y", "dx", "dw"))
+    print(f"\n{'products':28} {header} {'TFLOP/s':>8}")
+    for (name, shape), block, density in product(PRODUCTS.items(), BLOCKS, BLOCK_DENSITIES):
+        grid = BlockGrid(torch.Size(shape), block)
+        tasks, flops = product_tasks(grid, round(density * grid.num_blocks))
+        seconds = alternate({kind: ten_times(task) for kind, task in tasks.items()}, rounds, "cuda")
+        times = {kind: statistics.median(seconds[kind]) / 10 for kind in ("y", "dx", "dw")}
+        row = " ".join(
+            f"{time * 1e3:8.3f} {ratio(seconds[kind], seconds[f'dense {kind}']):8.3f}" for kind, time in times.items()
+        )
+        print(f"{f'{name}, {block}, {density}':28} {row} {flops / sum(times.values()) / 1e12:8.0f}", flush=True)
+
+
+def product_tasks(grid: BlockGrid, num_active: int) -> tuple[dict[str, Callable[[], object]], int]:
+    """Returns the products of a weight of random blocks, and of a dense one, and the operations of the former."""
+    tokens, (rows, columns), (height, width) = 128 * 197, grid.shape, grid.block
+    order = torch.randperm(grid.num_blocks, generator=torch.Generator().manual_seed(0), device="cpu")
+    mask = bits.pack(order < num_active).cuda()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    x, grad, bias = draw(tokens, columns), draw(tokens, rows), draw(rows)
+    dense, values = draw(rows, columns), draw(num_active, width, height)
+    tasks: dict[str, Callable[[], object]] = {
+        "y": lambda: block_products.product(x, values, mask, bias, grid.shape),
+        "dx": lambda: block_products.transposed_product(grad, values, mask, grid.shape),
+        "dw": lambda: block_products.active_gradient(grad, x, mask, values.shape),
+        "dense y": lambda: F.linear(x, dense, bias),
+        "dense dx": lambda: grad @ dense,
+        "dense dw": lambda: grad.t() @ x,
+    }
+    return tasks, 3 * 2 * tokens * values.numel()
+
+
+def ten_times(task: Callable[[], object]) -> Callable[[], None]:
+    """Returns a task of ten in a row, in which the GPU needn't wait for the host."""
+
+    def tasks() -> None:
+        for _ in range(10):
+            task()
+
+    return tasks
+
+
+def block_section(rounds: int) -> None:
+    """Prints time and peak memory of a step of DeiT-Base in blocks, eager and compiled, beside a compiled dense twin."""
+    print(
+        f"\n{'step, batch 128':28} {'eager ms':>9} {'compiled':>9} {'dense ms':>9} {'ratio':>6} "
+        f"{'MiB':>7} {'dense':>7} {'ratio':>6}"
+    )
+    name = "deit_base_patch16_224"
+    dense = Run(name, 1.0, 128, compiled=True)
+    for block, density in product(STEP_BLOCKS, BLOCK_DENSITIES):
+        eager, compiled = (Run(name, density, 128, block, compiled) for compiled in (False, True))
+        seconds = alternate({"eager": eager.step, "compiled": compiled.step, "dense": dense.step}, rounds, "cuda")
+        times = " ".join(f"{statistics.median(each) * 1e3:9.2f}" for each in seconds.values())
+        print(
+            f"{f'{block}, density {density}':28} {times} {ratio(seconds['compiled'], seconds['dense']):6.3f} "
+            f"{compiled.peak:7.0f} {dense.peak:7.0f} {compiled.peak / dense.peak:6.3f}",
+            flush=True,
+        )
+        del eager, compiled
+
+
 def print_twins(
     name: str, tasks: Mapping[str, Callable[[], None]], twins: Mapping[str, Callable[[], None]], rounds: int
 ) -> None:
@@ -266,6 +344,8 @@ SECTIONS = {
     "update": update_section,
     "compile": compile_section,
     "graph": graph_section,
+    "products": product_section,
+    "blocks": block_section,
 }
 
 

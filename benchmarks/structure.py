@@ -40,10 +40,10 @@ ROWS = {
 
 
 class Twin:
-    """One of the two models of a row."""
+    """A model with its optimizer: one of those that are compared."""
 
-    def __init__(self, sparsity: SparsityConfig, device: str) -> None:
-        self.model = build_sparse(MODEL, sparsity, seed=0)[0].to(device)
+    def __init__(self, sparsity: SparsityConfig, device: str, model: ModelConfig = MODEL) -> None:
+        self.model = build_sparse(model, sparsity, seed=0)[0].to(device)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.device = device
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from svite_scale.sparsity.kernels import expand
+from svite_scale.sparsity.kernels import block_products, expand
 from tests.small_disk import mounted
 from tests.tiny import write_config_file, write_digits
 
@@ -59,7 +59,9 @@ def _note_start(event: str, arguments: tuple[object, ...]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _cpu_kernels() -> None:
     """Compiles the CPU kernels, if they aren't yet, so that no test does."""
-    expand(torch.ones(1), torch.ones(1, dtype=torch.uint8), torch.Size((1,)))
+    mask = torch.ones(1, dtype=torch.uint8)
+    expand(torch.ones(1), mask, torch.Size((1,)))
+    block_products.product(torch.ones(1, 1), torch.ones(1, 1, 16), mask, None, torch.Size((16, 1)))
 
 
 @pytest.fixture(autouse=True)

@@ -67,22 +67,47 @@ def capped_densities(shapes: Mapping[str, Sequence[int]], density: float, ratio:
     return {name: min(1.0, high * ratio[name]) for name in shapes}
 
 
+def unit_positions(shape: Sequence[int], block: tuple[int, int]) -> list[list[int]]:
+    """The flat positions of each block of a weight of ``shape``, taken as a matrix, by the definition of a block: those of a
+    column of the block one after another. Blocks along a row come first.
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    height, width = block
+    return [
+        [(row + v) * columns + column + u for u in range(width) for v in range(height)]
+        for row in range(0, rows, height)
+        for column in range(0, columns, width)
+    ]
+
+
 class MaskedTrainer:
     """AdamW and prune-and-grow on a dense module whose masked weights are multiplied by 0 or 1.
 
     Attributes:
         weights: by parameter name, float64; masked ones are 0 where inactive.
-        masks: by parameter name, bool, for the masked parameters alone.
+        units: by parameter name, the flat positions of each unit, one or a block of them, for the masked parameters alone.
+        masks: by parameter name, bool like the weight.
         gradients: of the last step, dense, before clipping.
         moments: by parameter name, the first and second moment, dense.
         lr_shares: by parameter name, what each weight's learning rate is multiplied by; 1 where there is none.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], *, lr: float, weight_decay: float, clip: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        active: Mapping[str, Sequence[bool]],
+        blocks: Mapping[str, tuple[int, int]],
+        *,
+        lr: float,
+        weight_decay: float,
+        clip: float,
+    ) -> None:
+        """``active`` and ``blocks`` have, by name of a masked parameter, which of its units are active, and their size."""
         self.model, self.lr, self.weight_decay, self.clip = model, lr, weight_decay, clip
-        self.masks = dict(masks)
         self.weights = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
-        for name, mask in masks.items():
+        self.units = {name: unit_positions(self.weights[name].shape, block) for name, block in blocks.items()}
+        self.masks = {name: self.mask_of(name, units) for name, units in active.items()}
+        for name, mask in self.masks.items():
             self.weights[name] *= mask
         self.moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in self.weights.items()}
         self.gradients: dict[str, Tensor] = {}
@@ -113,26 +138,41 @@ class MaskedTrainer:
         decayed = self.weights[name] * (1 - lr * self.weight_decay)
         self.weights[name] = decayed - lr * corrected_first / (corrected_second.sqrt() + eps)
 
+    def mask_of(self, name: str, active: Sequence[bool]) -> Tensor:
+        """The mask of a parameter with these active units."""
+        mask = torch.zeros(self.weights[name].numel(), dtype=torch.bool)
+        for positions, is_active in zip(self.units[name], active, strict=True):
+            mask[positions] = is_active
+        return mask.view(self.weights[name].shape)
+
+    def active_units(self, name: str) -> list[bool]:
+        mask = self.masks[name].flatten()
+        return [bool(mask[positions[0]]) for positions in self.units[name]]
+
+    def norms(self, name: str, dense: Tensor) -> list[float]:
+        """The L2 norm of each unit of a tensor like the parameter."""
+        elements = dense.flatten().tolist()
+        return [math.hypot(*(elements[position] for position in positions)) for positions in self.units[name]]
+
     def update(
         self, name: str, count: int, grown_moments: str, grow: Sequence[float] | None = None
     ) -> tuple[set[int], set[int]]:
-        """Prunes and grows one parameter by the last step's gradient, or by the scores ``grow``; returns the positions dropped
-        and those grown.
+        """Prunes and grows one parameter by the norms of the last step's gradient, or by the scores ``grow``; returns the units
+        dropped and those grown.
         """
-        old = self.masks[name].flatten()
-        weight, gradient = self.weights[name].flatten(), self.gradients[name].flatten()
-        scores = gradient.abs().tolist() if grow is None else grow
-        new = torch.tensor(prune_and_grow(old.tolist(), weight.abs().tolist(), scores, count))
-        first, second = (moment.flatten() for moment in self.moments[name])
-        start = float(second[old].mean()) if grown_moments == "mean" else 0.0
-        weight, first, second = weight.clone(), first.clone(), second.clone()
-        for position in range(old.numel()):
-            if not new[position]:
-                weight[position] = first[position] = second[position] = 0.0
-            elif not old[position]:
-                weight[position] = first[position] = 0.0
-                second[position] = start
+        old = self.active_units(name)
+        scores = self.norms(name, self.gradients[name]) if grow is None else grow
+        new = prune_and_grow(old, self.norms(name, self.weights[name]), scores, count)
+        weight = self.weights[name].flatten().clone()
+        first, second = (moment.flatten().clone() for moment in self.moments[name])
+        start = float(second[self.masks[name].flatten()].mean()) if grown_moments == "mean" else 0.0
+        for positions, was_active, is_active in zip(self.units[name], old, new, strict=True):
+            if not is_active:
+                weight[positions], first[positions], second[positions] = 0.0, 0.0, 0.0
+            elif not was_active:
+                weight[positions], first[positions], second[positions] = 0.0, 0.0, start
         shape = self.weights[name].shape
-        self.masks[name], self.weights[name] = new.view(shape), weight.view(shape)
+        self.masks[name], self.weights[name] = self.mask_of(name, new), weight.view(shape)
         self.moments[name] = (first.view(shape), second.view(shape))
-        return set((old & ~new).nonzero().flatten().tolist()), set((new & ~old).nonzero().flatten().tolist())
+        dropped = {unit for unit, active in enumerate(old) if active and not new[unit]}
+        return dropped, {unit for unit, active in enumerate(new) if active and not old[unit]}

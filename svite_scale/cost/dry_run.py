@@ -14,6 +14,7 @@ from svite_scale.models.sparse import SparseModel
 from svite_scale.models.teacher import build_teacher
 from svite_scale.models.token_selector import token_selectors
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan, plan_density
+from svite_scale.sparsity.block_grid import SINGLE
 
 
 def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
@@ -29,30 +30,33 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
     """
     cost = count_flops(sparse.model, config.model.image_size)
     sections = (
-        _layers(sparse.layers),
+        _layers(sparse.layers, config.sparsity.block),
         "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
         _bytes(config, world_size, *model_sizes(sparse.model, cost)),
     )
     return "\n\n".join(sections)
 
 
-def _layers(plan: list[LayerPlan]) -> str:
+def _layers(plan: list[LayerPlan], block: tuple[int, int]) -> str:
     width = max(len(layer.name) for layer in plan)
     lines = [f"{'layer':{width}}  {'shape':>18}  {'density':>8}  {'active':>11}  {'of':>11}"]
     for layer in plan:
         shape = "x".join(str(size) for size in layer.shape)
         row = f"{layer.name:{width}}  {shape:>18}  {layer.density:8.4f}  {layer.num_active:11,}  {layer.numel:11,}"
-        lines.append("  ".join([row, *_remarks(layer)]))
+        lines.append("  ".join([row, *_remarks(layer, block)]))
     sparse = [layer for layer in plan if not layer.kept_dense]
     active, total = sum(layer.num_active for layer in sparse), sum(layer.numel for layer in sparse)
     lines.append(f"{'all prunable':{width}}  {'':>18}  {plan_density(plan):8.4f}  {active:11,}  {total:11,}")
     return "\n".join(lines)
 
 
-def _remarks(layer: LayerPlan) -> list[str]:
-    """Returns what is special about a layer."""
+def _remarks(layer: LayerPlan, block: tuple[int, int]) -> list[str]:
+    """Returns what is special about a layer, in a plan for blocks of this size."""
+    in_blocks = layer.block != SINGLE
     remarks = {
-        "raised to one weight": layer.raised,
+        f"blocks of {block[0]} x {block[1]}": layer.is_packed and in_blocks,
+        f"single weights: {block[0]} x {block[1]} doesn't divide it": layer.is_packed and layer.block != block,
+        f"raised to one {'block' if in_blocks else 'weight'}": layer.raised,
         "kept dense": layer.kept_dense,
         "by heads": layer.in_units and ".attn." in layer.name,
         "by neurons": layer.in_units and ".mlp." in layer.name,
@@ -62,12 +66,16 @@ def _remarks(layer: LayerPlan) -> list[str]:
 
 
 def _costs(config: Config, cost: ModelCost) -> list[str]:
-    macs = f"{cost.sparse_macs / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {100 * cost.saving:.2f}% fewer"
+    def macs(count: int) -> str:
+        fewer = 100 * (1 - count / cost.dense_macs)
+        return f"{count / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {fewer:.2f}% fewer"
+
     return [
         f"model               {config.model.name}, {config.model.image_size} px",
         f"weights             {config.model.weights or 'drawn'}",
         f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
-        f"forward, one image  {macs}",
+        f"forward, one image  {macs(cost.sparse_macs)}",
+        f"{f'multiplied on {cost.device_type}':18}  {macs(cost.multiplied_macs)}",
         f"optimizer step      {config.train.global_batch_size:,} samples",
     ]
 

@@ -27,11 +27,15 @@ class LayerCost:
         name: of the layer's module, or of the other one, an attention say.
         dense_macs: with all weights, heads and neurons, over all tokens.
         sparse_macs: with the active ones only, over the tokens that reach the layer.
+        multiplied_macs: those that the products really take, over the tokens that reach the layer. Products multiply inactive
+            single weights as zeros. They leave out absent heads and neurons, and inactive blocks of a size that the device has
+            products for.
     """
 
     name: str
     dense_macs: int
     sparse_macs: int
+    multiplied_macs: int
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class ModelCost:
         layers: the layers that can be made sparse, those kept dense included, and the modules with other products.
         params_dense: parameters of the dense model.
         params_active: the same, counting active weights only; masks aren't parameters.
+        device_type: ``cpu`` or ``cuda``, where ``multiplied_macs`` holds.
     """
 
     layers: tuple[LayerCost, ...]
     params_dense: int
     params_active: int
+    device_type: str
 
     @property
     def dense_macs(self) -> int:
@@ -61,21 +67,26 @@ class ModelCost:
         return sum(layer.sparse_macs for layer in self.layers)
 
     @property
+    def multiplied_macs(self) -> int:
+        return sum(layer.multiplied_macs for layer in self.layers)
+
+    @property
     def saving(self) -> float:
         """Fraction of the dense multiply-accumulates that the sparse model does without, 0 to 1.
 
-        An arithmetic count: unstructured zeros make a dense matrix product no faster, absent heads, neurons and tokens do.
+        This is arithmetic. The time of a step follows ``multiplied_macs``.
         """
         return 1.0 - self.sparse_macs / self.dense_macs
 
 
-def count_flops(model: nn.Module, image_size: int) -> ModelCost:
-    """Returns the cost of one image's forward in multiply-accumulates, dense and sparse, from shapes alone. Local.
+def count_flops(model: nn.Module, image_size: int, *, device: torch.device | str | None = None) -> ModelCost:
+    """Returns the cost of one image's forward in multiply-accumulates, from shapes alone. Local.
 
     Args:
         model: dense, or made sparse by ``sparsify``, ``pack_units`` and ``insert_token_selectors``; on any device, meta too. It
             stays as it is.
         image_size: pixels, height and width alike. The channels are those of the model's first convolution.
+        device: that would multiply; None takes this machine's GPU, or its CPU if it has none.
 
     Raises:
         OptionError: the model can't take such images; it is a ValueError too.
@@ -99,20 +110,24 @@ def count_flops(model: nn.Module, image_size: int) -> ModelCost:
         problem = f"{type(model).__name__} can't take such images ({reason})"
         raise OptionError("image_size", image_size, problem, "use the size that it was built for") from error
 
+    numel = {name: layer.weight.numel() for name, layer in layers.items()}
+    dense_macs = {name: numel[name] * whole.applications[name] for name in layers} | whole.others
+    passing_macs = {name: numel[name] * passing.applications[name] for name in layers} | passing.others
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def active(name: str, numel: int) -> int:
-        """Returns the active part of a number of a module, which may belong to packed heads or neurons."""
+    def cost_of(name: str) -> LayerCost:
+        macs = passing_macs[name]
+        # The products of packed heads and neurons are in modules within the sparse layer.
         layer = sparse.get(name) or sparse.get(name.rpartition(".")[0])
-        return numel if layer is None else numel * layer.num_active // layer.shape.numel()
+        if layer is None:
+            return LayerCost(name, dense_macs[name], macs, macs)
+        active, multiplied = (macs * units // layer.shape.numel() for units in (layer.num_active, layer.num_multiplied(device)))
+        return LayerCost(name, dense_macs[name], active, multiplied)
 
-    costs = [
-        LayerCost(name, numel * whole.applications[name], active(name, numel) * passing.applications[name])
-        for name, numel in ((name, layer.weight.numel()) for name, layer in layers.items())
-    ]
-    costs += [LayerCost(name, macs, active(name, passing.others[name])) for name, macs in whole.others.items()]
     masks = sum(layer.mask.numel() for layer in sparse.values())
-    return ModelCost(tuple(costs), _num_parameters(dense), _num_parameters(model) - masks)
+    costs = tuple(cost_of(name) for name in dense_macs)
+    return ModelCost(costs, _num_parameters(dense), _num_parameters(model) - masks, device.type)
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

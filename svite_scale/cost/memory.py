@@ -23,7 +23,7 @@ class ModelSize:
     Attributes:
         trainable: number of trainable elements: active weights, biases, norms, embeddings.
         mask_bytes: of all packed masks together.
-        statistics_bytes: of the topology's statistics together: a bit per weight, and one per active weight.
+        statistics_bytes: of the topology's statistics together: a bit per unit, and one per active unit.
     """
 
     trainable: int

@@ -91,7 +91,7 @@ def sparsify(
         power_scale=power_scale,
         densities=densities or {},  # type: ignore[arg-type]
         masks=None if masks is None else fspath(masks),
-        block=(block[0], block[1]),
+        block=block,
         keep_dense=tuple(keep_dense),
     )
     return pack_weights(model, allocation, seed, by_magnitude=by_magnitude)

@@ -88,7 +88,7 @@ def build_sparse_model(
     """
     saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume else None
     model, plan = build_sparse(config.model, config.sparsity, config.seed, saved)
-    cost = count_flops(model, config.model.image_size)
+    cost = count_flops(model, config.model.image_size, device=device)
     summary = ModelSummary(plan_density(plan), cost, model_sizes(model, cost))
     if config.distillation.teacher is not None:
         enable_distillation_heads(model)
@@ -98,6 +98,7 @@ def build_sparse_model(
         micro_batch_size=config.micro_batch_size(world.size),
         accumulation_steps=config.train.accumulation_steps,
         bf16=config.train.precision == "bf16",
+        compile=config.train.compile,
         clip_grad_norm=config.train.clip_grad_norm,
         skip_nonfinite=skip_nonfinite,
     )

@@ -121,8 +121,8 @@ def flops_per_second(cost: ModelCost, samples_per_second: float) -> dict[str, fl
     the optimizer and topology updates aren't counted.
 
     Returns:
-        ``flops_per_second`` of the active weights over the tokens that reach them; and ``dense_flops_per_second``, what the
-        dense twin would have to reach for as many samples per second.
+        ``flops_per_second`` of what is really multiplied; and ``dense_flops_per_second``, what the dense twin would have to
+        reach for as many samples per second.
     """
     operations = 3 * 2 * samples_per_second
-    return {"flops_per_second": operations * cost.sparse_macs, "dense_flops_per_second": operations * cost.dense_macs}
+    return {"flops_per_second": operations * cost.multiplied_macs, "dense_flops_per_second": operations * cost.dense_macs}

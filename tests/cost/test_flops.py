@@ -19,6 +19,7 @@ from svite_scale.cost.flops import count_flops
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse, plan_sparse
 from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels import torch_block_products
 from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
 from tests.cost.costs import count
 from tests.sparsity.packing import packed_layers
@@ -44,6 +45,7 @@ def test_dense_deit_costs_what_arithmetic_says(size: str) -> None:
     cost = count(deit(size, 1.0))
     assert (cost.dense_macs, cost.params_dense) == DENSE[size]
     assert (cost.sparse_macs, cost.params_active, cost.saving) == (cost.dense_macs, cost.params_dense, 0.0)
+    assert cost.multiplied_macs == cost.dense_macs
 
 
 def test_sparse_deit_tiny_saves_what_the_paper_says() -> None:
@@ -109,6 +111,7 @@ def test_sparse_flops_are_active_weights_times_the_tokens_of_each_layer(name: st
     packed = {layer.name: layer.sparse_macs for layer in cost.layers if layer.sparse_macs < layer.dense_macs}
     assert len(packed) >= 10
     assert seen == packed
+    assert all(layer.multiplied_macs == layer.dense_macs for layer in cost.layers), "single weights are multiplied dense"
     assert cost.params_active == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 0 < cost.saving < 0.5, "attention's own products aren't shortened"
 
@@ -159,6 +162,44 @@ def test_flops_follow_masks_and_densities_of_the_config(tmp_path: Path) -> None:
     assert costs[0].sparse_macs < costs[0].dense_macs == count_flops(model, MODELS["class token"].image_size).dense_macs
 
 
+IN_BLOCKS = ModelConfig(
+    name="vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=4, patch_size=8, image_size=40, num_classes=11, in_channels=1
+)
+
+
+def test_blocks_are_multiplied_at_the_size_of_what_is_active() -> None:
+    """The head's 11 rows are in no blocks. torch counts the operations of a layer's product."""
+    sparsity = SparsityConfig(densities={"*": 0.3}, block=(16, 4), tokens=TokensConfig(keep=0.6, blocks=(1,)))
+    model, _ = build_sparse(IN_BLOCKS, sparsity, seed=0)
+    costs = {layer.name: layer for layer in count_flops(model, 40, device="cpu").layers}
+    packed = packed_layers(model)
+    assert [name for name, layer in packed.items() if layer.unit == "weights"] == ["head"]
+    assert costs["head"].sparse_macs < costs["head"].multiplied_macs == costs["head"].dense_macs == 32 * 11
+    tokens = {"patch_embed.proj": 25, "blocks.0": 26, "blocks.1": 16}  # of 26 tokens pass 16
+    for name, layer in packed.items():
+        if layer.unit == "blocks":
+            x = torch.randn(next(count for start, count in tokens.items() if name.startswith(start)), layer.grid.matrix[1])
+            with FlopCounterMode(display=False) as counter:
+                torch_block_products.product(x, layer.values.detach(), layer.mask, None, torch.Size(layer.grid.matrix))
+            assert 2 * costs[name].multiplied_macs == 2 * costs[name].sparse_macs == counter.get_total_flops(), name
+            assert costs[name].dense_macs == layer.grid.shape.numel() * (25 if "patch" in name else 26)
+
+
+@pytest.mark.parametrize(
+    ("block", "device", "has_products"),
+    [((8, 8), "cpu", False), ((16, 1), "cpu", True), ((16, 4), "cuda", False), ((16, 16), "cuda", True)],
+)
+def test_blocks_that_a_device_has_no_products_for_are_multiplied_dense(
+    block: tuple[int, int], device: str, has_products: bool
+) -> None:
+    """The head is kept dense, since it would be in no blocks. A device that isn't there can be asked for."""
+    model, _ = plan_sparse(IN_BLOCKS, SparsityConfig(density=0.3, block=block, keep_dense=("head",)))
+    cost = count_flops(model, 40, device=device)
+    assert cost.sparse_macs < cost.dense_macs
+    assert cost.multiplied_macs == (cost.sparse_macs if has_products else cost.dense_macs)
+    assert cost.device_type == device
+
+
 STRUCTURES = {
     "heads": StructuredConfig(heads=0.7),
     "neurons": StructuredConfig(neurons=0.4),
@@ -181,6 +222,7 @@ def test_absent_heads_and_neurons_cost_nothing(name: str, structure: str) -> Non
     assert (cost.dense_macs, cost.params_dense) == (dense.dense_macs, dense.params_dense)
     assert 2 * cost.sparse_macs == pytest.approx(counter.get_total_flops(), rel=1e-3)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert cost.multiplied_macs == cost.sparse_macs
     # In the paper's variant the projection holds columns that no product reads.
     assert cost.params_active == trainable
     assert 0.05 < cost.saving < 0.6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,9 +81,9 @@ MODEL = ModelConfig(
 )
 
 
-def held(engine: str) -> dict[str, int]:
+def held(engine: str, block: tuple[int, int]) -> dict[str, int]:
     """Bytes of this rank's tensors by kind, just before the second optimizer step."""
-    model, _ = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
+    model, _ = build_sparse(MODEL, SparsityConfig(density=0.6, block=block), seed=0)
     options = EngineOptions(device=torch.device("cpu"), wrap_units=blocks(model), micro_batch_size=4)
     parallel = ParallelConfig(backend=engine)  # type: ignore[arg-type]
     backend = build_backend(parallel, model, adamw, options)
@@ -109,18 +111,29 @@ def local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)])
-def test_engines_hold_the_predicted_bytes(engine: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "world_size", "block"),
+    [
+        ("single", 1, (1, 1)),
+        ("ddp", 2, (1, 1)),
+        ("ddp", 2, (2, 1)),
+        ("fsdp2", 1, (1, 1)),
+        ("fsdp2", 2, (1, 1)),
+        ("fsdp2", 3, (1, 1)),
+    ],
+)
+def test_engines_hold_the_predicted_bytes(engine: str, world_size: int, block: tuple[int, int]) -> None:
     """FSDP2 cuts each parameter by itself, and the ends differ: only the ranks' sum is the plan's."""
-    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6), seed=0)
-    mask_bytes = sum(-(-layer.numel // 8) for layer in plan if layer.is_packed)
+    model, plan = build_sparse(MODEL, SparsityConfig(density=0.6, block=block), seed=0)
+    weights_per_bit = math.prod(block)
+    mask_bytes = sum(-(-layer.numel // weights_per_bit // 8) for layer in plan if layer.is_packed)
     size = ModelSize(
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         mask_bytes=mask_bytes,
-        statistics_bytes=mask_bytes + sum(-(-layer.num_active // 8) for layer in plan if layer.is_packed),
+        statistics_bytes=mask_bytes + sum(-(-layer.num_active // weights_per_bit // 8) for layer in plan if layer.is_packed),
     )
     plan = bytes_per_rank(ParallelConfig(backend=engine), "fp32", world_size, size, ema=True)  # type: ignore[arg-type]
-    ranks = run_on_ranks(world_size, held, engine)
+    ranks = run_on_ranks(world_size, held, engine, block)
     for kind, planned in plan.items():
         found = [rank[kind] for rank in ranks]
         # Rounding up to whole elements, fp32 moments being two.

@@ -22,7 +22,9 @@ FLOOR = DENSITY + 1 / 128
 def held(request: pytest.FixtureRequest) -> tuple[str, dict[str, float], dict[str, float]]:
     """The backend, and the bytes of rank 0 of two: packed, dense."""
     backend: str = request.param
-    packed, dense = (run_on_ranks(2, measure, backend, MODEL, density, "fp32")[0] for density in (DENSITY, 1.0))
+    packed, dense = (
+        run_on_ranks(2, measure, backend, MODEL, SparsityConfig(density=density), "fp32")[0] for density in (DENSITY, 1.0)
+    )
     return backend, packed, dense
 
 

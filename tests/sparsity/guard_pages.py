@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from svite_scale.sparsity import bits
+from svite_scale.sparsity.kernels import cpu_block_products
+from svite_scale.sparsity.kernels.cpu_block_products import CpuBlockProducts
 from svite_scale.sparsity.kernels.cpu_library import load_library
 from tests.sparsity.bit_patterns import EDGES, INTEGERS, packed_of
+from tests.sparsity.test_block_products import INSTRUCTIONS
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -75,8 +79,30 @@ def function(library: ctypes.CDLL, name: str) -> Any:
     return found
 
 
+def check_blocks(products: CpuBlockProducts, height: int, width: int, tokens: int, at_end: bool) -> None:
+    """Runs the three products of a weight in 3 x 5 blocks, and checks that one with a wrong count writes nothing."""
+    generator = torch.Generator().manual_seed(height + width + tokens)
+    active = torch.rand(15, generator=generator) < 0.5
+    k, rows, columns = int(active.sum()), 3 * height, 5 * width
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    factors = random(tokens, columns), random(tokens, rows), random(k, width, height), random(rows)
+    buffers = [guarded(tensor, at_end) for tensor in (*factors, bits.pack(active))]
+    x, grad, values, bias, mask = (buffer.address for buffer in buffers)
+    sizes = (3, 5, width, height, 2)
+    for due in (k + 1, k):
+        y, grad_x, gradient = (Guarded(4 * numel, at_end) for numel in (tokens * rows, tokens * columns, k * height * width))
+        assert products._product(x, tokens, values, due, mask, bias, y.address, *sizes) == k
+        assert products._transposed_product(grad, tokens, values, due, mask, grad_x.address, *sizes) == k
+        assert products._active_gradient(grad, x, tokens, mask, gradient.address, due, *sizes) == k
+        is_written = [bool(np.frombuffer(buffer.read(), dtype=np.uint8).any()) for buffer in (y, grad_x, gradient)]
+        assert is_written == [due == k and tokens > 0] * 3
+
+
 def main() -> None:
-    library = load_library()
+    library = load_library("packed")
     checked = 0
     for instructions in ["portable"] + ["avx2"] * library.has_avx2():
         for numel in (*EDGES, 1000, 4099):
@@ -85,6 +111,13 @@ def main() -> None:
                     for at_end in (False, True):
                         check(library, instructions, numel, density, dtype, at_end)
                         checked += 1
+    for name in INSTRUCTIONS:
+        products = cpu_block_products.load(name)
+        for height, width in ((16, 1), (48, 3), (64, 16)):
+            for tokens in (0, 1, 29, 150):
+                for at_end in (False, True):
+                    check_blocks(products, height, width, tokens, at_end)
+                    checked += 1
     print(f"checked {checked}")
 
 

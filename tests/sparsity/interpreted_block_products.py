@@ -1,7 +1,7 @@
 """The Triton kernels of blocks: on CPU tensors under Triton's interpreter, or compiled on a GPU.
 
-test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is imported.
-The interpreter can't multiply bf16.
+test_triton_block_products.py runs these tests in a process of their own, because Triton reads TRITON_INTERPRET when it is
+imported. The interpreter can't multiply bf16.
 """
 
 from __future__ import annotations
@@ -122,8 +122,12 @@ def test_no_block_or_all_blocks(density: int) -> None:
     check_products(case_of((16, 32), torch.full((3, 7), density, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (70, 90), (3, 1100)])
-def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [16, 128, triton_products.INDEX_TILE])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (9, 20)])
+def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(
+    size: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_products, "INDEX_TILE", tile)
     active = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.3
     mask = bits.pack(active.flatten()).to(DEVICE)
     rows, columns = active.nonzero().t()
@@ -161,6 +165,19 @@ def test_a_mask_of_another_count_stays_inside_the_buffers(difference: int) -> No
     assert_near(triton_products.product(x, values, mask, None, weight.shape), case.x @ weight.t())
     assert_near(triton_products.transposed_product(grad, values, mask, weight.shape), case.grad @ weight)
     assert triton_products.active_gradient(grad, x, mask, values.shape).shape == values.shape
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what Triton would time")
+def test_tiles_are_timed_once_for_numbers_of_tokens_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    for kernel in (triton_products._product_kernel, triton_products._gradient_kernel):
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setattr(kernel, "_do_bench", lambda _, quantiles: timed.append(1) or [0.0] * 3)
+    counts = []
+    for num_tokens, dtype in [(260, torch.float16), (300, torch.float16), (100, torch.float16), (100, torch.float32)]:
+        check_products(case_of((32, 16), some_active(), num_tokens), dtype)
+        counts.append(len(timed))
+    assert counts == [6 + 6 + 5, 6 + 6 + 5, 6 + 6 + 5 + 4 + 4 + 5, 6 + 6 + 5 + 4 + 4 + 5]
 
 
 @pytest.mark.usefixtures("first_tile")

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svite_scale.sparsity.block_grid import SINGLE
 from svite_scale.sparsity.layers.base import sparse_layers
-from svite_scale.sparsity.layers.packed import PackedConv2d, PackedLayer, PackedLinear
+from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.sparsity.packing import BLOCK_TYPE, PACKED_TYPE
+from tests import reference
 
 
 @dataclass
@@ -18,27 +21,51 @@ class Twin:
     """A packed layer beside the dense module it came from, whose inactive weights are 0.
 
     Attributes:
-        active: bool, shaped like the weight.
+        positions: int64 ``[k, ...]``, shaped like the values: where each is in the flat weight.
+        recorded_positions: int64, flat: where each element of what the gradient hook gets is in the flat weight.
     """
 
     packed: PackedLayer
     dense: nn.Linear | nn.Conv2d
-    active: Tensor
+    positions: Tensor
+    recorded_positions: Tensor
+
+    def active_weights(self, dense: Tensor) -> Tensor:
+        """Returns the active elements of a tensor like the dense weight, shaped like the values."""
+        return dense.flatten()[self.positions]
+
+    def masked(self, dense: Tensor) -> Tensor:
+        """Returns a tensor like the dense weight with zeros where inactive."""
+        masked = torch.zeros_like(dense).flatten()
+        masked[self.positions] = self.active_weights(dense.detach())
+        return masked.view(dense.shape)
+
+    def recorded_weight(self, recorded: Tensor) -> Tensor:
+        """Returns what the gradient hook got as a tensor like the dense weight."""
+        dense = torch.empty(recorded.numel(), dtype=recorded.dtype)
+        dense[self.recorded_positions] = recorded.flatten()
+        return dense.view(self.dense.weight.shape)
 
 
-def twin_of(dense: nn.Linear | nn.Conv2d, density: float = 0.4, seed: int = 0) -> Twin:
+def twin_of(dense: nn.Linear | nn.Conv2d, density: float = 0.4, seed: int = 0, block: tuple[int, int] = SINGLE) -> Twin:
     """Packs ``dense`` under a random mask of about ``density``."""
-    numel = dense.weight.numel()
-    num_active = max(1, int(density * numel))
-    chosen = torch.randperm(numel, generator=torch.Generator().manual_seed(seed))[:num_active]
-    active = torch.zeros(numel, dtype=torch.bool)
+    positions = positions_of_units(dense.weight.shape, block)
+    num_units = len(positions)
+    num_active = max(1, int(density * num_units))
+    chosen = torch.randperm(num_units, generator=torch.Generator().manual_seed(seed))[:num_active]
+    active = torch.zeros(num_units, dtype=torch.bool)
     active[chosen] = True
-    packed = PackedLinear if isinstance(dense, nn.Linear) else PackedConv2d
-    layer: PackedLayer = packed(copy.deepcopy(dense), num_active, "layer")  # type: ignore[arg-type]
+    packed = (PACKED_TYPE if block == SINGLE else BLOCK_TYPE)[type(dense)]
+    layer = packed(copy.deepcopy(dense), num_active, "layer", block)  # type: ignore[arg-type]
     layer.set_weight(dense.weight, active)
     with torch.no_grad():
-        dense.weight.mul_(active.view_as(dense.weight))
-    return Twin(layer, dense, active.view_as(dense.weight))
+        dense.weight.view(-1)[positions[~active].flatten()] = 0
+    return Twin(layer, dense, positions[active].view_as(layer.values), positions.flatten())
+
+
+def positions_of_units(shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """Returns where each weight of each block is in the flat weight, int64 ``[N, U, V]``."""
+    return torch.tensor(reference.unit_positions(shape, block)).view(-1, block[1], block[0])
 
 
 LINEARS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -77,17 +104,37 @@ CONVOLUTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "one image": ({"in_channels": 3, "out_channels": 4, "kernel_size": 3, "padding": 1}, (3, 5, 6)),
     "one image, same": ({"in_channels": 3, "out_channels": 4, "kernel_size": 2, "padding": "same"}, (3, 5, 6)),
 }
+BLOCKS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...], tuple[int, int]]] = {
+    "linear, tall blocks": (nn.Linear, {"in_features": 3, "out_features": 32}, (2, 2, 3), (16, 1)),
+    "linear, tall blocks, no batch": (nn.Linear, {"in_features": 4, "out_features": 32, "bias": False}, (4,), (16, 2)),
+    "linear, tall blocks, empty batch": (nn.Linear, {"in_features": 4, "out_features": 32}, (0, 4), (16, 2)),
+    "linear, small blocks": (nn.Linear, {"in_features": 8, "out_features": 6}, (2, 3, 8), (2, 4)),
+    "conv, tall blocks": (
+        nn.Conv2d,
+        {"in_channels": 2, "out_channels": 32, "kernel_size": (2, 1), "stride": (2, 1)},
+        (1, 2, 5, 2),
+        (16, 2),
+    ),
+    "conv, small blocks, one image": (
+        nn.Conv2d,
+        {"in_channels": 2, "out_channels": 4, "kernel_size": 2, "stride": 2, "bias": False},
+        (2, 4, 6),
+        (4, 1),
+    ),
+}
+"""In blocks of 16 rows, and of fewer, which are multiplied in another way."""
 CASES = {
-    **{f"linear, {name}": (nn.Linear, *case) for name, case in LINEARS.items()},
-    **{f"conv, {name}": (nn.Conv2d, *case) for name, case in CONVOLUTIONS.items()},
+    **{f"linear, {name}": (nn.Linear, *case, SINGLE) for name, case in LINEARS.items()},
+    **{f"conv, {name}": (nn.Conv2d, *case, SINGLE) for name, case in CONVOLUTIONS.items()},
+    **BLOCKS,
 }
 
 
 def case_of(name: str) -> tuple[Twin, Tensor]:
     """A twin in float64 and an input for it."""
-    kind, options, shape = CASES[name]
+    kind, options, shape, block = CASES[name]
     torch.manual_seed(len(name))
-    return twin_of(kind(**options, dtype=torch.float64)), torch.randn(shape, dtype=torch.float64)
+    return twin_of(kind(**options, dtype=torch.float64), block=block), torch.randn(shape, dtype=torch.float64)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

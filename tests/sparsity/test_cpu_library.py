@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location("cpu_library", "svite_scale/sparsi
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 number, mask = ctypes.c_int64, ctypes.c_char_p(bytes([0b10110]))
-print(module.load_library().expand_4_portable(None, number(0), mask, None, number(5)))
+print(module.load_library("packed").expand_4_portable(None, number(0), mask, None, number(5)))
 """
 """Loads the library, without the torch that the package would import, and prints the 3 active positions that it refuses."""
 USE = """
@@ -142,6 +142,31 @@ def test_without_a_compiler_torch_operations_serve_and_one_warning_says_so(cc: s
     assert "Install a C compiler (gcc or clang) or name one in CC." in line
     assert reason in line
     assert not [*tmp_path.rglob("*.so")]
+
+
+BLOCKS = """
+import torch
+from svite_scale.sparsity.kernels import block_products
+x, values, mask = torch.ones(3, 1), torch.ones(1, 1, 16), torch.ones(1, dtype=torch.uint8)
+for _ in range(2):
+    assert torch.equal(block_products.product(x, values, mask, None, torch.Size((16, 1))), torch.ones(3, 16))
+path = block_products._cpu()
+print(getattr(path, "__name__", type(path).__name__))
+"""
+"""Multiplies with a block twice, checks the product, and prints which path it was of."""
+
+
+def test_blocks_are_multiplied_by_one_thread_when_the_compiler_has_no_openmp(tmp_path: Path) -> None:
+    compiler = """sh -c 'for flag; do case $flag in -fopenmp) echo no OpenMP >&2; exit 1;; esac; done; exec cc "$@"' cc"""
+    assert run(BLOCKS, {"CC": compiler, "XDG_CACHE_HOME": str(tmp_path)}) == ("CpuBlockProducts", "")
+    assert len([*(tmp_path / "svite_scale").glob("blocks-*.so")]) == 1
+
+
+def test_blocks_are_multiplied_by_torch_when_there_is_no_compiler(tmp_path: Path) -> None:
+    name, logged = run(BLOCKS, {"CC": "/nowhere/cc", "XDG_CACHE_HOME": str(tmp_path)})
+    assert name == "svite_scale.sparsity.kernels.torch_block_products"
+    (line,) = logged.splitlines()
+    assert "The CPU kernels of weights in blocks can't be compiled, so slower torch operations take their place." in line
 
 
 def test_an_import_builds_nothing(tmp_path: Path, compiler: tuple[str, Path]) -> None:

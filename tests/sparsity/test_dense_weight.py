@@ -66,16 +66,21 @@ def a_part(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, torch.cat([first, second, layer.weight[-1:]]))
 
 
+LINEAR = ["linear, tokens", "linear, small blocks"]
+
+
+@pytest.mark.parametrize("case", LINEAR)
 @pytest.mark.parametrize("function", [several_reads, a_read_beside_a_call, tied_products, a_cast, a_part])
-def test_reads_are_differentiated_as_the_product_is(function: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-    twin, x = case_of("linear, tokens")
+def test_reads_are_differentiated_as_the_product_is(function: Callable[[nn.Linear, Tensor], Tensor], case: str) -> None:
+    twin, x = case_of(case)
     recorded: list[Tensor] = []
     twin.packed.gradient_hook = recorded.append
     function(twin.dense, x).square().sum().backward()  # type: ignore[arg-type]
     function(twin.packed, x).square().sum().backward()  # type: ignore[arg-type]
     assert twin.dense.weight.grad is not None
-    torch.testing.assert_close(twin.packed.values.grad, twin.dense.weight.grad[twin.active], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sum(recorded), twin.dense.weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(twin.packed.values.grad, twin.active_weights(twin.dense.weight.grad), rtol=1e-12, atol=1e-12)
+    gradient = sum(twin.recorded_weight(each) for each in recorded)
+    torch.testing.assert_close(gradient, twin.dense.weight.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_read_under_autocast_gives_the_gradient_of_a_dense_one() -> None:
@@ -87,7 +92,7 @@ def test_a_read_under_autocast_gives_the_gradient_of_a_dense_one() -> None:
         assert output.dtype == torch.bfloat16
         output.float().square().sum().backward()
     assert twin.dense.weight.grad is not None
-    assert torch.equal(twin.packed.values.grad, twin.dense.weight.grad[twin.active])  # type: ignore[arg-type]
+    assert torch.equal(twin.packed.values.grad, twin.active_weights(twin.dense.weight.grad))  # type: ignore[arg-type]
 
 
 def test_torchs_encoder_runs_in_evaluation_where_it_reads_its_layers_weights() -> None:
@@ -104,15 +109,20 @@ def test_torchs_encoder_runs_in_evaluation_where_it_reads_its_layers_weights() -
     assert not isinstance(model.self_attn.out_proj, PackedLayer)
 
 
+def counting(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return torch.arange(weight.numel(), dtype=torch.float64).view(weight.shape)
+
+
 WRITES: dict[str, Callable[[nn.Module], object]] = {
     "init": lambda layer: nn.init.trunc_normal_(layer.weight, std=0.3),
     "xavier": lambda layer: nn.init.xavier_uniform_(layer.weight),
     "data": lambda layer: layer.weight.data.normal_(0, 2),
-    "copy": lambda layer: layer.weight.copy_(torch.arange(35.0).view(5, 7)),
-    "set data": lambda layer: setattr(layer.weight, "data", torch.arange(35.0).double().view(5, 7)),
+    "copy": lambda layer: layer.weight.copy_(counting(layer)),
+    "set data": lambda layer: setattr(layer.weight, "data", counting(layer)),
     "row": lambda layer: layer.weight[2].fill_(7),
     "item": lambda layer: layer.weight.__setitem__((slice(None), 3), 4.0),
-    "view": lambda layer: layer.weight.detach().t().reshape(7, 5).mul_(3),
+    "view": lambda layer: layer.weight.detach().t()[1:, :3].mul_(3),
     "in place": lambda layer: layer.weight.__imul__(3),
     "chunk": lambda layer: layer.weight.chunk(2)[1].fill_(2),
     "rows": lambda layer: [nn.init.constant_(row, number) for number, row in enumerate(layer.weight)],
@@ -121,17 +131,18 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.parametrize("case", LINEAR)
 @pytest.mark.parametrize("write", WRITES)
-def test_what_is_written_reaches_the_active_weights(write: str) -> None:
+def test_what_is_written_reaches_the_active_weights(write: str, case: str) -> None:
     """In the packed layer as in a dense one that is masked afterwards."""
-    twin, _ = case_of("linear, tokens")
+    twin, _ = case_of(case)
     mask = twin.packed.mask.tolist()
     for layer in (twin.dense, twin.packed):
         torch.manual_seed(5)
         with torch.no_grad():
             WRITES[write](layer)
-    expected = twin.dense.weight.detach() * twin.active
-    assert not torch.equal(expected, case_of("linear, tokens")[0].dense.weight)
+    expected = twin.masked(twin.dense.weight)
+    assert not torch.equal(expected, case_of(case)[0].dense.weight)
     assert torch.equal(twin.packed.weight, expected)
     assert twin.packed.mask.tolist() == mask
     assert torch.equal(twin.packed.bias, twin.dense.bias)  # type: ignore[arg-type]
@@ -142,7 +153,7 @@ def test_reset_parameters_of_a_convolution_draws_as_torch_does() -> None:
     for layer in (twin.dense, twin.packed):
         torch.manual_seed(5)
         layer.reset_parameters()
-    assert torch.equal(twin.packed.weight, twin.dense.weight * twin.active)
+    assert torch.equal(twin.packed.weight, twin.masked(twin.dense.weight))
     assert torch.equal(twin.packed.bias, twin.dense.bias)  # type: ignore[arg-type]
 
 

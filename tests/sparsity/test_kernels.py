@@ -26,7 +26,7 @@ def path_named(name: str) -> Kernels:
         return kernels
     if name == "torch":
         return torch_kernels
-    library = load_library()
+    library = load_library("packed")
     if name == "avx2" and not library.has_avx2():
         pytest.skip("this processor has no AVX2")
     return CpuKernels(library, name)

@@ -17,7 +17,7 @@ from svite_scale.sparsity.options import METHODS as NAMES
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.methods import METHODS
 from tests import reference
-from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, batch, dense_mask
+from tests.sparsity.packed_trainer import STOP, UPDATE_EVERY, PackedTrainer, active_units, batch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 
@@ -39,7 +39,7 @@ def test_the_method_of_the_page_drops_by_sensitivity() -> None:
         count = math.ceil(rate * layer.num_active)
         sensitivity = (weight * gradient).abs().tolist()
         expected = reference.prune_and_grow(before, sensitivity, gradient.abs().tolist(), count)
-        assert dense_mask(layer).flatten().tolist() == expected
+        assert active_units(layer) == expected
         assert expected != reference.prune_and_grow(before, weight.abs().tolist(), gradient.abs().tolist(), count)
 
 
@@ -102,7 +102,7 @@ def masks_after_an_update(options: TopologyOptions) -> dict[str, list[bool]]:
         packed.backward(*batch(step))
         update = packed.step()
     assert update is not None
-    return {name: dense_mask(layer).flatten().tolist() for name, layer in packed.topology.layers.items()}
+    return {name: active_units(layer) for name, layer in packed.topology.layers.items()}
 
 
 @pytest.mark.usefixtures("own_methods")

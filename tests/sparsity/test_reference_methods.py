@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,31 +16,32 @@ from svite_scale.sparsity.topology.methods import METHODS, Candidates, Method, m
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.sparsity.topology.statistics import LayerUpdate, TopologyUpdate
 from tests import reference
-from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, assert_state, batch, dense_mask
+from tests.sparsity.packed_trainer import STEPS, STOP, UPDATE_EVERY, PackedTrainer, active_units, assert_state, batch
+from tests.sparsity.packing import packed_layers
 
 SEED, SHARE = 3, 0.3
 
 
-def positions(mask: Tensor) -> set[int]:
-    return set(mask.flatten().nonzero().flatten().tolist())
+def chosen_units(active: Sequence[bool]) -> set[int]:
+    return {unit for unit, is_active in enumerate(active) if is_active}
 
 
 class Twins:
-    """A packed training and its naive twin, which grows by what ``grow_scores`` says.
+    """A packed training and its naive twin, which grows by what ``grow_scores`` says. Units are weights, or blocks of them.
 
     Attributes:
-        recorded: the naive gradients of each step, flat, by layer name.
-        initial: positions active from the start and never dropped, by layer name.
-        ever: positions that have ever been active.
-        recently_grown: positions grown at the last update.
+        recorded: the naive gradients of each step, by layer name.
+        initial: units active from the start and never dropped, by layer name.
+        ever: units that have ever been active.
+        recently_grown: units grown at the last update.
     """
 
-    def __init__(self, options: TopologyOptions) -> None:
+    def __init__(self, options: TopologyOptions, block: tuple[int, int] = (1, 1)) -> None:
         self.options = options
-        self.packed = PackedTrainer(options)
+        self.packed = PackedTrainer(options, block)
         self.naive = self.packed.naive_twin()
         self.recorded: list[dict[str, Tensor]] = []
-        self.initial = {name: positions(dense_mask(layer)) for name, layer in self.packed.topology.layers.items()}
+        self.initial = {name: chosen_units(active_units(layer)) for name, layer in packed_layers(self.packed.model).items()}
         self.ever = {name: set(active) for name, active in self.initial.items()}
         self.recently_grown: dict[str, set[int]] = {name: set() for name in self.initial}
         self.came = 0
@@ -50,11 +52,12 @@ class Twins:
         for name, grown in self.recently_grown.items():
             share = torch.ones_like(self.naive.weights[f"{name}.weight"])
             if warmup:
-                share.view(-1)[sorted(grown)] = min(1.0, since / warmup)
+                units = self.naive.units[f"{name}.weight"]
+                share.view(-1)[[position for unit in grown for position in units[unit]]] = min(1.0, since / warmup)
             self.naive.lr_shares[f"{name}.weight"] = share
         self.packed.backward(images, labels)
         self.naive.step(images, labels)
-        self.recorded.append({name: self.naive.gradients[f"{name}.weight"].flatten() for name in self.initial})
+        self.recorded.append({name: self.naive.gradients[f"{name}.weight"] for name in self.initial})
         due = step % UPDATE_EVERY == 0 and step <= STOP and self.options.method != "static"
         update = self.packed.step()
         assert (update is not None) == due
@@ -66,20 +69,23 @@ class Twins:
         rate = reference.cosine_rate(0.5, 0.005, update.step, STOP)
         for name, found in update.layers.items():
             count = math.ceil(rate * found.num_active)
-            weight = self.naive.weights[f"{name}.weight"].flatten().abs().tolist()
-            before = positions(self.naive.masks[f"{name}.weight"])
-            goes = set(sorted(before, key=lambda position: (weight[position], position))[:count])
+            weight = self.naive.norms(f"{name}.weight", self.naive.weights[f"{name}.weight"])
+            before = chosen_units(self.naive.active_units(f"{name}.weight"))
+            goes = set(sorted(before, key=lambda unit: (weight[unit], unit))[:count])
             scores = self.grow_scores(name, update.step, count, set(range(len(weight))) - (before - goes))
             left, came = self.naive.update(f"{name}.weight", count, self.options.grown_moments, scores)
-            after = positions(self.naive.masks[f"{name}.weight"])
+            after = chosen_units(self.naive.active_units(f"{name}.weight"))
             chosen = after - (before - goes)
             self.check_layer(name, found, count, left, came, after)
             assert (found.ever_active, found.initial_survivors) == (len(self.ever[name]), len(self.initial[name]))
-            assert found.drop_threshold == pytest.approx(max(weight[position] for position in goes), rel=1e-6)
-            assert found.grow_threshold == pytest.approx(min(scores[position] for position in chosen), rel=1e-5)
+            assert found.drop_threshold == pytest.approx(max(weight[unit] for unit in goes), rel=1e-6)
+            assert found.grow_threshold == pytest.approx(min(scores[unit] for unit in chosen), rel=1e-5)
             self.came += len(came)
-        assert update.ever_active() == sum(map(len, self.ever.values())) / sum(layer.numel for layer in update.layers.values())
-        assert_metrics(update)
+        for unit in update.units:
+            layers = {name: layer for name, layer in update.layers.items() if layer.unit == unit}
+            ever = sum(len(self.ever[name]) for name in layers)
+            assert update.ever_active(unit) == ever / sum(layer.numel for layer in layers.values())
+            assert_metrics(update, unit)
 
     def check_layer(self, name: str, found: LayerUpdate, count: int, left: set[int], came: set[int], after: set[int]) -> None:
         assert (found.dropped, found.grown, found.regrown) == (count, len(came), count - len(left))
@@ -94,23 +100,24 @@ class Twins:
             gradient = sum(entry.abs() for entry in window) / len(window)
         else:
             gradient = abs(sum(window) / len(window))
-        scores: list[float] = torch.as_tensor(gradient).tolist()
+        scores = self.naive.norms(f"{name}.weight", torch.as_tensor(gradient))
         drawn = reference.hashed_uniform(SEED, step, name, range(len(scores)))
         if self.options.method == "set":
             return drawn
         if self.options.method == "mixed":
-            for position in sorted(inactive, key=lambda position: -drawn[position])[: round(self.options.random_share * count)]:
-                scores[position] = math.inf
+            for unit in sorted(inactive, key=lambda unit: -drawn[unit])[: round(self.options.random_share * count)]:
+                scores[unit] = math.inf
         return scores
 
 
-def assert_metrics(update: TopologyUpdate) -> None:
-    """What a run logs: totals, and every figure of every layer."""
-    metrics = update.metrics()
-    layers = update.layers
-    assert metrics["dropped"] == sum(layer.dropped for layer in layers.values()) == metrics["grown"] + metrics["regrown"]
-    survivors = sum(layer.initial_survivors for layer in update.layers.values())
-    assert metrics["initial_survival"] == survivors / sum(layer.num_active for layer in layers.values())
+def assert_metrics(update: TopologyUpdate, unit: str) -> None:
+    """What a run logs of the layers of a kind of unit: totals, and every figure of every layer."""
+    metrics, prefix = update.metrics(), "" if unit == "weights" else f"{unit}/"
+    layers = {name: layer for name, layer in update.layers.items() if layer.unit == unit}
+    moved = {figure: metrics[prefix + figure] for figure in ("dropped", "grown", "regrown")}
+    assert moved["dropped"] == sum(layer.dropped for layer in layers.values()) == moved["grown"] + moved["regrown"]
+    survivors = sum(layer.initial_survivors for layer in layers.values())
+    assert metrics[f"{prefix}initial_survival"] == survivors / sum(layer.num_active for layer in layers.values())
     for name, layer in layers.items():
         assert metrics[f"layers/density/{name}"] == layer.num_active / layer.numel
         assert metrics[f"layers/initial_survival/{name}"] == update.layers[name].initial_survivors / layer.num_active
@@ -147,6 +154,15 @@ def test_training_and_statistics_are_those_of_the_naive_twin(name: str) -> None:
     assert all(len(twins.initial[layer]) < twins.packed.topology.layers[layer].num_active for layer in twins.initial)
 
 
+@pytest.mark.parametrize(("name", "block"), [("set", (4, 2)), ("magnitudes over a window", (4, 2)), ("all at once", (16, 1))])
+def test_training_and_statistics_in_blocks_are_those_of_the_naive_twin(name: str, block: tuple[int, int]) -> None:
+    twins = Twins(OPTIONS[name], block)
+    assert [layer.unit for layer in twins.packed.topology.layers.values()] == ["blocks"] * 9 + ["weights"]
+    for step in range(1, STEPS + 1):
+        twins.step(step)
+    assert twins.came > 50
+
+
 def test_static_keeps_the_mask_and_records_nothing() -> None:
     twins = Twins(TopologyOptions(method="static"))
     topology = twins.packed.topology
@@ -155,9 +171,8 @@ def test_static_keeps_the_mask_and_records_nothing() -> None:
         twins.step(step)
         assert not twins.packed.recorded
         assert topology.drop_fraction == 0.0
-    assert all(
-        dense_mask(layer).flatten().nonzero().numel() == len(twins.initial[name]) for name, layer in topology.layers.items()
-    )
+    layers = packed_layers(twins.packed.model)
+    assert all(chosen_units(active_units(layer)) == twins.initial[name] for name, layer in layers.items())
 
 
 def test_gradients_are_recorded_in_the_window_and_at_no_other_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,32 +15,36 @@ from tests.sparsity.packed_trainer import (
     STOP,
     UPDATE_EVERY,
     PackedTrainer,
+    active_elements,
+    active_units,
     assert_close,
     assert_state,
     batch,
-    dense_mask,
 )
+from tests.sparsity.packing import packed_layers, positions_of_units
 
 
 def assert_gradients(packed: PackedTrainer, naive: reference.MaskedTrainer, step: int) -> None:
-    layers = packed.topology.layers
+    layers = packed_layers(packed.model)
     for name, parameter in packed.model.named_parameters():
         owner, _, kind = name.rpartition(".")
         if owner in layers and kind in ("values", "mask"):
             continue
         assert_close(parameter.grad, naive.gradients[name], f"{name} in step {step}")
     for name, layer in layers.items():
-        mask = naive.masks[f"{name}.weight"]
-        assert_close(layer.values.grad, naive.gradients[f"{name}.weight"][mask], f"{name} in step {step}")
+        dense = naive.gradients[f"{name}.weight"]
+        assert_close(layer.values.grad, active_elements(layer, dense), f"{name} in step {step}")
         assert (name in packed.recorded) == (step % UPDATE_EVERY == 0 and step <= STOP), "only in update steps"
         if name in packed.recorded:
-            dense = naive.gradients[f"{name}.weight"].flatten().abs().float()
-            torch.testing.assert_close(packed.recorded[name], dense, rtol=1e-6, atol=1e-9)
+            in_units = dense.flatten()[positions_of_units(dense.shape, layer.grid.block)].flatten()
+            torch.testing.assert_close(packed.recorded[name], in_units.abs().float(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("grown_moments", ["mean", "zero"])
-def test_packed_training_is_dense_masked_training(grown_moments: str) -> None:
-    packed = PackedTrainer(TopologyOptions(grown_moments=grown_moments))
+@pytest.mark.parametrize(
+    ("grown_moments", "block"), [("mean", (1, 1)), ("zero", (1, 1)), ("mean", (16, 1)), ("zero", (4, 2)), ("mean", (16, 8))]
+)
+def test_packed_training_is_dense_masked_training(grown_moments: str, block: tuple[int, int]) -> None:
+    packed = PackedTrainer(TopologyOptions(grown_moments=grown_moments), block)
     layers, naive = packed.topology.layers, packed.naive_twin()
     updates = regrown = came = 0
     for step in range(1, STEPS + 1):
@@ -60,19 +66,19 @@ def test_packed_training_is_dense_masked_training(grown_moments: str) -> None:
         assert_state(packed, naive, step)
     assert updates == 4
     assert regrown > 0, "some weights were dropped and grown in one update"
-    assert came > 100
+    assert came > 400 / math.prod(block)
 
 
 def test_ever_active_is_the_union_of_all_masks() -> None:
     packed = PackedTrainer()
     layers = packed.topology.layers
-    seen = {name: dense_mask(layer) for name, layer in layers.items()}
+    seen = {name: torch.tensor(active_units(layer)) for name, layer in layers.items()}
     total = sum(mask.numel() for mask in seen.values())
     shares: list[float] = []
     for step in range(1, STEPS + 1):
         packed.backward(*batch(step))
         update = packed.step()
-        seen = {name: seen[name] | dense_mask(layer) for name, layer in layers.items()}
+        seen = {name: seen[name] | torch.tensor(active_units(layer)) for name, layer in layers.items()}
         shares += [update.ever_active()] if update else []
         assert update is None or update.ever_active() == sum(int(mask.sum()) for mask in seen.values()) / total
     assert 0.31 < shares[0] < shares[-1]

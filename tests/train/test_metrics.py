@@ -104,7 +104,8 @@ def test_peak_memory_is_the_largest_resident_size_of_the_process_on_the_cpu() ->
 
 
 def test_flops_per_second_counts_six_operations_for_each_multiply_accumulate_of_a_sample() -> None:
-    cost = ModelCost((LayerCost("a", 100, 30), LayerCost("b", 50, 50)), params_dense=1, params_active=1)
+    layers = (LayerCost("a", 100, 30, 30), LayerCost("b", 50, 10, 50))
+    cost = ModelCost(layers, params_dense=1, params_active=1, device_type="cpu")
     assert flops_per_second(cost, 10.0) == {"flops_per_second": 4800.0, "dense_flops_per_second": 9000.0}
 
 
@@ -118,3 +119,7 @@ def test_a_run_writes_how_fast_it_is_and_what_it_holds(saved: Callable[[str], Pa
         dense_macs = 4 * 16 * 32 + 2 * block + 10 * 32
         assert line["dense_flops_per_second"] == pytest.approx(6 * dense_macs * line["samples_per_second"])
         assert 0.3 < line["flops_per_second"] / line["dense_flops_per_second"] < 0.9
+    for line in metrics_of(saved("blocks")):
+        # Half of the blocks are active; the head and attention's products are whole.
+        multiplied = (dense_macs + 10 * 32 + 2 * 2 * 5 * 5 * 32) / 2
+        assert line["flops_per_second"] == pytest.approx(6 * multiplied * line["samples_per_second"])

@@ -26,6 +26,10 @@ from svite_scale.sparsity.mask import Mask
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter, Mask)
 """Types of tensors that have memory of their own."""
+MISSING = (
+    "The CPU kernels of %s can't be compiled, so slower torch operations take their place. "
+    "Install a C compiler (gcc or clang) or name one in CC. The reason: %s"
+)
 LOG = logging.getLogger("svite_scale")
 
 
@@ -99,11 +103,7 @@ def _cpu() -> Kernels:
     try:
         return cpu_kernels.load()
     except (BuildError, OSError) as error:
-        LOG.warning(
-            "The CPU kernels of packed weights can't be compiled, so slower torch operations take their place. "
-            "Install a C compiler (gcc or clang) or name one in CC. The reason: %s",
-            error,
-        )
+        LOG.warning(MISSING, "packed weights", error)
         return torch_kernels
 
 

@@ -4,12 +4,18 @@ A weight of ``shape`` [R, C] in blocks of V rows by U columns is ``values``, flo
 row of blocks first, and ``mask``, uint8 ``[ceil(N / 8)]``, a bit for each of the N blocks. Each of the three products is linear
 in both of its factors, and the derivatives of each are the other two. They multiply active blocks only:
 
-- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks.
-- Anything else: the weight is expanded and multiplied dense, since the products of such small blocks would take longer.
+- CPU, fp32, V a multiple of 16: C, compiled at the first use.
+- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks. So too where C can't be compiled, which is
+  logged once.
+- CUDA, fp32, bf16 and fp16, U and V multiples of 16: Triton.
+- Anything else: the weight is expanded and multiplied dense, since the products of such small blocks would take longer. So too
+  where Triton can't be used, which is logged once.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -18,10 +24,14 @@ from torch import Tensor
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.block_grid import BlockGrid
-from svite_scale.sparsity.kernels import torch_block_products
+from svite_scale.sparsity.kernels import FAST_DTYPES, MISSING, cpu_block_products, torch_block_products
+from svite_scale.sparsity.kernels.cpu_library import BuildError
 
 SMALLEST_ROWS = 16
 """V below which a dense product is faster on a CPU."""
+TENSOR_CORE_SIDE = 16
+"""U and V are multiples of it in Triton's products."""
+LOG = logging.getLogger("svite_scale")
 
 
 class BlockProducts(Protocol):
@@ -48,8 +58,8 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
     Raises:
         ValueError: the mask isn't of N blocks, or, on the CPU, k of them aren't active.
     """
-    matrix = _matrix(x)
-    result = _path(matrix, values).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
+    matrix, bias = _matrix(x), None if bias is None else bias.contiguous()
+    result = _path(values.shape, x.device, x.dtype).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
     return result.view(*x.shape[:-1], shape[0])
 
 
@@ -57,7 +67,9 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
 def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """Returns ``grad @ W``, ``[..., C]``, for ``grad`` ``[..., R]``; see :func:`product`."""
     matrix = _matrix(grad)
-    result = _path(matrix, values).transposed_product(matrix, values.contiguous(), mask.contiguous(), shape)
+    result = _path(values.shape, grad.device, grad.dtype).transposed_product(
+        matrix, values.contiguous(), mask.contiguous(), shape
+    )
     return result.view(*grad.shape[:-1], shape[1])
 
 
@@ -67,7 +79,7 @@ def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> 
     :func:`product`.
     """
     grad, x = _matrix(grad), _matrix(x)
-    return _path(x, x.new_empty(0, *size[1:])).active_gradient(grad, x, mask.contiguous(), size)
+    return _path(size, x.device, x.dtype).active_gradient(grad, x, mask.contiguous(), size)
 
 
 def expand(values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
@@ -106,14 +118,47 @@ class DenseProducts:
 
 
 def is_sized(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether products with blocks of this shape, ``[k, U, V]``, run at the size of what is active."""
-    return device.type == "cpu" and values_shape[2] >= SMALLEST_ROWS
+    """Returns whether a device has products at the size of what is active for blocks of this shape, ``[k, U, V]``."""
+    _, width, height = values_shape
+    if device.type == "cuda":
+        return dtype in FAST_DTYPES and width % TENSOR_CORE_SIDE == height % TENSOR_CORE_SIDE == 0
+    return device.type == "cpu" and height >= SMALLEST_ROWS
 
 
-def _path(x: Tensor, values: Tensor) -> BlockProducts:
-    if is_sized(values.shape, x.device, x.dtype):
+def _path(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> BlockProducts:
+    if not is_sized(values_shape, device, dtype):
+        return DENSE
+    if device.type == "cuda":
+        return _cuda(device)
+    is_compiled = dtype == torch.float32 and values_shape[2] % cpu_block_products.ROWS_MULTIPLE == 0
+    return _cpu() if is_compiled else torch_block_products
+
+
+@cache
+def _cpu() -> BlockProducts:
+    try:
+        return cpu_block_products.load()
+    except (BuildError, OSError) as error:
+        LOG.warning(MISSING, "weights in blocks", error)
         return torch_block_products
-    return DENSE
+
+
+@cache
+def _cuda(device: torch.device) -> BlockProducts:
+    try:
+        from svite_scale.sparsity.kernels import triton_block_products
+
+        triton_block_products.try_out(device)
+    except Exception as error:  # whatever Triton, its compiler or its driver raises
+        LOG.warning(
+            "The Triton kernels of blocks can't be used on %s, so weights in blocks take the time of dense ones. "
+            "Install the triton that this torch was released with, and a C compiler. The reason: %s: %s",
+            device,
+            type(error).__name__,
+            error,
+        )
+        return DENSE
+    return triton_block_products
 
 
 DENSE = DenseProducts()

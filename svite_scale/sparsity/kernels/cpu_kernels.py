@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels.cpu_library import load_library
+from svite_scale.sparsity.kernels.cpu_library import c_function, load_library
 
 
 class CpuKernels:
@@ -24,7 +23,7 @@ class CpuKernels:
         address, number = ctypes.c_void_p, ctypes.c_int64
         self._expand, self._compress = (
             {
-                size: _function(library, f"{task}_{size}_{instructions}", number, address, number, address, address, number)
+                size: c_function(library, f"{task}_{size}_{instructions}", number, address, number, address, address, number)
                 for size in (2, 4)
             }
             for task in ("expand", "compress")
@@ -58,12 +57,5 @@ def load() -> CpuKernels:
         BuildError: the library can't be built.
         OSError: it can't be written or loaded.
     """
-    library = load_library()
+    library = load_library("packed")
     return CpuKernels(library, "avx2" if library.has_avx2() else "portable")
-
-
-def _function(library: ctypes.CDLL, name: str, result: type[Any], *arguments: type[Any]) -> Any:
-    """Returns a C function from ``arguments`` to ``result``."""
-    function = library[name]
-    function.argtypes, function.restype = arguments, result
-    return function

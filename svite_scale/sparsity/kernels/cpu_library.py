@@ -1,4 +1,4 @@
-"""The C library of the CPU kernels: compiled once by the system's C compiler, cached for the user, loaded with ctypes."""
+"""The C libraries of the CPU kernels: compiled once by the system's C compiler, cached for the user, loaded with ctypes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import shlex
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-SOURCE = Path(__file__).with_name("packed.c")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 """Nothing in them asks for this machine's own instructions, so that a library in a shared home serves every node."""
 
@@ -21,19 +22,25 @@ class BuildError(Exception):
     """Raised where the library can't be built. The message says why."""
 
 
-def load_library() -> ctypes.CDLL:
-    """Loads the compiled library: from the cache if it is there and valid, else after building it.
+def load_library(source: str, *flags: str) -> ctypes.CDLL:
+    """Loads a compiled library: from the cache if it is there and valid, else after building it.
+
+    Args:
+        source: name of a C file of this folder, without its ending.
+        flags: for the compiler, besides ``FLAGS``. Libraries with other flags are other libraries.
 
     Raises:
         BuildError: there is no compiler, or it fails.
         OSError: the library can't be written or loaded.
     """
+    file = Path(__file__).with_name(f"{source}.c")
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    name = f"packed-{_digest(compiler)}.so"
+    command = [*compiler, *FLAGS, *flags, str(file)]
+    name = f"{source}-{_digest(file, compiler, flags)}.so"
     folder = _cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="svite_scale-") as private:
-            return ctypes.CDLL(str(_build(compiler, Path(private) / name)))  # stays loaded without its file
+            return ctypes.CDLL(str(_build(command, Path(private) / name)))  # stays loaded without its file
     path = folder / name
     try:
         # A library runs as it is loaded, and one may be left from a time when others could write to the folder.
@@ -42,7 +49,14 @@ def load_library() -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
     except OSError:  # not there, or damaged
         pass
-    return ctypes.CDLL(str(_build(compiler, path)))
+    return ctypes.CDLL(str(_build(command, path)))
+
+
+def c_function(library: ctypes.CDLL, name: str, result: type[Any], *arguments: type[Any]) -> Any:
+    """Returns a C function from ``arguments`` to ``result``."""
+    function = library[name]
+    function.argtypes, function.restype = arguments, result
+    return function
 
 
 def _cache_folder() -> Path | None:
@@ -62,18 +76,18 @@ def _is_private(status: os.stat_result) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
-def _digest(compiler: list[str]) -> str:
+def _digest(file: Path, compiler: list[str], flags: Sequence[str]) -> str:
     """Returns a digest of all that the library depends on: source, flags, compiler and architecture."""
-    parts = [SOURCE.read_text(), *FLAGS, *compiler, _run([*compiler, "--version"]), platform.machine()]
+    parts = [file.read_text(), *FLAGS, *flags, *compiler, _run([*compiler, "--version"]), platform.machine()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _build(compiler: list[str], path: Path) -> Path:
-    """Compiles under a name of this process, then renames: many may build at once, and none sees half a file."""
+def _build(command: list[str], path: Path) -> Path:
+    """Compiles by a command under a name of this process, then renames: many may build at once, and none sees half a file."""
     handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        _run([*compiler, *FLAGS, "-o", unfinished, str(SOURCE)])
+        _run([*command, "-o", unfinished])
         os.chmod(unfinished, 0o700)  # linkers leave it as the umask says, which may let the group write
         os.replace(unfinished, path)
     except BaseException:

@@ -26,10 +26,11 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
 def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """See :func:`svite_scale.sparsity.kernels.block_products.transposed_product`; for CPU tensors."""
     columns = grad.t().contiguous()
-    result = grad.new_zeros(shape[1], len(grad))
+    # Summed in fp32 at least, as a dense product does inside.
+    result = grad.new_zeros(shape[1], len(grad), dtype=torch.promote_types(grad.dtype, torch.float32))
     for rows, chosen, weight in _rows_of_blocks(values, mask, shape):
-        result.index_add_(0, chosen, weight @ columns[rows])
-    return result.t().contiguous()
+        result.index_add_(0, chosen, (weight @ columns[rows]).to(result.dtype))
+    return result.t().to(grad.dtype).contiguous()
 
 
 def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor:

@@ -1,19 +1,20 @@
 """The products with blocks on CUDA: Triton kernels for blocks whose sides are multiples of 16.
 
-The active blocks of one row of blocks lie one after another in ``values`` ``[k, U, V]``, so they are a matrix ``[n * U, V]``. A
-program multiplies at the size of what is active:
+The n active blocks of a row of blocks lie one after another in ``values`` ``[k, U, V]``. So they are a matrix ``[n * U, V]``.
+Each program multiplies at the size of what is active:
 
-- ``x @ W.T``: it takes a tile of tokens and a row of blocks, and sums over the n * U columns of x that this row needs.
-- ``grad @ W``: the same kernel takes a column of blocks in place of the row. The blocks of a column are scattered in ``values``, so
-  an index names the place of each.
-- The gradient of the active blocks: it takes a tile of a row's matrix, and sums over tokens.
+- ``x @ W.T``: for a tile of tokens and a row of blocks, it sums over the n * U columns of x that this row needs.
+- ``grad @ W``: the same kernel takes a column of blocks in place of the row. The blocks of a column are scattered in
+  ``values``; an index has the place of each.
+- The gradient of the active blocks: for a tile of a row's matrix, it sums over tokens.
 
-Small blocks of one row are joined along the sum or the tile. Before each product, a small kernel makes the index from the mask, on
-the device, so that the host never waits. Dots run on tensor cores and add in fp32; so do those of fp32 inputs where torch allows
-TF32, else they are exact. Nothing outside the tensors is touched: of a mask with more than k active blocks the first k count, and
-blocks that it lacks are 0 in a product and undefined in a gradient.
+Tiles join small blocks of a row. Before each product, a small kernel makes the index from the mask, on the device. So the host
+never waits. Dots run on tensor cores and add in fp32. With fp32 inputs they are exact, unless torch allows TF32.
 
-When a product with a new size of block is first run, Triton times tiles of several sizes. It keeps its choice on disk.
+Nothing outside the tensors is touched. If the mask has more than k active blocks, the first k count. If it has fewer, the rest
+of ``values`` isn't used, and the rest of a gradient is undefined.
+
+When a product meets a new shape of block, Triton times tiles of several sizes. It keeps its choice on disk.
 """
 
 from __future__ import annotations
@@ -28,26 +29,25 @@ import triton.language as tl
 from torch import Tensor
 
 from svite_scale.sparsity import bits
+from svite_scale.sparsity.block_grid import BlockGrid
 from svite_scale.sparsity.kernels.triton_kernels import load_active
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIDE = 16
-"""Both sides of a block are multiples of it. It is the smallest dot, and elements are read in runs of it."""
 MOST_OUTPUTS = 128
-"""Outputs of a token, or rows of a block, that one program computes at most."""
+"""The most elements of the outer side of a block that one program takes."""
 MOST_TOKENS = 4096
-"""More tokens than these use the tiles that were chosen for these."""
+"""Products of more tokens use the tiles that were chosen for these."""
 MOST_PROGRAMS = 512
-"""Where a gradient has fewer tiles, its sum over tokens is split, up to as many programs. It doesn't depend on the GPU, so that the
-order of the sums doesn't either."""
+"""A gradient of few tiles splits its sum over tokens, into no more programs than these. The number doesn't depend on the GPU,
+so the order of the sums doesn't either."""
 LEAST_TOKENS = 512
-"""Tokens of one such part of the sum, at least."""
+"""The fewest tokens of one part of a split sum."""
 INDEX_TILE = 2048
-"""Bits of a mask that are looked at together."""
+"""Bits of a mask that a program reads together."""
 
 
 def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
-    """See :func:`svite_scale.sparsity.kernels.block_products.product`; for CUDA tensors, blocks with sides of 16, 32, 48, ..."""
+    """See :func:`svite_scale.sparsity.kernels.block_products.product`; for CUDA tensors of :data:`DTYPES`."""
     num_active, width, height = values.shape
     y = x.new_empty(len(x), shape[0])
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -57,7 +57,7 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
 
 
 def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
-    """See :func:`svite_scale.sparsity.kernels.block_products.transposed_product`; as for :func:`product`."""
+    """See :func:`svite_scale.sparsity.kernels.block_products.transposed_product`; for CUDA tensors of :data:`DTYPES`."""
     num_active, width, height = values.shape
     dx = grad.new_empty(len(grad), shape[1])
     with torch.cuda.device_of(grad):
@@ -67,7 +67,7 @@ def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.
 
 
 def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor:
-    """See :func:`svite_scale.sparsity.kernels.block_products.active_gradient`; as for :func:`product`."""
+    """See :func:`svite_scale.sparsity.kernels.block_products.active_gradient`; for CUDA tensors of :data:`DTYPES`."""
     num_active, width, height = size
     num_rows, num_columns = grad.shape[1] // height, x.shape[1] // width
     tile_outer = _tile_outer(height)
@@ -96,16 +96,14 @@ def try_out(device: torch.device) -> None:
         Exception: whatever Triton raises where it can't compile or launch.
     """
     active = torch.tensor([True, False, True, True, False, True])  # 3 rows of 2 blocks
-    shape, size = torch.Size([3 * SIDE, 2 * SIDE]), torch.Size([4, SIDE, SIDE])
+    side, shape, size = 16, torch.Size([48, 32]), torch.Size([4, 16, 16])
     x, grad, values, bias = (
         (torch.arange(math.prod(sides)) * 7 % 5 - 2.0).view(sides)
-        for sides in ((SIDE, shape[1]), (SIDE, shape[0]), size, (shape[0],))
+        for sides in ((side, shape[1]), (side, shape[0]), size, (shape[0],))
     )
-    blocks = torch.zeros(6, SIDE, SIDE)
-    blocks[active] = values
-    weight = blocks.view(3, 2, SIDE, SIDE).permute(0, 3, 1, 2).reshape(shape)
-    gradient = (grad.t() @ x).view(3, SIDE, 2, SIDE).permute(0, 2, 3, 1).reshape(6, SIDE, SIDE)[active]
-    expected = (x @ weight.t() + bias, grad @ weight, gradient)
+    grid = BlockGrid(shape, (side, side))
+    weight = grid.to_weight(torch.zeros(6, side, side).masked_scatter(active.view(6, 1, 1), values))
+    expected = (x @ weight.t() + bias, grad @ weight, grid.to_blocks(grad.t() @ x)[active])
     mask = bits.pack(active).to(device)
     for dtype in DTYPES:
         x_, grad_, values_, bias_ = (tensor.to(device, dtype) for tensor in (x, grad, values, bias))
@@ -129,7 +127,17 @@ def _multiply(
     inner: int,
     outer: int,
 ) -> None:
-    """Writes ``outputs`` ``[tokens, ...]``, the product of ``inputs`` with blocks of ``inner`` inputs and ``outer`` outputs."""
+    """Writes the product of ``inputs`` with blocks into ``outputs``.
+
+    Args:
+        inputs: ``[tokens, C]``, or ``[tokens, R]`` for the transposed product.
+        values: ``[k, U, V]``.
+        bias: as long as an output, or None.
+        starts, sources, places: the index; see :func:`_product_kernel`.
+        outputs: ``[tokens, R]`` or ``[tokens, C]``.
+        inner: the side of a block along the inputs.
+        outer: the side of a block along the outputs.
+    """
     (num_tokens, num_inputs), num_outputs = inputs.shape, outputs.shape[1]
     if not num_tokens:
         return
@@ -150,7 +158,7 @@ def _tile_outer(outer: int) -> int:
 
 
 def _token_class(num_tokens: int) -> int:
-    """Returns the number of tokens that tiles are chosen for, so that few of many numbers need a choice."""
+    """Returns the number of tokens that tiles are chosen for: one of few, since each costs a choice."""
     return min(triton.next_power_of_2(max(num_tokens, 1)), MOST_TOKENS)
 
 
@@ -160,7 +168,8 @@ def _num_parts(num_tokens: int, num_tiles: int) -> int:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Returns how fp32 is multiplied, as torch multiplies it. Reading ``allow_tf32`` fails after some ways to set it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _index_rows(mask: Tensor, num_rows: int, num_columns: int, num_active: int) -> tuple[Tensor, Tensor]:
@@ -252,6 +261,7 @@ def _load_tile(  # type: ignore[no-untyped-def]
 
 
 def _tiles(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
+    """Returns tiles of so many tokens and inner elements, each with a number of warps and of stages."""
     return [
         triton.Config({"tile_tokens": tokens, "tile_inner": inner}, num_warps=warps, num_stages=stages)
         for tokens, inner, warps, stages in choices
@@ -259,7 +269,7 @@ def _tiles(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
 
 
 def _suitable(tiles: list[triton.Config], arguments: dict[str, Any], precision: str, **_: Any) -> list[triton.Config]:
-    """Returns the tiles to time: those that the tokens fill, and for exact fp32 the first, since others need too many registers."""
+    """Returns the tiles to time: the first, and those that the tokens fill. Exact fp32 has registers for the first only."""
     if precision == "ieee" and arguments["inputs"].dtype == torch.float32:
         return tiles[:1]
     return tiles[:1] + [tile for tile in tiles[1:] if tile.kwargs["tile_tokens"] <= arguments["token_class"]]
@@ -272,7 +282,7 @@ TUNING: dict[str, Any] = {
 }
 
 
-# A tile waits for its part of the index, and so half of the stages are for the index. Tiles that don't fit a GPU are left out by Triton.
+# Half of the stages read the index ahead, the others the inputs and values. Triton leaves out a tile that doesn't fit a GPU.
 @triton.autotune(
     _tiles((64, 32, 4, 6), (128, 32, 4, 6), (128, 64, 4, 6), (128, 64, 8, 6), (256, 32, 8, 6), (256, 64, 8, 6)), **TUNING
 )
@@ -282,10 +292,11 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     inner: tl.constexpr, outer: tl.constexpr, precision: tl.constexpr,
     tile_outer: tl.constexpr, tile_tokens: tl.constexpr, tile_inner: tl.constexpr,
 ):  # fmt: skip
-    """Writes the outputs of a tile of tokens in one row (or column) of blocks, or in a part of it.
+    """Writes the outputs of a tile of tokens for one row of blocks (or column, in the transposed product), or a part of it.
 
-    Block ``starts[i] + e`` of row i reads from ``inputs`` block ``sources[...]``, and is in ``values`` at ``places[...]``, or, without
-    ``places``, at the same number.
+    The blocks of row i have the numbers from ``starts[i]`` to ``starts[i + 1]``. Block b reads the inputs from
+    ``sources[b] * inner`` on. It is ``values[places[b]]``, or without places ``values[b]``. Only the choice of tiles needs
+    ``token_class``.
     """
     parts: tl.constexpr = (outer + tile_outer - 1) // tile_outer
     block = tl.program_id(0) // parts
@@ -306,7 +317,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         columns = _in_runs(source * inner + k % inner)
         x = tl.load(inputs + tokens * num_inputs + columns[None, :], mask=has_token & has_k[None, :], other=0)
         if places is None:
-            offsets = (number * inner + k % inner)[:, None] * outer + n[None, :]
+            offsets = (first * inner + k)[:, None] * outer + n[None, :]
         else:
             place = tl.load(places + number, mask=has_k, other=0)
             offsets = _in_runs(place * (inner * outer) + k % inner)[:, None] + n[None, :] * inner
@@ -316,7 +327,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tl.store(outputs + offsets, sums.to(outputs.dtype.element_ty), mask=has_token & has_n)
 
 
-@triton.autotune(_tiles((32, 64, 4, 5), (64, 64, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (64, 256, 8, 3)), **TUNING)
+@triton.autotune(_tiles((32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 4), (64, 128, 8, 4), (64, 256, 8, 3)), **TUNING)
 @triton.jit(do_not_specialize=["num_tokens", "part_tokens", "token_class"])
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     grads, inputs, starts, columns, outputs, num_tokens, part_tokens, num_outputs, num_inputs, numel, token_class,
@@ -350,5 +361,5 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _in_runs(offsets):  # type: ignore[no-untyped-def]
-    """Returns the offsets; says that each 16 of them follow one another from a multiple of 16, so that 16 bytes are read at a time."""
+    """Returns the offsets. Tells the compiler that they are runs of 16 from multiples of 16: it then reads 16 bytes at once."""
     return tl.max_contiguous(tl.multiple_of(offsets, 16), 16)

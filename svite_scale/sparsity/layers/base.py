@@ -1,4 +1,4 @@
-"""The interface between the topology engine and modules of which only a part is active: weights, neurons, or heads."""
+"""The interface between the topology engine and modules of which only a part is active: weights, blocks, neurons, or heads."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class SparseLayer(nn.Module):
     """A module that has N units, of which k are active. The topology engine decides which.
 
     Attributes:
-        unit: the kind of its units: ``weights``, ``neurons`` or ``heads``.
+        unit: the kind of its units: ``weights``, ``blocks``, ``neurons`` or ``heads``.
         name: in the model it was made in; once a topology engine has it, in the model that the engine was given.
         shape: of all units, N elements.
         num_active: active units, k.
@@ -133,6 +133,12 @@ class SparseLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}mask"] = plain_bits(self.mask)
+
+    def num_multiplied(self, device: torch.device) -> int:
+        """Returns the number of units that its products on a device multiply: the active ones, or all N where inactive ones are
+        multiplied as zeros.
+        """
+        return self.num_active
 
     def to_dense(self) -> nn.Module:
         """Returns a new dense module of the kind that this one replaced, with zeros for what is inactive."""

@@ -52,6 +52,10 @@ class BlockLayer(PackedLayer):
     def take_active(self, dense: Tensor) -> None:
         self.values.copy_(block_products.compress(dense, self.mask, self.grid, self.num_active))
 
+    def num_multiplied(self, device: torch.device) -> int:
+        size = torch.Size([self.num_active, *self.value_shape])
+        return self.num_active if block_products.is_sized(size, device, self.values.dtype) else self.grid.num_blocks
+
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values, row_numel=self.grid.block_numel)}
 

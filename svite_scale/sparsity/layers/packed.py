@@ -103,6 +103,10 @@ class PackedLayer(SparseLayer):
     def growth_numel(self) -> int:
         return self.grid.shape.numel()
 
+    def num_multiplied(self, device: torch.device) -> int:
+        """Returns N: the products are dense ones."""
+        return self.grid.num_blocks
+
     def unit_parameters(self) -> dict[str, UnitParameter]:
         return {"values": UnitParameter(self.values)}
 
