@@ -85,7 +85,7 @@ def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> 
 def expand(values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
     """Returns the dense weight of a grid, 0 where inactive. Differentiable, on any device; the host doesn't wait for it."""
     active = _active_blocks(mask, grid, len(values))
-    source = (active.cumsum(0) - 1).clamp_(min=0, max=len(values) - 1)
+    source = (active.cumsum(0) - 1).clamp(min=0, max=len(values) - 1)
     return grid.to_weight(torch.where(active.view(-1, 1, 1), values[source], 0.0))
 
 
@@ -96,9 +96,10 @@ def compress(dense: Tensor, mask: Tensor, grid: BlockGrid, num_active: int) -> T
 
 
 def _active_blocks(mask: Tensor, grid: BlockGrid, num_active: int) -> Tensor:
-    """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it."""
+    """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it, and not in graphs and transforms."""
     active = bits.unpack(mask, grid.num_blocks)
-    if active.device.type == "cpu":
+    is_traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(active)
+    if active.device.type == "cpu" and not is_traced:
         bits.check_count(int(active.count_nonzero()), num_active)
     return active
 
