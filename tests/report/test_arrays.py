@@ -83,6 +83,18 @@ def test_layer_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None
     assert unit_histories(load_model(run), run.topology, Path()) == []
 
 
+def test_layer_densities_of_blocks_are_those_of_the_masks(saved: Saved) -> None:
+    run = read_run(saved("blocks"))
+    by_hand, densities = tensors(run.checkpoint), layer_densities(load_model(run))
+    assert densities.keys() == {name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")}
+    num_blocks = {"qkv": 6 * 8, "proj": 2 * 8, "fc1": 8 * 8, "fc2": 2 * 32}
+    for layer in densities.keys() - {"patch_embed.proj", "head"}:
+        count = num_blocks[layer.rpartition(".")[2]]
+        assert by_hand[f"{layer}.mask"].size == count // 8
+        assert densities[layer] == unpacked(by_hand[f"{layer}.mask"], count).sum() / count == 0.5
+        assert by_hand[f"{layer}.values"].size == 16 * 4 * count // 2
+
+
 @pytest.mark.parametrize(("name", "metrics"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["loss"])])
 def test_a_curve_has_every_line_with_the_metric(saved: Saved, name: str, metrics: list[str]) -> None:
     lines, run = json_lines(saved(name) / "metrics.jsonl"), read_reported_run(saved(name), None, None)
