@@ -43,7 +43,7 @@ from svite_scale.sparsity.kernels import block_products
 from svite_scale.sparsity.layers.base import sparse_layers
 
 NUM_CLASSES, IMAGE_SIZE, PATCH_SIZE, DEPTH, HEAD_SIZE = 36, 28, 7, 4, 32
-MEAN, STD = 0.19, 0.34
+MEAN, STD = 0.18, 0.355
 SHIFT = 2
 """Pixels by which a training image is moved at most, at random."""
 EVAL_BATCH = 1000
