@@ -25,7 +25,7 @@ MAY_CHANGE = {
     "sparsity.masks",
     *(f"data.{name}" for name in ("train", "val", "verify_checksums", "cache_dir", "cache_gb", "fetch_attempts", "workers")),
     *("data.max_damaged", "data.eval_crop"),
-    *(f"train.{name}" for name in ("max_steps", "accumulation_steps", "precision", "clip_grad_norm")),
+    *(f"train.{name}" for name in ("max_steps", "accumulation_steps", "precision", "compile", "clip_grad_norm")),
     *(f"train.{name}" for name in ("log_every", "eval_every_epochs", "eval_batch_size", "eval_ema")),
     *(f"checkpoint.{name}" for name in ("every_epochs", "every_steps", "keep_last", "keep_every_epochs")),
     *("checkpoint.background", "checkpoint.on_error", "parallel.backend", "parallel.zero_stage"),

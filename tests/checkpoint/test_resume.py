@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -177,12 +176,9 @@ def refusal_of_resume(config: Config) -> str:
 
 def test_a_resume_with_another_block_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
     run_on_ranks(1, run, config_of(digits, tmp_path / "run", "single", 1, TALL))
-    for block, message in {
-        SINGLE: r"step-00000001 was saved with sparsity\.block = \[16, 1\], not \[1, 1\]; restore it, or start a new run",
-        "sparsity.block=[96,1]": r"sparsity\.block = \[96, 1\]: .* are no whole blocks; resume with the block that the run was",
-    }.items():
-        (found,) = run_on_ranks(1, refusal_of_resume, config_of(digits, tmp_path / "run", "single", END, block))
-        assert re.search(message, found), found
+    (found,) = run_on_ranks(1, refusal_of_resume, config_of(digits, tmp_path / "run", "single", END, SINGLE))
+    message = "step-00000001 was saved with sparsity.block = [16, 1], not [1, 1]; restore it, or start a new run"
+    assert found.endswith(message), found
 
 
 def run_as_an_older_version(config: Config) -> State:

@@ -167,6 +167,19 @@ def test_a_mask_of_another_count_stays_inside_the_buffers(difference: int) -> No
     assert triton_products.active_gradient(grad, x, mask, values.shape).shape == values.shape
 
 
+def test_a_mask_of_another_size_is_refused() -> None:
+    case = case_of((16, 16), some_active())
+    x, grad, values = (tensor.to(DEVICE, torch.float32) for tensor in (case.x, case.grad, case.values))
+    mask = torch.full((2,), 255, dtype=torch.uint8, device=DEVICE)
+    for multiply in (
+        lambda: triton_products.product(x, values, mask, None, case.weight.shape),
+        lambda: triton_products.transposed_product(grad, values, mask, case.weight.shape),
+        lambda: triton_products.active_gradient(grad, x, mask, values.shape),
+    ):
+        with pytest.raises(ValueError, match="20 positions need 3 uint8, not 2"):
+            multiply()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="counts what Triton would time")
 def test_tiles_are_timed_once_for_numbers_of_tokens_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []

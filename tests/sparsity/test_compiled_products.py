@@ -21,6 +21,8 @@ from svite_scale.sparsity import hooks
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.packing import sparsify
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(
     name="vit_tiny_patch16_224", num_classes=4, image_size=16, in_channels=1, patch_size=4, embed_dim=16, depth=1, num_heads=4
 )
@@ -56,13 +58,14 @@ KINDS: dict[str, Callable[[nn.Module], None]] = {
 
 
 class CountingBackend:
-    """The backend ``aot_eager``, which counts the graphs that it compiles. Inductor would take half a minute."""
+    """A backend that counts the graphs that it compiles. Inductor would take half a minute for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiler: str = "aot_eager") -> None:
         self.graphs = 0
+        self.compiler = compiler
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        result = lookup_backend("aot_eager")(module, inputs)
+        result = lookup_backend(self.compiler)(module, inputs)
         self.graphs += 1
         return result
 

@@ -146,6 +146,19 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
     assert expanded[1]() is None, "the dense weight outlives the backward"
 
 
+IN_PLACE = ["linear, tokens", "conv, padding", *BLOCKS_OF_EACH_PATH, "linear, tall blocks, no batch"]
+
+
+@pytest.mark.parametrize("case", [*IN_PLACE, "conv, small blocks, one image"])
+def test_what_follows_a_layer_may_change_its_output_in_place(case: str) -> None:
+    """As ``nn.ReLU(inplace=True)`` does."""
+    twin, x = case_of(case)
+    for module in (twin.packed, twin.dense):
+        module(x).relu_().square().sum().backward()
+    assert twin.dense.weight.grad is not None
+    assert_exact(twin.packed.values.grad, twin.active_weights(twin.dense.weight.grad))
+
+
 def test_autograd_keeps_the_input_of_blocks_once_and_no_dense_weight() -> None:
     twin, x = case_of("linear, tall blocks")
     x.requires_grad_()

@@ -172,15 +172,24 @@ def find_glyphs(folders: Sequence[str] | None, workers: int) -> tuple[dict[str, 
     splits: dict[str, list[Glyph]] = {"train": [], "val": []}
     known: set[bytes] = set()
     for font in alphabets:
-        glyphs = [Glyph(font, position) for position in range(len(CHARACTERS))]
-        new = list({glyph.content: glyph for glyph in reversed(glyphs) if glyph.content not in known}.values())[::-1]
-        known.update(glyph.content for glyph in new)
-        left_out["copies of others"] += not new
-        splits[font.split] += new
-    for split, glyphs in splits.items():
-        if not glyphs:
+        glyphs = new_glyphs(font, known)
+        left_out["copies of others"] += not glyphs
+        splits[font.split] += glyphs
+    for split, chosen in splits.items():
+        if not chosen:
             raise DataError(f"{len(paths)} fonts give no image for {split} ({len(alphabets)} can be used); {REMEDY}")
     return splits, +left_out
+
+
+def new_glyphs(font: Font, known: set[bytes]) -> list[Glyph]:
+    """Returns the glyphs of a font whose pictures aren't known yet, and adds their pictures to the known ones."""
+    glyphs = []
+    for position in range(len(CHARACTERS)):
+        glyph = Glyph(font, position)
+        if glyph.content not in known:
+            known.add(glyph.content)
+            glyphs.append(glyph)
+    return glyphs
 
 
 def find_fonts(folders: Sequence[str] | None) -> list[Path]:

@@ -29,12 +29,12 @@ class CpuBlockProducts:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         address, number = ctypes.c_void_p, ctypes.c_int64
-        # In the order of blocks.c: what comes in, what comes out, and the five numbers of _sizes.
-        inputs, sizes = (address, number, address, number, address), (number,) * 5
-        self._product = c_function(library, "block_product", number, *inputs, address, address, *sizes)
-        self._transposed_product = c_function(library, "block_transposed_product", number, *inputs, address, *sizes)
-        inputs = (address, address, number, address)
-        self._active_gradient = c_function(library, "block_active_gradient", number, *inputs, address, number, *sizes)
+        # In the order of blocks.c: inputs, outputs and the five numbers of _sizes.
+        factors, sizes = (address, number, address, number, address), (number,) * 5
+        of_gradient = (address, address, number, address, address, number)
+        self._product = c_function(library, "block_product", number, *factors, address, address, *sizes)
+        self._transposed_product = c_function(library, "block_transposed_product", number, *factors, address, *sizes)
+        self._active_gradient = c_function(library, "block_active_gradient", number, *of_gradient, *sizes)
 
     def product(self, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
         """See :func:`svite_scale.sparsity.kernels.block_products.product`; on the CPU, for fp32 and V a multiple of 16."""

@@ -174,6 +174,7 @@ def _precision() -> str:
 
 def _index_rows(mask: Tensor, num_rows: int, num_columns: int, num_active: int) -> tuple[Tensor, Tensor]:
     """Returns where each row of blocks starts in the values, int32 ``[G + 1]``, and the column of each block, int32 ``[k]``."""
+    bits.check_size(mask, num_rows * num_columns)
     starts, columns = (torch.empty(length, dtype=torch.int32, device=mask.device) for length in (num_rows + 1, num_active))
     _row_index_kernel[(num_rows,)](
         mask, starts, columns, num_rows, num_columns, num_active,
@@ -189,6 +190,7 @@ def _index_columns(mask: Tensor, num_rows: int, num_columns: int, num_active: in
         Where each column of blocks starts in this order, int32 ``[J + 1]``; the row of each block, and its place in the values,
         int32 ``[k]`` both.
     """
+    bits.check_size(mask, num_rows * num_columns)
     starts, rows, places = (
         torch.empty(length, dtype=torch.int32, device=mask.device) for length in (num_columns + 1, num_active, num_active)
     )
