@@ -43,7 +43,7 @@ from svite_scale.sparsity.kernels import block_products
 from svite_scale.sparsity.layers.base import sparse_layers
 
 NUM_CLASSES, IMAGE_SIZE, PATCH_SIZE, DEPTH, HEAD_SIZE = 36, 28, 7, 4, 32
-MEAN, STD = 0.19, 0.34
+MEAN, STD = 0.18, 0.355
 SHIFT = 2
 """Pixels by which a training image is moved at most, at random."""
 EVAL_BATCH = 1000
@@ -211,10 +211,10 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.3, 0.1])
     parser.add_argument("--methods", nargs="+", default=["static", "svite"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--gain", type=float, default=3.16)
     parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--processes", type=int, default=2)

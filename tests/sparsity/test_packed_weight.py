@@ -146,6 +146,17 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
     assert expanded[1]() is None, "the dense weight outlives the backward"
 
 
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, patches", *BLOCKS_OF_EACH_PATH])
+def test_an_input_that_doesnt_fit_is_refused(case: str) -> None:
+    twin, x = case_of(case)
+    more_features = torch.cat([x, x], dim=1 if x.dim() == 4 else -1)
+    with pytest.raises((RuntimeError, ValueError), match=r"multiplied|channels|doesn't have the . features of the weight"):
+        twin.packed(more_features)
+    if x.dim() == 4:
+        with pytest.raises((RuntimeError, ValueError), match=r"Kernel size|is smaller than the kernel"):
+            twin.packed(x[:, :, :0])
+
+
 IN_PLACE = ["linear, tokens", "conv, padding", *BLOCKS_OF_EACH_PATH, "linear, tall blocks, no batch"]
 
 

@@ -56,9 +56,9 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
         shape: R and C.
 
     Raises:
-        ValueError: the mask isn't of N blocks, or, on the CPU, k of them aren't active.
+        ValueError: ``x`` has another number of features, the mask isn't of N blocks, or, on the CPU, k of them aren't active.
     """
-    matrix, bias = _matrix(x), None if bias is None else bias.contiguous()
+    matrix, bias = _matrix(x, shape[1]), None if bias is None else bias.contiguous()
     result = _path(values.shape, x.device, x.dtype).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
     return _like_input(result, x)
 
@@ -66,7 +66,7 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
 @torch.no_grad()
 def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """Returns ``grad @ W``, ``[..., C]``, for ``grad`` ``[..., R]``; see :func:`product`."""
-    matrix = _matrix(grad)
+    matrix = _matrix(grad, shape[0])
     result = _path(values.shape, grad.device, grad.dtype).transposed_product(
         matrix, values.contiguous(), mask.contiguous(), shape
     )
@@ -78,7 +78,7 @@ def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> 
     """Returns the active blocks of ``grad.T @ x``, of ``size`` [k, U, V], for ``grad`` ``[..., R]`` and ``x`` ``[..., C]``; see
     :func:`product`.
     """
-    grad, x = _matrix(grad), _matrix(x)
+    grad, x = _matrix(grad, grad.shape[-1]), _matrix(x, x.shape[-1])
     return _path(size, x.device, x.dtype).active_gradient(grad, x, mask.contiguous(), size)
 
 
@@ -165,8 +165,10 @@ def _cuda(device: torch.device) -> BlockProducts:
 DENSE = DenseProducts()
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+def _matrix(x: Tensor, num_features: int) -> Tensor:
+    if x.shape[-1:] != (num_features,):
+        raise ValueError(f"an input of shape {tuple(x.shape)} doesn't have the {num_features} features of the weight")
+    return x.reshape(-1, num_features).contiguous()
 
 
 def _like_input(result: Tensor, x: Tensor) -> Tensor:
