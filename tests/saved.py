@@ -13,10 +13,22 @@ RUNS = {
     "single": (1, (*ENGINES["single"], *UNITS, "checkpoint.every_epochs=2")),
     "fsdp2": (2, (*ENGINES["fsdp2"], *UNITS)),
     "weights": (1, (*ENGINES["single"], "train.ema_decay=0.9", "train.eval_ema=true")),
-    "tokens": (2, (*ENGINES["fsdp2"], *UNITS, "sparsity.tokens.keep=0.6", "sparsity.tokens.blocks=[0, 1]")),
+    "blocks": (1, (*ENGINES["single"], "sparsity.block=[16, 4]", "sparsity.density=0.5", "sparsity.distribution=uniform")),
+    "tokens": (
+        2,
+        (
+            *ENGINES["fsdp2"],
+            *UNITS,
+            "sparsity.tokens.keep=0.6",
+            "sparsity.tokens.blocks=[0, 1]",
+            "sparsity.density=0.5",
+            "sparsity.block=[16, 4]",
+        ),
+    ),
 }
-"""By name, ranks and overrides. ``weights`` is sparse by single weights. Of 4 patches and a class token, 2 patches pass the
-first selector of ``tokens``, and 1 the second."""
+"""By name, ranks and overrides. ``weights`` is sparse by single weights, ``blocks`` by blocks, but for the head, whose 10 rows
+are in none. ``tokens`` is sparse by everything: patches by blocks, the head by single weights, heads, neurons, and tokens. Of 4
+patches and a class token, 2 patches pass its first selector, and 1 the second."""
 
 
 class SavedRuns:

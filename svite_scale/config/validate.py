@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from svite_scale.config.schema import Config
 from svite_scale.errors import ConfigError
+from svite_scale.models.dense import blocks
 from svite_scale.models.sparse import SparseModel, plan_sparse
 from svite_scale.models.teacher import check_teacher
 from svite_scale.options import in_section
@@ -39,7 +40,11 @@ def validate(config: Config, world_size: int | None, saved: Mapping[str, int] | 
         if config.sparsity.update_unit == "steps":  # where it is epochs, the data says how many steps they have
             config.sparsity.refuse_long_windows(config.update_schedule(steps_per_epoch=1.0, total_steps=1).update_every)
     check_teacher(config.distillation, config.data)
-    return plan_sparse(config.model, config.sparsity, saved)
+    planned = plan_sparse(config.model, config.sparsity, saved)
+    if config.train.compile and not blocks(planned.model):
+        problem = f"compiles a model block by block, but {config.model.name} has no list of blocks"
+        raise ConfigError("train.compile", True, problem, "set it to false")
+    return planned
 
 
 def check_normalisation(section: str, mean: Sequence[float], std: Sequence[float], in_channels: int) -> None:

@@ -21,10 +21,11 @@ class EngineOptions:
 
     Attributes:
         device: where the model trains.
-        wrap_units: submodules that are gathered and freed one at a time (FSDP2, ZeRO-3).
+        wrap_units: submodules that are gathered and freed one at a time (FSDP2, ZeRO-3), and compiled one by one.
         micro_batch_size: samples of one rank in one forward.
         accumulation_steps: micro-batches in one optimizer step.
         bf16: computes in bfloat16, with fp32 master values.
+        compile: compiles the wrap units.
         clip_grad_norm: largest global L2 norm of the gradient; None doesn't clip.
         skip_nonfinite: doesn't apply a step if its gradient isn't finite on some rank. DeepSpeed never applies such a step.
     """
@@ -34,6 +35,7 @@ class EngineOptions:
     micro_batch_size: int
     accumulation_steps: int = 1
     bf16: bool = False
+    compile: bool = False
     clip_grad_norm: float | None = None
     skip_nonfinite: bool = False
 

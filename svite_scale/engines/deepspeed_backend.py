@@ -38,6 +38,8 @@ class DeepSpeedBackend(Backend):
         config = deepspeed_config(stage, model, options)
         initial = [(p, p.detach().clone()) for p in model.parameters() if options.bf16 and p.requires_grad]
         self.wrapped, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        for module in options.wrap_units if options.compile else ():
+            exclude_hooks(module)
         self.access: ParameterAccess = access_for(self.wrapped, self.optimizer)
         # DeepSpeed rounds the parameters to bf16 before it copies them to the fp32 master values.
         for parameter, value in initial:
@@ -57,6 +59,16 @@ class DeepSpeedBackend(Backend):
         # DeepSpeed always computes the norm, and skips the step if the norm isn't finite.
         self.wrapped.step()
         return StepResult(torch.as_tensor(self.wrapped.get_global_grad_norm()), self.wrapped.was_step_applied())
+
+
+def exclude_hooks(module: nn.Module) -> None:
+    """Keeps ``torch.compile`` from compiling the hooks of a module, by which ZeRO-3 gathers and frees its parameters.
+
+    There is no public way to change the hooks of a module.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in hooks.items():
+            hooks[number] = torch.compiler.disable(hook)
 
 
 def join_process_group() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from svite_scale.engines.moments import REMEDY, elementwise
 from svite_scale.engines.optimizers import optimizers_in, steppers_in, stray_tensors
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.sharding import chunk_numel, gather_chunks, rank_and_size, rank_chunk
+from svite_scale.sparsity.sharding import chunk_numel, gather_equal, padded, rank_and_size, rank_chunk
 
 
 class TorchAccess:
@@ -159,10 +160,12 @@ def _local(tensor: Tensor) -> Tensor:
 def _full(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.dim() == 1 and tensor.placements == (Shard(0),):
-        # As packed values are; full_tensor() would hold them several times meanwhile.
-        return gather_chunks(tensor.to_local(), tensor.numel(), tensor.device_mesh.get_group())
-    return tensor.full_tensor()
+    if tensor.placements != (Shard(0),):
+        return tensor.full_tensor()
+    # As values are; full_tensor() would hold them several times meanwhile.
+    group, row_numel = tensor.device_mesh.get_group(), math.prod(tensor.shape[1:])
+    chunk = padded(tensor.to_local().flatten(), chunk_numel(tensor.shape[0], dist.get_world_size(group)) * row_numel)
+    return gather_equal(chunk, group)[: tensor.numel()].view(tensor.shape)
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:

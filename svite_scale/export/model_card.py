@@ -83,11 +83,12 @@ def card_text(export: Export, notes: Notes) -> str:
 
 
 def summary(config: Config, cost: ModelCost) -> str:
-    """Returns two sentences that say what a model is, as plain text."""
+    """Returns a few sentences that say what a model is, as plain text."""
     return (
         f"An image classifier: {config.model.name} with {config.model.num_classes:,} classes, for images of "
         f"{config.model.image_size} px, trained by svite_scale. {cost.params_active / cost.params_dense:.1%} of the parameters "
-        f"are active, and an image takes {1 - cost.saving:.1%} of the dense model's multiply-accumulates."
+        f"are active. An image needs {1 - cost.saving:.1%} of the dense model's multiply-accumulates, and svite_scale's layers "
+        f"take {cost.multiplied_macs / cost.dense_macs:.1%} of them on {cost.device_type}."
     )
 
 
@@ -191,6 +192,8 @@ def _cost(cost: ModelCost) -> dict[str, str]:
     return {
         "parameters": f"{cost.params_active:,} active of {cost.params_dense:,} ({cost.params_active / cost.params_dense:.1%})",
         "multiply-accumulates of an image": f"{cost.sparse_macs:,} of {cost.dense_macs:,} ({1 - cost.saving:.1%})",
+        f"multiplied by svite_scale on {cost.device_type}": f"{cost.multiplied_macs:,} of {cost.dense_macs:,} "
+        f"({cost.multiplied_macs / cost.dense_macs:.1%})",
     }
 
 

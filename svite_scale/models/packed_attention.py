@@ -65,7 +65,9 @@ class PackedAttention(UnitLayer):
         """``[B, tokens, in]`` to ``[B, tokens, out]``."""
         context = self._context(self.qkv(x), attn_mask, is_causal).transpose(1, 2).flatten(2)
         if self.keeps_columns:
-            columns = self._by_head(self.proj.weight)[self.active_units()].flatten(0, 1)
+            # The size is known, so a GPU's host needn't wait for it, and a compiled graph needn't be broken.
+            heads = torch.nonzero_static(self.active_units(), size=self.num_active).squeeze(1)
+            columns = self._by_head(self.proj.weight)[heads].flatten(0, 1)
             output = F.linear(context, columns.to(context.dtype).t(), self.proj.bias)
         else:
             output = self.proj(context)
@@ -103,7 +105,7 @@ class PackedAttention(UnitLayer):
     def record_gradient(self, gradient: Tensor, *inputs: Tensor) -> None:
         """Records for each head its :meth:`_growth_terms`, or the paper's growth score ``[N, 1]``, and its Taylor score."""
         assert self.gradient_hook is not None
-        x, attn_mask = (*inputs, None)[:2]
+        x, attn_mask = inputs[0], inputs[1] if len(inputs) > 1 else None
         active = self.active_units()
         bias = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)
         context = self._context(F.linear(x, self.qkv.weight.to(x.dtype), bias), attn_mask).to(gradient.dtype)

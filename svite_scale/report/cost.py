@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from svite_scale.cost.flops import LayerCost
 from svite_scale.cost.memory import ModelSize, bytes_per_rank, model_sizes
 from svite_scale.cost.traffic import sent_per_step
 from svite_scale.report import numbers
@@ -48,19 +49,25 @@ def _twins(run: ReportedRun, count: Callable[[ModelSize], Mapping[str, int]]) ->
     return [Twin(kind, sparse[kind], dense[kind]) for kind in sparse if sparse[kind] or dense[kind]]
 
 
-def forward_macs(run: ReportedRun) -> list[Twin]:
-    """Returns the multiply-accumulates of an image by kind of layer, such as ``attn.qkv``, of all blocks together."""
+def forward_macs(run: ReportedRun, count: Callable[[LayerCost], int]) -> list[Twin]:
+    """Returns the multiply-accumulates of an image by kind of layer, such as ``attn.qkv``, of all blocks of the model together.
+
+    Args:
+        run: to count in.
+        count: takes those of the sparse model from the cost of a layer.
+    """
     totals: dict[str, Twin] = {}
     for layer in run.cost.layers:
         _, kind = split_name(layer.name)
         before = totals.get(kind, Twin(kind, 0, 0))
-        totals[kind] = Twin(kind, before.sparse + layer.sparse_macs, before.dense + layer.dense_macs)
+        totals[kind] = Twin(kind, before.sparse + count(layer), before.dense + layer.dense_macs)
     return list(totals.values())
 
 
 HELD = "Training state of a rank", "Bytes that stay between steps, without activations."
 SENT = "Sent by a rank in a step", "Bytes, if collectives go round a ring."
-MACS = "Forward of an image", "Multiply-accumulates, of all blocks together. Single absent weights make a product no faster."
+MACS = "Forward of an image", "Multiply-accumulates with active weights, of all blocks of the model together."
+MULTIPLIED = "Multiplied for an image", "Those that the layers really take. They multiply inactive single weights as zeros."
 
 
 def cost(runs: Runs) -> Section:
@@ -70,7 +77,8 @@ def cost(runs: Runs) -> Section:
         tables = [
             _table(*HELD, held(run), numbers.size),
             _table(*SENT, sent(run), numbers.size),
-            _table(*MACS, forward_macs(run), numbers.count),
+            _table(*MACS, forward_macs(run, lambda layer: layer.sparse_macs), numbers.count),
+            _table(*MULTIPLIED, forward_macs(run, lambda layer: layer.multiplied_macs), numbers.count),
         ]
         parts += [*heading(runs, run), tag("div", *(each for each in tables if each), class_="tables")]
     lead = "Computed from sizes. The dense twin is the same model with all weights, heads, neurons and tokens."

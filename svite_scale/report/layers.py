@@ -77,7 +77,7 @@ def _active(line: Line, layer: str, num_units: int, path: Path) -> npt.NDArray[n
 
 
 def layer_densities(model: nn.Module) -> dict[str, float]:
-    """Returns the active fraction of each sparse layer's weights, heads or neurons, in the model's order.
+    """Returns the active fraction of each sparse layer's weights, blocks, heads or neurons, in the model's order.
 
     Args:
         model: not wrapped by any engine; on any device.
@@ -135,7 +135,9 @@ def layers(runs: Runs) -> Section | None:
     parts = []
     for run in runs:
         densities = layer_densities(run.model)
-        tables = [_heat("Density", "Active part of each layer. Layers that aren't listed are dense.", densities, densities)]
+        units = " and ".join(dict.fromkeys(layer.unit for layer in sparse_layers(run.model).values()))
+        note = f"Active part of each layer's {units}. Layers that aren't listed are dense."
+        tables = [_heat("Density", note, densities, densities)]
         tables += [_heat(title, note, last_update(run.metrics, figure), densities) for figure, title, note in HEATS]
         if shown := [each for each in tables if each]:
             parts += [*heading(runs, run), tag("div", *shown, class_="tables")]

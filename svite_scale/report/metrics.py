@@ -31,7 +31,7 @@ class Chart(NamedTuple):
 
 
 EVALUATED = {"": "training", "eval_": "evaluation", "eval_ema_": "evaluation, EMA"}
-UNITS = {"": "weights", "heads/": "heads", "neurons/": "neurons"}
+UNITS = {"": "weights", "blocks/": "blocks", "heads/": "heads", "neurons/": "neurons"}
 TRAINING = (
     Chart("Loss", {f"{prefix}loss": label for prefix, label in EVALUATED.items()}),
     Chart("Accuracy", {f"{prefix}accuracy": label for prefix, label in EVALUATED.items()}, numbers.percent),
@@ -56,7 +56,7 @@ MOVES = (
     *(
         Chart(
             f"{label.capitalize()} moved",
-            {f"{unit}dropped": "dropped", f"{unit}grown": "grown anew", f"{unit}regrown": "grown back at once"},
+            {f"{unit}dropped": "dropped", f"{unit}grown": "grown", f"{unit}regrown": "grown back at once"},
             from_zero=True,
         )
         for unit, label in UNITS.items()
@@ -94,7 +94,8 @@ def _series(runs: Runs, lines: Mapping[str, str]) -> list[Series]:
 
 
 def topology(runs: Runs) -> Section | None:
-    """Returns how weights, heads and neurons moved."""
+    """Returns how weights, blocks, heads and neurons moved."""
     if not any(line for run in runs for line in run.metrics if any(name.endswith("ever_active") for name in line)):
         return None
-    return charts("Topology", runs, MOVES, "Each update drops some of the active weights, heads or neurons, and grows as many.")
+    lead = "Each update drops some of the active weights, blocks, heads or neurons, and grows as many."
+    return charts("Topology", runs, MOVES, lead)

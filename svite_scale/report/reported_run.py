@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from svite_scale.data.format.files import read_regular
 from svite_scale.errors import RunError
 from svite_scale.models.sparse import plan_sparse
 from svite_scale.saved_run import Line, SavedRun, damaged_line, load_model, read_lines, read_run, read_run_config
+from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.options import FROM_WEIGHTS
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
@@ -93,7 +95,10 @@ class ReportedRun:
 
     @cached_property
     def cost(self) -> ModelCost:
-        return count_flops(self.model, self.config.model.image_size)
+        """On the device of the run; as long as it isn't finished, on one of this machine."""
+        name = self.summary.get("device")
+        device = name and ("cpu" if name == "cpu" else "cuda")
+        return count_flops(self.model, self.config.model.image_size, device=device)
 
     def curve(self, name: str) -> Curve:
         """Returns the finite values of a metric, smaller than :data:`LARGEST`; empty if no line has it.
@@ -128,7 +133,9 @@ def read_reported_run(run_dir: Path, checkpoint: str | None, val: str | None) ->
     model = load_model(saved) if saved else _planned_model(config)
     last_step = saved.step if saved and checkpoint else sys.maxsize
     metrics, topology = (read_lines(run_dir / name, last_step) for name in (METRICS, TOPOLOGY))
-    return ReportedRun(run_dir, config, [_with_means(line) for line in metrics], topology, _read_summary(run_dir), saved, model)
+    units = {name: layer.unit for name, layer in sparse_layers(model).items()}
+    lines = [_with_means(line, units) for line in metrics]
+    return ReportedRun(run_dir, config, lines, topology, _read_summary(run_dir), saved, model)
 
 
 def _planned_model(config: Config) -> nn.Module:
@@ -140,15 +147,20 @@ def _planned_model(config: Config) -> nn.Module:
     return plan_sparse(model, config.sparsity).model
 
 
-def _with_means(line: Line) -> Line:
-    """Returns a line of metrics by today's names, with ``grown_survival`` of weights, heads and neurons: the layers' means."""
+def _with_means(line: Line, units: Mapping[str, str]) -> Line:
+    """Returns a line of metrics by today's names, with ``grown_survival`` of each kind of unit: the mean over its layers.
+
+    Args:
+        line: of ``metrics.jsonl``.
+        units: the kind of unit of each sparse layer.
+    """
     line = {OLD_NAMES.get(name, name): value for name, value in line.items()}
-    by_unit: dict[str, list[float]] = {}
-    for name in line:
-        if name.startswith("layers/grown_survival/"):
-            unit = name.rpartition(".")[2]
-            by_unit.setdefault(f"{unit}/" if unit in ("heads", "neurons") else "", []).append(number(line, name))
-    return line | {f"{unit}grown_survival": sum(values) / len(values) for unit, values in by_unit.items()}
+    survivals: dict[str, list[float]] = {}
+    for layer, unit in units.items():
+        name = f"layers/grown_survival/{layer}"
+        if name in line:
+            survivals.setdefault("" if unit == "weights" else f"{unit}/", []).append(number(line, name))
+    return line | {f"{prefix}grown_survival": sum(values) / len(values) for prefix, values in survivals.items()}
 
 
 def number(line: Line, name: str) -> float:

@@ -16,6 +16,7 @@ from svite_scale.report.cost import held, sent
 from svite_scale.report.html import Html, join, tag
 from svite_scale.report.reported_run import ReportedRun
 from svite_scale.report.section import Runs, Section, of_run, run_label
+from svite_scale.sparsity.block_grid import SINGLE
 
 
 class KeyNumber(NamedTuple):
@@ -66,6 +67,8 @@ def _sizes(run: ReportedRun) -> Iterator[KeyNumber]:
     yield KeyNumber("Active parameters", numbers.count(cost.params_active), of, fraction)
     macs, of = numbers.count(cost.sparse_macs), f"of {numbers.count(cost.dense_macs)}, forward"
     yield KeyNumber("MACs of an image", macs, of, cost.sparse_macs / cost.dense_macs)
+    of = f"of the dense ones, on {cost.device_type}"
+    yield KeyNumber("MACs multiplied", numbers.count(cost.multiplied_macs), of, cost.multiplied_macs / cost.dense_macs)
     for label, kinds in (("Training state", held(run)), ("Sent in a step", sent(run))):
         if dense := sum(each.dense for each in kinds):
             sparse = sum(each.sparse for each in kinds)
@@ -176,6 +179,8 @@ def sparsity_of(run: ReportedRun) -> str:
     parts = [str(sparsity.method)]
     if (density := run.last("density")) is not None:
         parts.append(f"density {density:.3g}")
+    if sparsity.block != SINGLE:
+        parts.append("blocks of {} x {}".format(*sparsity.block))
     parts += [
         f"{numbers.percent(kept)} of the {unit}"
         for unit, kept in (("heads", sparsity.structured.heads), ("neurons", sparsity.structured.neurons))

@@ -98,6 +98,7 @@ def build_sparse_model(
         micro_batch_size=config.micro_batch_size(world.size),
         accumulation_steps=config.train.accumulation_steps,
         bf16=config.train.precision == "bf16",
+        compile=config.train.compile,
         clip_grad_norm=config.train.clip_grad_norm,
         skip_nonfinite=skip_nonfinite,
     )

@@ -42,7 +42,7 @@ def describe_start(
         {
             "model": f"{config.model.name}, {config.model.image_size} px{start}",
             "active": active,
-            "engine": f"{config.parallel.engine}, {train.precision}",
+            "engine": f"{config.parallel.engine}, {train.precision}{', compiled' if train.compile else ''}",
             "ranks": f"{world.size:,}, {world.local_size:,} on this machine, device {device_name(device)}{threads}",
             "memory": f"{in_bytes(sparse)} of training state on each rank, {sparse / dense:.3f} of the dense twin's",
             "data": f"{train_data.num_samples:,} samples for training, {eval_data.num_samples:,} for evaluation",

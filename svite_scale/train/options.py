@@ -50,6 +50,8 @@ class TrainConfig:
     """Micro-batches whose gradients one optimizer step averages."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` computes in bfloat16; the optimizer's master values stay fp32."""
+    compile: bool = False
+    """Compile the model, block by block, with ``torch.compile``, which the first steps then wait for. Needs a C++ compiler."""
     clip_grad_norm: Annotated[float | None, Field(gt=0.0)] = None
     """Largest L2 norm of the whole gradient; null is off, on every backend."""
     ema_decay: Annotated[float | None, Field(ge=0.0, lt=1.0)] = None
@@ -74,7 +76,8 @@ class GuardConfig:
 
     hang_timeout_s: Annotated[float | None, Field(ge=1.0, le=86_400.0)] = 600.0
     """Seconds from a rank's last sign of life, or the last progress of the slowest rank, to the end of all processes. Must be
-    longer than any one phase: a micro-batch with a topology update, a save, a batch of evaluation. Null waits for ever."""
+    longer than any one phase: a micro-batch with a topology update, or one that compiles; a save; a batch of evaluation. Null
+    waits for ever."""
     max_nonfinite_steps: Annotated[int | None, Field(ge=1)] = 10
     """Steps whose loss or gradient isn't finite are skipped; so many in a row stop the run. Costs a wait for the gradient's
     norm in each step, and with FSDP2, unless gradients are clipped, a scalar all-reduce. Null doesn't look, but DeepSpeed does,

@@ -66,7 +66,7 @@ def train(
     validate(config, world.size, saved)
     profiled_steps = None if profile is None else parse_steps(profile)
     device = ranks.local_device(world)
-    check_parallel(config.parallel, device, config.train.precision == "bf16")
+    check_parallel(config.parallel, device, bf16=config.train.precision == "bf16", compile=config.train.compile)
     check_run_dir(config, resume or auto_resume)
     store = ranks.start(world, device, config.guard.hang_timeout_s)
     try:

@@ -15,6 +15,7 @@ from svite_scale.checkpoint.checkpoint import Checkpoint
 from svite_scale.checkpoint.load import read_run_state
 from svite_scale.checkpoint.save import Snapshot
 from svite_scale.config.schema import Config
+from svite_scale.errors import SviteScaleError
 from svite_scale.runtime.world import World
 from svite_scale.sparsity.topology.statistics import TopologyUpdate
 from svite_scale.train.trainer import Trainer
@@ -112,18 +113,22 @@ def test_a_postponed_update_is_counted_and_happens_after_a_resume(tmp_path: Path
 
 
 TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
+SINGLE, TALL = "sparsity.block=[1,1]", "sparsity.block=[16,1]"
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero2", 2), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("engine", "world_size", "block"), [("single", 1, TALL), ("fsdp2", 2, TALL), ("zero2", 2, SINGLE), ("zero3", 3, TALL)]
+)
 def test_a_run_resumes_within_a_growth_window_and_a_warm_up_and_draws_the_same_tokens(
-    tmp_path: Path, digits: Path, engine: str, world_size: int
+    tmp_path: Path, digits: Path, engine: str, world_size: int, block: str
 ) -> None:
     """And the temperature of the token selector is that of the step."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *WINDOW, *TOKENS))
-    saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *WINDOW, *TOKENS))
+    options = (*WINDOW, *TOKENS, block)
+    ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *options))
+    saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *options))
     assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
-    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *WINDOW, *TOKENS))
+    resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *options))
     assert_same_state(ended, resumed)
     assert losses_of(stopped) == losses_of(straight)
     assert np.abs(resumed[0].tensors["blocks.selector0.weight:exp_avg"]).max() > 0
@@ -152,12 +157,28 @@ def test_every_rank_step_and_micro_batch_has_its_own_noise(tmp_path: Path, digit
 
 
 def test_a_growth_window_resumes_on_another_engine_and_number_of_ranks(tmp_path: Path, digits: Path) -> None:
-    source, straight = tmp_path / "source", tmp_path / "straight"
-    saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP, *WINDOW))
-    assert_same_state(saved, run_on_ranks(2, loaded, config_of(digits, source, "zero3", END, *WINDOW)))
-    run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END, *WINDOW))
-    run_on_ranks(3, resumed_run, config_of(digits, source, "zero1", END, *WINDOW))
+    """Of blocks, and of the single weights of the head, which they don't divide."""
+    source, straight, options = tmp_path / "source", tmp_path / "straight", (*WINDOW, TALL)
+    saved = run_on_ranks(2, run, config_of(digits, source, "fsdp2", STOP, *options))
+    assert_same_state(saved, run_on_ranks(2, loaded, config_of(digits, source, "zero3", END, *options)))
+    run_on_ranks(2, run, config_of(digits, straight, "fsdp2", END, *options))
+    run_on_ranks(3, resumed_run, config_of(digits, source, "zero1", END, *options))
     assert losses_of(source) == pytest.approx(losses_of(straight), abs=1e-5)
+
+
+def refusal_of_resume(config: Config) -> str:
+    try:
+        Trainer(config, World.from_environment(), torch.device("cpu"), resume=True)
+    except SviteScaleError as error:
+        return str(error)
+    return "it resumed"
+
+
+def test_a_resume_with_another_block_is_refused_by_name(tmp_path: Path, digits: Path) -> None:
+    run_on_ranks(1, run, config_of(digits, tmp_path / "run", "single", 1, TALL))
+    (found,) = run_on_ranks(1, refusal_of_resume, config_of(digits, tmp_path / "run", "single", END, SINGLE))
+    message = "step-00000001 was saved with sparsity.block = [16, 1], not [1, 1]; restore it, or start a new run"
+    assert found.endswith(message), found
 
 
 def run_as_an_older_version(config: Config) -> State:

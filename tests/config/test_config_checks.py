@@ -154,6 +154,10 @@ MISTAKES = [
         "check the name, and that PYTHONPATH has its folder",
     ),
     (
+        "train.compile=true model.name=vgg11",
+        "train.compile = True: compiles a model block by block, but vgg11 has no list of blocks; set it to false",
+    ),
+    (
         "distillation.teacher=deit_nano distillation.checkpoint=a",
         "distillation.teacher = 'deit_nano': is no model that timm knows; see timm.list_models()",
     ),

@@ -47,6 +47,9 @@ DENSITIES = {
     "deit_small_block_neurons_t50_s70": 0.3,
     **dict.fromkeys(("deit_small_t95_s50", "deit_small_t90_s50", "deit_small_t70_s50", "deit_small_t50_s50"), 0.5),
 }
+BLOCKS = {"small": (16, 16), "base": (32, 32)}
+"""24 blocks on the short sides of each model."""
+
 UNIT_DENSITIES = {"deit_tiny_structured_s30": 0.7, "deit_small_structured_s40": 0.6, "deit_base_structured_s40": 0.6}
 """The paper's, of heads and of neurons."""
 
@@ -84,7 +87,7 @@ def test_model_and_density_are_what_the_name_says(name: str) -> None:
     tokens = re.search(r"_t(\d+)", name)
     assert config.sparsity.tokens.keep == (int(tokens[1]) / 100 if tokens else None)
     assert config.sparsity.structured == StructuredConfig(neurons=config.sparsity.density if "_neurons" in name else 1.0)
-    assert config.sparsity.block == ((16, 16) if "_block" in name else (1, 1))
+    assert config.sparsity.block == (BLOCKS[name.split("_")[1]] if "_block" in name else (1, 1))
 
 
 @pytest.mark.parametrize("name", UNIT_DENSITIES)

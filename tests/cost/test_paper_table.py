@@ -19,12 +19,15 @@ def test_paper_table_has_every_config_and_agrees_with_the_paper(capsys: pytest.C
     rows = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines()[1:]}
     assert set(rows) == {path.stem for path in (ROOT / "configs").glob("deit_*.yaml")}
 
-    sparse, dense, saved, published, params, dense_params, published_params = rows["deit_tiny_s30"]
+    sparse, dense, saved, published, multiplied, params, dense_params, published_params = rows["deit_tiny_s30"]
     assert (published, published_params) == ("25.56%", "4.02")
     assert float(saved.rstrip("%")) == pytest.approx(25.56, abs=0.05)
     assert float(params) == pytest.approx(4.02, abs=0.005)
     assert (float(dense), float(dense_params)) == (pytest.approx(1.254, abs=1e-3), pytest.approx(5.72, abs=0.01))
     assert 1 - float(sparse) / float(dense) == pytest.approx(0.2556, abs=1e-3)
+    assert multiplied == dense, "single weights are multiplied dense"
+    sparse, dense, _, _, multiplied, *_ = rows["deit_small_block_s70"]
+    assert float(sparse) <= float(multiplied) < float(sparse) + 0.01 * float(dense), "the head has single weights"
 
     _, _, saved, published, *_ = rows["deit_small_t95_s50"]
     assert published == "49.32%"

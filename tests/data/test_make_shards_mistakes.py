@@ -85,6 +85,11 @@ def test_an_interrupted_command_says_how_to_resume(
         ["--source", "photographs", "--out", "x", "--classes", "y"],
         ["--index", "x", "--labels", "y"],
         ["--verify", "x", "--label-key", "y"],
+        ["--source", "photographs", "--out", "x", "--fonts", "y"],
+        ["--source", "mnist5k", "--out", "x", "--canvas", "42"],
+        ["--index", "x", "--image-size", "28"],
+        ["--source", "glyphs", "--out", "x", "--prefix", "y"],
+        ["--source", "glyphs", "--out", "x", "--classes", "y"],
     ],
 )
 def test_wrong_usage_is_refused(command: ModuleType, arguments: list[str]) -> None:

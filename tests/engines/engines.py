@@ -15,7 +15,8 @@ from svite_scale.engines.backend import Backend, EngineOptions
 from svite_scale.models.dense import blocks, build_dense
 from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
-from svite_scale.sparsity.packing import PACKED_TYPE, prunable_layers, random_mask, replace_module
+from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
+from svite_scale.sparsity.packing import BLOCK_TYPE, PACKED_TYPE, prunable_layers, random_mask, replace_module
 from svite_scale.sparsity.parameter_groups import parameter_groups
 from tests.runs import ENGINES
 from tests.sparsity.packing import packed_layers
@@ -42,7 +43,9 @@ def units_vit() -> nn.Module:
     return build_sparse(config, sparsity, seed=0)[0]
 
 
-def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int = 2) -> VisionTransformer:
+def small_vit(
+    *, checkpointing: bool = False, density: float = 0.3, depth: int = 2, block: tuple[int, int] = SINGLE
+) -> VisionTransformer:
     """A packed ViT for 1 x 14 x 14 images, the same on every rank, whose counts no world size from 2 to 4 divides."""
     torch.manual_seed(0)
     model = build_dense(
@@ -50,7 +53,7 @@ def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int =
             name="vit_tiny_patch16_224",
             image_size=14,
             patch_size=7,
-            embed_dim=20,
+            embed_dim=20 if block == SINGLE else 32,
             depth=depth,
             num_heads=4,
             in_channels=1,
@@ -58,17 +61,21 @@ def small_vit(*, checkpointing: bool = False, density: float = 0.3, depth: int =
             activation_checkpointing=checkpointing,
         )
     )
-    pack_awkwardly(model, density)
+    pack_awkwardly(model, density, block)
     return model
 
 
-def pack_awkwardly(model: nn.Module, density: float) -> None:
-    """Packs every prunable layer to the nearest count above ``density`` that neither 2 nor 3 divides."""
+def pack_awkwardly(model: nn.Module, density: float, block: tuple[int, int] = SINGLE) -> None:
+    """Packs every prunable layer to the nearest count of weights, or of blocks, above ``density`` that neither 2 nor 3 divides.
+
+    Layers that the block doesn't divide have single weights.
+    """
     for name, dense in prunable_layers(model).items():
-        numel = dense.weight.numel()
-        num_active = next(count for count in range(int(density * numel), numel + 1) if math.gcd(count, 6) == 1)
-        packed = PACKED_TYPE[type(dense)](dense, num_active, name)  # type: ignore[arg-type]
-        packed.set_weight(dense.weight, random_mask(numel, num_active, 0, name))
+        grid = BlockGrid(dense.weight.shape, block)
+        grid, types = (grid, BLOCK_TYPE) if block != SINGLE and grid.fits() else (BlockGrid(dense.weight.shape), PACKED_TYPE)
+        num_active = next(count for count in range(int(density * grid.num_blocks), 10**9) if math.gcd(count, 6) == 1)
+        packed = types[type(dense)](dense, num_active, name, grid.block)  # type: ignore[arg-type]
+        packed.set_weight(dense.weight, random_mask(grid.num_blocks, num_active, 0, name))
         replace_module(model, name, packed)
 
 

@@ -23,6 +23,11 @@ LR = 1e-3
 Snapshot = dict[str, np.ndarray[Any, Any]]
 
 
+def mixed_vit() -> nn.Module:
+    """With values of blocks, ``[k, 1, 16]``, and of single weights in its head, ``[k]``."""
+    return small_vit(block=(16, 1))
+
+
 def images(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 1, 14, 14, generator=generator), torch.randint(0, 10, (4,), generator=generator)
@@ -78,7 +83,7 @@ def write_all(backend: Backend, parameters: dict[str, nn.Parameter], twin: nn.Mo
 
 def exercise(kind: str, bf16: bool) -> dict[str, Any]:
     """Runs on every rank: a step, then writes, then a forward and another step."""
-    backend = build_backend(kind, small_vit(), adamw, micro_batch_size=4, bf16=bf16, clip=None)
+    backend = build_backend(kind, mixed_vit(), adamw, micro_batch_size=4, bf16=bf16, clip=None)
     parameters = dict(backend.model.named_parameters())
     found: dict[str, Any] = {"initial": read_all(backend, parameters)}
     found["initial moments"] = read_all_moments(backend, parameters)
@@ -87,7 +92,7 @@ def exercise(kind: str, bf16: bool) -> dict[str, Any]:
     found["trained moments"] = read_all_moments(backend, parameters)
     with torch.no_grad():
         found["old logits"] = backend.forward(images(1)[0]).float().numpy()
-    write_all(backend, parameters, small_vit())
+    write_all(backend, parameters, mixed_vit())
     found["written"] = read_all(backend, parameters)
     found["written moments"] = read_all_moments(backend, parameters)
     with torch.no_grad():
@@ -134,7 +139,7 @@ def assert_near(found: Snapshot, expected: Mapping[str, Tensor], tolerance: floa
 
 def trained_twin() -> tuple[nn.Module, torch.optim.Optimizer]:
     """One process, after the first step."""
-    twin = small_vit()
+    twin = mixed_vit()
     optimizer = adamw(twin)
     plain_step(twin, optimizer, seed=0)
     return twin, optimizer
@@ -158,7 +163,7 @@ def write_twin(twin: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def test_the_initial_values_are_read_and_no_moments(engine: tuple[bool, list[dict[str, Any]]]) -> None:
     for found in engine[1]:
-        assert_same(found["initial"], dict(small_vit().named_parameters()))
+        assert_same(found["initial"], dict(mixed_vit().named_parameters()))
         assert not any(found["initial moments"].values())
 
 
@@ -178,7 +183,7 @@ def test_what_a_step_changed_is_read(engine: tuple[bool, list[dict[str, Any]]]) 
 
 def test_what_is_written_is_read(engine: tuple[bool, list[dict[str, Any]]]) -> None:
     """In fp32 to the last bit, in bf16 training too: it is the master values that are written."""
-    twin = small_vit()
+    twin = mixed_vit()
     for found in engine[1]:
         assert_same(found["written"], drawn_values(twin))
         moments = drawn_moments(twin)
@@ -215,15 +220,16 @@ def test_the_next_step_starts_from_what_is_written(engine: tuple[bool, list[dict
 def test_the_ranks_own_parts_make_up_the_values_that_the_optimizer_steps(engine: tuple[bool, list[dict[str, Any]]]) -> None:
     ranks = engine[1]
     for name in ranks[0]["own parts"]:
-        whole = np.full_like(ranks[0]["stepped"][name], np.nan)
+        stepped = ranks[0]["stepped"][name].reshape(-1)
+        whole = np.full_like(stepped, np.nan)
         for found in ranks:
             part, offset = found["own parts"][name]
             assert part.dtype == np.float32
             end = min(offset + part.size, whole.size)  # what lies past it is padding
             whole[offset:end] = part[: max(end - offset, 0)]
-        np.testing.assert_array_equal(whole, ranks[0]["stepped"][name], err_msg=name)
+        np.testing.assert_array_equal(whole, stepped, err_msg=name)
         for found in ranks:
-            np.testing.assert_array_equal(found["negated"][name], -whole, err_msg=f"{name} isn't written in place")
+            np.testing.assert_array_equal(found["negated"][name].reshape(-1), -whole, err_msg=f"{name} isn't written in place")
 
 
 def test_moments_are_the_tensors_with_an_entry_per_weight() -> None:
@@ -240,7 +246,7 @@ def test_optimizer_state_of_another_shape_is_refused(shape: tuple[int, ...]) -> 
 
 def initialised(kind: str) -> tuple[Snapshot, Snapshot, list[float], list[bool]]:
     """Parameters before and after, learning rates, and whether all moments are there and zero. A collective."""
-    backend = build_backend(kind, small_vit(), adamw, micro_batch_size=4, accumulation_steps=2)
+    backend = build_backend(kind, mixed_vit(), adamw, micro_batch_size=4, accumulation_steps=2)
     parameters = dict(backend.model.named_parameters())
     before = read_all(backend, parameters)
     backend.init_optimizer_state(images(0)[0])

@@ -16,6 +16,7 @@ from torch import nn
 
 from svite_scale.engines.torch_access import TorchAccess
 from svite_scale.sparsity import sharding
+from svite_scale.sparsity.layers.blocks import BlockLinear
 from svite_scale.sparsity.layers.packed import PackedLinear
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.packing import random_mask
@@ -31,12 +32,15 @@ class Case:
     """One layer and one update of it.
 
     Attributes:
+        rows: of units, which are blocks of weights.
+        columns: the same.
         levels: scores are whole numbers from minus this to this: the fewer, the more ties.
         window: steps that are averaged, of ``micro_batches`` each.
     """
 
     rows: int
     columns: int
+    block: tuple[int, int]
     num_active: int
     fraction: float
     levels: int
@@ -45,6 +49,21 @@ class Case:
     by_magnitude: bool
     seed: int
 
+    @property
+    def num_units(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight."""
+        height, width = self.block
+        return self.rows * height, self.columns * width
+
+    @property
+    def units(self) -> list[list[int]]:
+        """The flat positions of each unit in the weight."""
+        return reference.unit_positions(self.shape, self.block)
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -52,9 +71,10 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         rows=rows,
         columns=columns,
+        block=draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (3, 2)])),
         num_active=draw(st.integers(1, rows * columns)),
         fraction=draw(st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0.0, 1.0)),
-        levels=draw(st.sampled_from([0, 1, 3, 1000])),
+        levels=draw(st.sampled_from([0, 1, 3, 100])),
         window=draw(st.integers(1, 3)),
         micro_batches=draw(st.integers(1, 2)),
         by_magnitude=draw(st.booleans()),
@@ -70,8 +90,8 @@ def drawn(case: Case, count: int, *place: int) -> list[int]:
 
 def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
     """Runs on every rank: the mask and the values after one update, and the threshold of growth."""
-    dense = nn.Linear(case.columns, case.rows, bias=False)
-    layer = PackedLinear(dense, case.num_active, "layer")
+    dense = nn.Linear(*reversed(case.shape), bias=False)
+    layer = (PackedLinear if case.block == (1, 1) else BlockLinear)(dense, case.num_active, "layer", case.block)
     numel = dense.weight.numel()
     layer.set_weight(torch.tensor(drawn(case, numel, -1)).float().view_as(dense.weight), mask_of(case))
     optimizer = torch.optim.SGD([layer.values], lr=0.1)
@@ -87,31 +107,40 @@ def updated(case: Case) -> tuple[list[bool], list[float], float | None]:
     for step in range(3):
         if layer.gradient_hook is not None:
             for micro_batch in range(case.micro_batches):
-                gradient = drawn(case, numel, dist.get_rank(), step, micro_batch)
-                layer.gradient_hook(torch.tensor(gradient).float().view(layer.shape))
+                layer.gradient_hook(gradient_of(case, drawn(case, case.num_units, dist.get_rank(), step, micro_batch)))
         update = topology.step()
     assert update is not None
-    mask = np.unpackbits(layer.mask.numpy(), bitorder="little")[:numel].astype(bool).tolist()
-    return mask, layer.values.detach().tolist(), update.layers["layer"].grow_threshold
+    mask = np.unpackbits(layer.mask.numpy(), bitorder="little")[: case.num_units].astype(bool).tolist()
+    return mask, layer.values.detach().flatten().tolist(), update.layers["layer"].grow_threshold
+
+
+def gradient_of(case: Case, of_units: list[int]) -> torch.Tensor:
+    """A gradient that is 0 but for one weight in each unit, so that a unit's norm is that weight's magnitude, exactly."""
+    unit_numel = math.prod(case.block)
+    units = torch.arange(case.num_units)
+    gradient = torch.zeros(case.num_units, unit_numel)
+    gradient[units, units % unit_numel] = torch.tensor(of_units).float()
+    return gradient
 
 
 def mask_of(case: Case) -> torch.Tensor:
-    return random_mask(case.rows * case.columns, case.num_active, case.seed, "layer")
+    return random_mask(case.num_units, case.num_active, case.seed, "layer")
 
 
 def expected(case: Case, world_size: int) -> tuple[list[bool], list[float], list[int]]:
     """The reference's mask and values, and its growth scores times steps and ranks, as whole numbers."""
-    numel, before = case.rows * case.columns, mask_of(case).tolist()
-    weights = drawn(case, numel, -1)
-    scores = [0] * numel
+    units, before = case.units, mask_of(case).tolist()
+    weights = drawn(case, math.prod(case.shape), -1)
+    scores = [0] * len(units)
     for step in range(3 - case.window, 3):
         places = [(rank, step, micro) for rank in range(world_size) for micro in range(case.micro_batches)]
-        totals = [sum(column) for column in zip(*(drawn(case, numel, *place) for place in places), strict=True)]
+        totals = [sum(column) for column in zip(*(drawn(case, len(units), *place) for place in places), strict=True)]
         scores = [score + (abs(total) if case.by_magnitude else total) for score, total in zip(scores, totals, strict=True)]
     scores = [abs(score) for score in scores]
     count = min(math.ceil(case.fraction * case.num_active), case.num_active)
-    after = reference.prune_and_grow(before, [abs(weight) for weight in weights], scores, count)
-    values = [float(weights[i]) if before[i] else 0.0 for i in range(numel) if after[i]]
+    squares = [sum(weights[position] ** 2 for position in unit) for unit in units]
+    after = reference.prune_and_grow(before, squares, scores, count)
+    values = [float(weights[at]) if before[i] else 0.0 for i, unit in enumerate(units) if after[i] for at in unit]
     return after, values, scores
 
 

@@ -16,18 +16,18 @@ from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from tests.engines.engines import adamw, build_backend
 from tests.ranks import run_on_ranks
-from tests.sparsity.packing import packed_layers
+from tests.sparsity.packing import packed_layers, positions_of_units
 
 STEPS, UPDATE_EVERY, DECAY = 8, 3, 0.8
 
 
 class Net(nn.Sequential):
-    """Two packed layers whose counts of weights are odd, and statistics between them."""
+    """A layer in blocks and one of single weights, both of an odd count, and statistics between them."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        super().__init__(nn.Linear(9, 11), nn.BatchNorm1d(11), nn.GELU(), nn.Linear(11, 5))
-        svite_scale.sparsify(self, density=0.37)
+        super().__init__(nn.Linear(9, 12), nn.BatchNorm1d(12), nn.GELU(), nn.Linear(12, 5))
+        svite_scale.sparsify(self, density=0.37, block=(4, 1))
 
 
 def images(step: int) -> Tensor:
@@ -84,9 +84,13 @@ def dense(net: Net) -> dict[str, Tensor]:
 
 
 def active(net: Net) -> dict[str, Tensor]:
-    """By name of values, where they are, bool, of the dense weight's shape."""
-    layers = packed_layers(net)
-    return {f"{name}.values": bits.unpack(layer.mask, layer.shape.numel()).view(layer.shape) for name, layer in layers.items()}
+    """By name of values, where they are in the flat dense weight, int64, shaped like them."""
+    found = {}
+    for name, layer in packed_layers(net).items():
+        units = bits.unpack(layer.mask, layer.shape.numel())
+        positions = positions_of_units(layer.grid.shape, layer.grid.block)[units]
+        found[f"{name}.values"] = positions.view(layer.values.shape)
+    return found
 
 
 def train(loop: Loop, *, before_topology: bool = True, steps: int = STEPS) -> None:
@@ -113,8 +117,10 @@ def test_the_average_is_that_of_the_dense_weights_whichever_comes_first(before_t
         before = active(loop.net)
         loop.topology.step()
         for name, now in active(loop.net).items():
-            moved += int((now & ~before[name]).sum())
-            average[name] *= now  # what is dropped is forgotten, and what comes was 0
+            moved += len(set(now.flatten().tolist()) - set(before[name].flatten().tolist()))
+            kept = torch.zeros_like(average[name])
+            kept.view(-1)[now] = 1
+            average[name] *= kept  # what is dropped is forgotten, and what comes was 0
         if not before_topology:
             loop.ema.update()
     assert moved > 20
@@ -122,10 +128,9 @@ def test_the_average_is_that_of_the_dense_weights_whichever_comes_first(before_t
     assert found.keys() == average.keys() - {"0.mask", "3.mask"}
     assert {"1.running_mean", "1.running_var"} <= found.keys()
     for name, tensor in found.items():
-        mask = active(loop.net).get(name)
-        torch.testing.assert_close(
-            tensor.double(), average[name] if mask is None else average[name][mask], rtol=1e-5, atol=1e-7
-        )
+        positions = active(loop.net).get(name)
+        expected = average[name] if positions is None else average[name].flatten()[positions]
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
 
     held, weights = loop.evaluated(), {name: tensor.clone() for name, tensor in loop.net.state_dict().items()}
     with loop.ema.in_place_of_weights():
@@ -256,11 +261,11 @@ def test_a_state_of_another_model_is_refused() -> None:
     state = loop.ema.state_dict()
     missing = {name: tensor for name, tensor in state.items() if name != "1.running_var"}
     unknown = state | {"2.weight": torch.zeros(1)}
-    other = state | {"0.values": torch.zeros(3)}
+    other = state | {"3.values": torch.zeros(3)}
     for wrong, message in (
         (missing, r"the state has no average of 1\.running_var; load what Ema saved of this model"),
         (unknown, r"the state has an average that the model has no weight for: 2\.weight;"),
-        (other, r"the average 0\.values is \(3,\), but the model's is \(\d+,\)"),
+        (other, r"the average 3\.values is \(3,\), but the model's is \(\d+,\)"),
     ):
         with pytest.raises(TopologyError, match=message):
             loop.ema.load_state_dict(wrong)

@@ -38,11 +38,12 @@ class Run:
     optimizer: str = "AdamW"
     options: TopologyOptions = DEFAULTS
     device: str = "cpu"
+    block: tuple[int, int] = (1, 1)
 
     @property
     def on_one_process(self) -> Run:
         """What the run must equal."""
-        return Run(clip=self.clip, optimizer=self.optimizer, options=self.options)
+        return Run(clip=self.clip, optimizer=self.optimizer, options=self.options, block=self.block)
 
 
 @dataclass
@@ -75,7 +76,7 @@ def train(run: Run) -> Result:
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, convolutions in fp32 are in TF32 by default
     backend = build_backend(
         run.kind,
-        small_vit(checkpointing=run.checkpointing),
+        small_vit(checkpointing=run.checkpointing, block=run.block),
         lambda model: optimizer_of(model, run.optimizer),
         micro_batch_size=BATCH // (world_size if run.split else 1) // run.accumulation,
         accumulation_steps=run.accumulation,
@@ -194,6 +195,27 @@ BF16 = {"ddp": DEFAULTS, "fsdp2": MIXED, "zero1": MIXED, "zero2": DEFAULTS, "zer
 @pytest.mark.parametrize("kind", SHARED)
 def test_bf16_is_close_to_fp32(kind: str) -> None:
     assert_bf16_is_close(Run(kind, 2, bf16=True, options=BF16[kind]))
+
+
+TALL, SQUARE = (16, 1), (16, 16)
+"""With blocks of 16 x 16 the smallest layers have one active block, which is less than one for each rank."""
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("ddp", False), ("fsdp2", True), ("zero1", False), ("zero3", True)])
+def test_two_ranks_train_blocks_like_one(kind: str, checkpointing: bool) -> None:
+    assert_parity(Run(kind, 2, checkpointing=checkpointing, options=MIXED, block=TALL), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
+def test_fewer_blocks_than_ranks_train_like_one(kind: str) -> None:
+    run = Run(kind, 3, split=True, accumulation=2, options=MIXED, block=SQUARE)
+    assert min(results_of(run.on_one_process)[0].moved.values()) > 2
+    assert_parity(run, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
+def test_blocks_in_bf16_are_close_to_fp32(kind: str) -> None:
+    assert_bf16_is_close(Run(kind, 2, bf16=True, options=MIXED, block=TALL))
 
 
 def test_window_random_share_and_warm_up_each_make_a_difference() -> None:

@@ -21,13 +21,13 @@ DENSE_COPY = WIDTH * 2 * WIDTH * 4
 UPDATES = 6
 
 
-def transient(kind: str, density: float, method: str) -> int:
+def transient(kind: str, density: float, method: str, block: tuple[int, int] = (1, 1)) -> int:
     """Runs on every rank: most bytes of tensors that one update held above what there was before it."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, 300), nn.Linear(300, 5)
     )
-    sparsify(model, density, distribution="uniform")
+    sparsify(model, density, distribution="uniform", block=block)
     backend = build_backend(kind, model, adamw, clip=None)
     schedule = UpdateSchedule(total_steps=2 * UPDATES, update_every=1)
     topology = TopologyEngine(model, backend.access, schedule, TopologyOptions(method=method), group=dist.group.WORLD)
@@ -69,3 +69,8 @@ def test_no_rank_takes_more_than_three_dense_copies_of_its_largest_layer(kind: s
 def test_no_rank_takes_more_than_three_dense_copies_at_other_densities(density: float) -> None:
     for taken in run_on_ranks(2, transient, "fsdp2", density, "svite"):
         assert DENSE_COPY < taken <= 3 * DENSE_COPY
+
+
+def test_no_rank_takes_more_than_two_dense_copies_for_blocks() -> None:
+    for taken in run_on_ranks(2, transient, "fsdp2", 0.3, "svite", (16, 4)):
+        assert DENSE_COPY < taken <= 2 * DENSE_COPY

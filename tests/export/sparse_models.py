@@ -15,6 +15,7 @@ UNITS = {"heads": 0.5, "neurons": 0.6}
 
 MODELS = {
     "weights": (VIT, SparsityConfig(density=0.4)),
+    "blocks": (VIT, SparsityConfig(density=0.4, block=(8, 4))),
     "units": (VIT, SparsityConfig(structured=StructuredConfig(**UNITS))),
     "units of the paper, densities beside them": (
         VIT,

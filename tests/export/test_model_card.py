@@ -72,6 +72,17 @@ def test_densities_and_parameters_are_those_of_the_checkpoint(saved: Saved) -> N
     assert tables["Cost"]["parameters"].startswith(f"{parameters:,} active of 26,538 ")
 
 
+def test_densities_count_blocks_and_the_cost_what_is_multiplied(saved: Saved) -> None:
+    tables = tables_of(read_run(saved("blocks")))
+    assert tables["Density"]["blocks.*.mlp.fc1"] == "0.5000: 64 of 128 blocks in 2 layers"
+    assert tables["Density"]["head"] == "0.5000: 160 of 320 weights in 1 layer"
+    needed, taken = (
+        int(tables["Cost"][name].split(" of ")[0].replace(",", ""))
+        for name in ("multiply-accumulates of an image", "multiplied by svite_scale on cpu")
+    )
+    assert taken == needed + 160, "the head is multiplied dense"
+
+
 def test_densities_count_heads_and_neurons(saved: Saved) -> None:
     run = read_run(saved("single"))
     heads = sum(int(mask.sum()) for name, mask in unit_masks(run.checkpoint).items() if name.endswith("heads"))

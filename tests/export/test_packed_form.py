@@ -53,7 +53,7 @@ def dense_weights(path: Path) -> dict[str, Array]:
     return dense
 
 
-@pytest.mark.parametrize("name", ["weights", "single", "tokens"])
+@pytest.mark.parametrize("name", ["weights", "blocks", "single", "tokens"])
 def test_independent_decoder_gives_the_same_bits(saved: Saved, tmp_path: Path, name: str) -> None:
     run = read_run(saved(name))
     folder = export_run(run, "packed", tmp_path / "out")
@@ -78,8 +78,8 @@ def test_bitmask_is_the_mask_of_the_checkpoint(saved: Saved, tmp_path: Path) -> 
         np.testing.assert_array_equal(found[f"{name}.compressed"], checkpoint[f"{name}.values"])
 
 
-@pytest.mark.parametrize("name", ["weights", "single"])
-def test_active_weights_that_are_zero_stay_active(saved: Saved, name: str) -> None:
+@pytest.mark.parametrize(("name", "num_layers"), [("weights", 8), ("blocks", 10), ("single", 8)])
+def test_active_weights_that_are_zero_stay_active(saved: Saved, name: str, num_layers: int) -> None:
     model = load_model(read_run(saved(name)))
     before = packed_form.active_weights(model)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_active_weights_that_are_zero_stay_active(saved: Saved, name: str) -> No
                 parameter.zero_()
     after = packed_form.active_weights(model)
     assert before.keys() == after.keys()
-    assert len(before) == 8
+    assert len(before) == num_layers
     for key, active in before.items():
         assert 0 < active.sum() < active.numel()
         assert torch.equal(after[key], active), key

@@ -25,7 +25,7 @@ from svite_scale.saved_run import evaluation_images, load_model, read_run
 Saved = Callable[[str], Path]
 
 
-@pytest.mark.parametrize(("name", "ema"), [("weights", False), ("weights", True), ("single", False)])
+@pytest.mark.parametrize(("name", "ema"), [("weights", False), ("weights", True), ("blocks", False), ("single", False)])
 def test_timm_gives_the_same_logits(saved: Saved, tmp_path: Path, name: str, ema: bool) -> None:
     run = read_run(saved(name))
     folder = export_run(run, "timm", tmp_path / "out", ema=ema)

@@ -21,16 +21,16 @@ from svite_scale.sparsity.layers.base import sparse_layers
 
 Saved = Callable[[str], Path]
 
-UNITS, WEIGHTS, TOKENS = "single", "weights", "tokens"
+UNITS, WEIGHTS, BLOCKS, TOKENS = "single", "weights", "blocks", "tokens"
 FORMS = [(WEIGHTS, "timm"), (WEIGHTS, "sliced"), (WEIGHTS, "packed"), (UNITS, "timm"), (UNITS, "sliced"), (UNITS, "packed")]
-FORMS += [(TOKENS, "sliced"), (TOKENS, "packed")]
+FORMS += [(BLOCKS, "timm"), (BLOCKS, "packed"), (TOKENS, "sliced"), (TOKENS, "packed")]
 
 
 def start_from(run: SavedRun, folder: Path, build: Callable[..., SparseModel] = build_sparse) -> SparseModel:
     """Returns what a run with the config of another one builds from an export of that one, by another seed."""
     config, sparsity = run.config, run.config.sparsity
     if sparsity.density < 1.0:
-        sparsity = replace(sparsity, density=1.0, masks="from_weights")
+        sparsity = replace(sparsity, density=1.0, distribution="erk", masks="from_weights")
     model = replace(config.model, weights=str(folder))
     return build(model, sparsity, 99) if build is build_sparse else build(model, sparsity)
 

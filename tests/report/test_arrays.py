@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,18 @@ def test_layer_densities_of_weights_are_those_of_the_masks(saved: Saved) -> None
     assert unit_histories(load_model(run), run.topology, Path()) == []
 
 
+def test_layer_densities_of_blocks_are_those_of_the_masks(saved: Saved) -> None:
+    run = read_run(saved("blocks"))
+    by_hand, densities = tensors(run.checkpoint), layer_densities(load_model(run))
+    assert densities.keys() == {name.removesuffix(".mask") for name in by_hand if name.endswith(".mask")}
+    num_blocks = {"qkv": 6 * 8, "proj": 2 * 8, "fc1": 8 * 8, "fc2": 2 * 32}
+    for layer in densities.keys() - {"patch_embed.proj", "head"}:
+        count = num_blocks[layer.rpartition(".")[2]]
+        assert by_hand[f"{layer}.mask"].size == count // 8
+        assert densities[layer] == unpacked(by_hand[f"{layer}.mask"], count).sum() / count == 0.5
+        assert by_hand[f"{layer}.values"].size == 16 * 4 * count // 2
+
+
 @pytest.mark.parametrize(("name", "metrics"), [("single", ["heads/ever_active", "neurons/ever_active"]), ("weights", ["loss"])])
 def test_a_curve_has_every_line_with_the_metric(saved: Saved, name: str, metrics: list[str]) -> None:
     lines, run = json_lines(saved(name) / "metrics.jsonl"), read_reported_run(saved(name), None, None)
@@ -96,13 +109,21 @@ def test_a_curve_leaves_out_what_is_not_finite_and_takes_old_names(saved: Saved,
     (tmp_path / "config.yaml").write_text((saved("weights") / "config.yaml").read_text())
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "drop_rate": 0.5, "loss": NaN}\n{"step": 2, "drop_fraction": 0.25, "loss": 2}\n'
-        '{"step": 3, "loss": Infinity, "layers/grown_survival/head": 0.5, "layers/grown_survival/a.b": 0.25,'
-        ' "layers/grown_survival/blocks.0.attn.heads": 1}\n'
+        '{"step": 3, "loss": Infinity}\n'
     )
     run = read_reported_run(tmp_path, None, None)
     assert run.curve("drop_fraction") == Curve([1, 2], [0.5, 0.25])
     assert run.curve("loss") == Curve([2], [2.0])
-    assert (run.curve("grown_survival").values, run.curve("heads/grown_survival").values) == ([0.375], [1.0])
+
+
+def test_the_survival_of_the_grown_is_the_mean_over_the_layers_of_a_kind_of_unit(saved: Saved, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((saved("tokens") / "config.yaml").read_text())
+    survivals = {"blocks.0.attn.heads": 0.5, "blocks.1.attn.heads": 1.0, "patch_embed.proj": 0.25, "head": 0.125, "other": 0.75}
+    line = {"step": 1} | {f"layers/grown_survival/{layer}": value for layer, value in survivals.items()}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+    run = read_reported_run(tmp_path, None, None)
+    found = {prefix: run.curve(f"{prefix}grown_survival").values for prefix in ("", "blocks/", "heads/", "neurons/")}
+    assert found == {"": [0.125], "blocks/": [0.25], "heads/": [0.75], "neurons/": []}
 
 
 def test_last_update_has_the_figures_of_each_layer(saved: Saved) -> None:

@@ -84,6 +84,7 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
     "single": ([*BASE[:4], "heads-and-neurons", *BASE[4:]], UNITS),
     "fsdp2": ([*BASE[:4], "heads-and-neurons", *BASE[4:]], UNITS),
     "weights": (BASE, []),
+    "blocks": (BASE, []),
 }
 """By run, the sections of its page and the pictures."""
 
@@ -126,6 +127,21 @@ def test_report_shows_the_numbers_of_the_run(saved: Saved, tmp_path: Path, capsy
     # 8 x 8 pixels in patches of 4: 5 tokens, width 32. Linear layers of 2 blocks, patches, head; two products of attention.
     macs = 2 * 5 * 12 * 32**2 + 4 * 16 * 32 + 10 * 32 + 2 * 2 * 5 * 5 * 32
     assert f"of {macs / 1000:.0f} k, forward" in text
+
+
+def test_report_shows_how_blocks_and_single_weights_moved_and_what_is_multiplied(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(capsys, "--run", saved("blocks"), "--out", tmp_path).status == 0
+    text = Page(tmp_path / "report.html").text
+    for words in ("svite, density 0.5, blocks of 16 x 4", "Blocks moved", "Weights moved", "of the dense ones, on cpu"):
+        assert words in text
+    assert "Active part of each layer's blocks and weights." in text
+    # Half of each layer's weights are active, the head's inactive ones are multiplied too, and attention's products are whole.
+    half, rest = (2 * 5 * 12 * 32**2 + 4 * 16 * 32) // 2, 2 * 2 * 5 * 5 * 32
+    dense = 2 * half + 10 * 32 + rest
+    assert f"{(half + 10 * 32 // 2 + rest) / 1000:.3g} k{100 * (half + 10 * 32 // 2 + rest) / dense:.1f}%" in text
+    assert f"MACs multiplied{(half + 10 * 32 + rest) / 1000:.3g} k" in text
 
 
 def test_report_has_a_picture_for_each_image_and_selector(

@@ -38,6 +38,8 @@ RUN_ELSEWHERE = {
     ".venv/bin/python -m pytest tests/sparsity/test_update.py": "sparsity/test_update.py",
     "make quickstart": "repository/test_makefile.py::test_quickstart_sets_up_makes_shards_and_trains",
     "python launch/export.py * --int8 *": "export/test_onnx_form.py::test_card_has_the_accuracy_in_int8_beside_that_in_fp32",
+    "python launch/make_shards.py --source glyphs *": "data/test_glyphs.py::"
+    "test_the_command_writes_glyphs_and_lists_their_fonts",
     "python launch/train.py * --dry-run*": "cost/test_plan.py::test_dry_run_of_each_shipped_config_adds_up",
     "python launch/train.py * --profile *": "train/test_profile.py::test_command_traces_the_steps_that_it_names",
     "deepspeed *launch/train.py *": "launch/test_launchers.py::test_a_run_leaves_its_config_metrics_summary_and_checkpoints",

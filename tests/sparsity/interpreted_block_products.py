@@ -122,8 +122,12 @@ def test_no_block_or_all_blocks(density: int) -> None:
     check_products(case_of((16, 32), torch.full((3, 7), density, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (70, 90), (3, 1100)])
-def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [16, 128, triton_products.INDEX_TILE])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (9, 20)])
+def test_the_index_lists_the_active_blocks_of_each_row_and_each_column(
+    size: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_products, "INDEX_TILE", tile)
     active = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.3
     mask = bits.pack(active.flatten()).to(DEVICE)
     rows, columns = active.nonzero().t()
@@ -161,6 +165,19 @@ def test_a_mask_of_another_count_stays_inside_the_buffers(difference: int) -> No
     assert_near(triton_products.product(x, values, mask, None, weight.shape), case.x @ weight.t())
     assert_near(triton_products.transposed_product(grad, values, mask, weight.shape), case.grad @ weight)
     assert triton_products.active_gradient(grad, x, mask, values.shape).shape == values.shape
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    case = case_of((16, 16), some_active())
+    x, grad, values = (tensor.to(DEVICE, torch.float32) for tensor in (case.x, case.grad, case.values))
+    mask = torch.full((2,), 255, dtype=torch.uint8, device=DEVICE)
+    for multiply in (
+        lambda: triton_products.product(x, values, mask, None, case.weight.shape),
+        lambda: triton_products.transposed_product(grad, values, mask, case.weight.shape),
+        lambda: triton_products.active_gradient(grad, x, mask, values.shape),
+    ):
+        with pytest.raises(ValueError, match="20 positions need 3 uint8, not 2"):
+            multiply()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what Triton would time")

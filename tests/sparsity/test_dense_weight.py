@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -190,9 +191,19 @@ def test_a_weight_of_which_only_a_part_is_here_is_refused() -> None:
         _ = twin.packed.weight
 
 
-def test_a_copy_has_a_weight_of_its_own() -> None:
-    twin, _ = case_of("linear, tokens")
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_copy_has_a_weight_and_a_hook_of_its_own(case: str) -> None:
+    twin, x = case_of(case)
+    recorded: list[Tensor] = []
+    twin.packed.gradient_hook = recorded.append
     other = copy.deepcopy(twin.packed)
+    other(x).sum().backward()
+    assert not recorded
+    assert other.handle != twin.packed.handle
+    pickled = io.BytesIO()
+    torch.save(other, pickled)
+    pickled.seek(0)
+    assert torch.equal(torch.load(pickled, weights_only=False)(x), twin.dense(x))
     with torch.no_grad():
         other.weight.zero_()
     assert not other.weight.any()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from svite_scale.errors import SparsifyError
 from svite_scale.sparsity.allocation.distributions import DISTRIBUTIONS, counts, erk
+from svite_scale.sparsity.allocation.first_masks import SavedCounts
 from svite_scale.sparsity.allocation.layer_patterns import densities_by_pattern, matching_layers
 from svite_scale.sparsity.allocation.layer_plan import Allocation, LayerPlan, plan_density, plan_layers
 from svite_scale.sparsity.block_grid import BlockGrid
@@ -195,3 +196,14 @@ def test_explicit_densities_are_met_layer_by_layer(shapes: dict[str, torch.Size]
     assume(all(wanted[name] * shape.numel() >= 1 for name, shape in shapes.items()))
     for entry in plan_layers(grids(shapes), Allocation(densities=wanted)):
         assert abs(entry.num_active - wanted[entry.name] * entry.numel) < 1
+
+
+def test_a_checkpoints_counts_that_are_no_whole_blocks_are_refused() -> None:
+    counts_of = SavedCounts({"fc": 24}).counts
+    assert counts_of({"fc": BlockGrid(torch.Size((8, 12)), (4, 3)), "head": BlockGrid(torch.Size((8, 2)))}) == {
+        "fc": 2,
+        "head": 16,
+    }
+    message = r"block = \[8, 2\]: fc has 24 active weights in the checkpoint, which are no whole blocks; resume with the block"
+    with pytest.raises(SparsifyError, match=message):
+        counts_of({"fc": BlockGrid(torch.Size((8, 12)), (8, 2))})

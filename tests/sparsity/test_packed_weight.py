@@ -135,6 +135,7 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
         return dense
 
     monkeypatch.setattr(packed, "expand", watched_expand)
+    monkeypatch.setattr(packed, "expand_again", watched_expand)
     with saved_tensors() as saved:
         output = twin.packed(x)
     kept = (x, twin.packed.values, twin.packed.mask, twin.packed.handle)
@@ -144,6 +145,30 @@ def test_autograd_keeps_the_values_and_the_mask_but_no_dense_weight(case: str, m
     output.sum().backward()
     assert len(expanded) == 2
     assert expanded[1]() is None, "the dense weight outlives the backward"
+
+
+@pytest.mark.parametrize("case", ["linear, tokens", "conv, patches", *BLOCKS_OF_EACH_PATH])
+def test_an_input_that_doesnt_fit_is_refused(case: str) -> None:
+    twin, x = case_of(case)
+    more_features = torch.cat([x, x], dim=1 if x.dim() == 4 else -1)
+    with pytest.raises((RuntimeError, ValueError), match=r"multiplied|channels|doesn't have the . features of the weight"):
+        twin.packed(more_features)
+    if x.dim() == 4:
+        with pytest.raises((RuntimeError, ValueError), match=r"Kernel size|is smaller than the kernel"):
+            twin.packed(x[:, :, :0])
+
+
+IN_PLACE = ["linear, tokens", "conv, padding", *BLOCKS_OF_EACH_PATH, "linear, tall blocks, no batch"]
+
+
+@pytest.mark.parametrize("case", [*IN_PLACE, "conv, small blocks, one image"])
+def test_what_follows_a_layer_may_change_its_output_in_place(case: str) -> None:
+    """As ``nn.ReLU(inplace=True)`` does."""
+    twin, x = case_of(case)
+    for module in (twin.packed, twin.dense):
+        module(x).relu_().square().sum().backward()
+    assert twin.dense.weight.grad is not None
+    assert_exact(twin.packed.values.grad, twin.active_weights(twin.dense.weight.grad))
 
 
 def test_autograd_keeps_the_input_of_blocks_once_and_no_dense_weight() -> None:

@@ -81,6 +81,8 @@ class Twins:
             assert found.drop_threshold == pytest.approx(max(weight[unit] for unit in goes), rel=1e-6)
             assert found.grow_threshold == pytest.approx(min(scores[unit] for unit in chosen), rel=1e-5)
             self.came += len(came)
+        with pytest.raises(TopologyError, match="no layer counts 'heads'; choose one of "):
+            update.ever_active("heads")
         for unit in update.units:
             layers = {name: layer for name, layer in update.layers.items() if layer.unit == unit}
             ever = sum(len(self.ever[name]) for name in layers)

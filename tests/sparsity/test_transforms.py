@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacrev, stack_module_stat
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.kernels.operators import compress, expand
 from svite_scale.sparsity.packing import sparsify
-from tests.sparsity.packing import packed_layers
+from tests.sparsity.packing import packed_layers, positions_of_units
 
 
 class Small(nn.Module):
@@ -23,22 +23,26 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 6, 3, padding="same")
-        self.first = nn.Linear(6, 8)
-        self.last = nn.Linear(8, 6)
+        self.first = nn.Linear(6, 16)
+        self.last = nn.Linear(16, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(self.conv(x).flatten(2).mean(dim=2)).tanh()
         return self.last(hidden) @ self.first.weight.t()
 
 
+BLOCKS = [(1, 1), (16, 1), (2, 2)]
+"""Single weights; blocks that are multiplied at the size of what is active, of one layer; and others, of both linear layers."""
+
+
 class Pair:
     """A packed float64 model and its dense twin with zeros."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, block: tuple[int, int] = (1, 1), seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.packed = Small().double()
         self.dense = copy.deepcopy(self.packed)
-        sparsify(self.packed, 0.5, distribution="uniform", seed=seed)
+        sparsify(self.packed, 0.5, distribution="uniform", block=block, seed=seed)
         with torch.no_grad():
             for name, layer in packed_layers(self.packed).items():
                 self.dense.get_submodule(name).weight.copy_(layer.dense_weight())
@@ -47,9 +51,10 @@ class Pair:
         self.dense_parameters = {n: p.detach() for n, p in self.dense.named_parameters()}
 
     def positions(self, name: str) -> Tensor:
-        """Where the active weights of a layer are in its flat weight, int64 ``[k]``."""
-        dense = packed_layers(self.packed)[name].dense_weight().flatten()
-        return dense.nonzero().squeeze(1)
+        """Where the values of a layer are in its flat weight, int64, shaped like them."""
+        layer = packed_layers(self.packed)[name]
+        units = bits.unpack(layer.mask, layer.shape.numel())
+        return positions_of_units(layer.grid.shape, layer.grid.block)[units].view(layer.values.shape)
 
     def assert_same(self, packed: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
         """Compares what was differentiated by parameters, whose dimensions are the last ones."""
@@ -57,13 +62,14 @@ class Pair:
             layer, _, key = name.rpartition(".")
             expected = dense[f"{layer}.weight" if key == "values" else name]
             if key == "values":
-                dims = packed_layers(self.packed)[layer].shape
+                dims = packed_layers(self.packed)[layer].grid.shape
                 expected = expected.flatten(-len(dims))[..., self.positions(layer)]
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_per_batch_and_per_sample_are_those_of_the_dense_model() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gradients_per_batch_and_per_sample_are_those_of_the_dense_model(block: tuple[int, int]) -> None:
+    pair = Pair(block)
 
     def loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(model, parameters, (x,)).square().sum()
@@ -78,8 +84,9 @@ def test_gradients_per_batch_and_per_sample_are_those_of_the_dense_model() -> No
     )
 
 
-def test_jacobians_and_hessians_are_those_of_the_dense_model() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("block", BLOCKS)
+def test_jacobians_and_hessians_are_those_of_the_dense_model(block: tuple[int, int]) -> None:
+    pair = Pair(block)
     pair.assert_same(
         jacrev(lambda p: functional_call(pair.packed, p, (pair.x,)))(pair.packed_parameters),
         jacrev(lambda p: functional_call(pair.dense, p, (pair.x,)))(pair.dense_parameters),
@@ -93,8 +100,9 @@ def test_jacobians_and_hessians_are_those_of_the_dense_model() -> None:
         hessian(lambda x: pair.packed(x).square().sum())(pair.x)  # forward over reverse
 
 
-def test_an_ensemble_runs_under_vmap_each_with_masks_of_its_own() -> None:
-    first, second = Pair(0), Pair(1)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_ensemble_runs_under_vmap_each_with_masks_of_its_own(block: tuple[int, int]) -> None:
+    first, second = Pair(block, 0), Pair(block, 1)
     parameters, buffers = stack_module_state([first.packed, second.packed])  # type: ignore[list-item]
     base = copy.deepcopy(first.packed).to("meta")
     assert not torch.equal(*parameters["first.mask"])
@@ -127,9 +135,9 @@ def test_the_operators_take_batches_along_any_dimension(dims: tuple[int | None, 
         assert torch.equal(whole[number], expected.view(3, 4))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_computes_what_the_model_does(strict: bool) -> None:
-    pair, file = Pair(), io.BytesIO()
+@pytest.mark.parametrize(("strict", "block"), [(False, (1, 1)), (True, (1, 1)), (False, (16, 1)), (False, (2, 2))])
+def test_an_exported_program_computes_what_the_model_does(strict: bool, block: tuple[int, int]) -> None:
+    pair, file = Pair(block), io.BytesIO()
     batch = torch.export.Dim("batch", min=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -141,8 +149,9 @@ def test_an_exported_program_computes_what_the_model_does(strict: bool) -> None:
         torch.testing.assert_close(loaded(x), pair.dense(x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_model_compiles_into_one_graph() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_model_compiles_into_one_graph(block: tuple[int, int]) -> None:
+    pair = Pair(block)
     compiled = torch.compile(pair.packed, fullgraph=True, backend="aot_eager")
     compiled(pair.x).square().sum().backward()
     pair.dense(pair.x).square().sum().backward()

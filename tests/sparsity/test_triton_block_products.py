@@ -83,6 +83,16 @@ def test_products_are_sized_where_both_sides_are_multiples_of_16(
     assert block_products.is_sized(torch.Size([5, width, height]), torch.device("cuda"), dtype) == expected
 
 
+@pytest.mark.parametrize(("setting", "expected"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
+def test_fp32_is_multiplied_as_torch_is_set_to(setting: str, expected: str) -> None:
+    triton_products = pytest.importorskip("svite_scale.sparsity.kernels.triton_block_products")
+    torch.backends.cuda.matmul.fp32_precision = setting
+    try:
+        assert triton_products._precision() == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 @pytest.mark.parametrize("trouble", ["no triton", "no GPU driver"])
 def test_where_it_cant_be_used_products_are_dense_and_one_warning_says_so(
     trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -108,9 +108,14 @@ def test_tf32_uses_tensor_cores(architecture: int, kernel: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_index_kernels_compile(architecture: int) -> None:
-    assert_built(compile_kernel(blocks._row_index_kernel, architecture, {}, {"tile": blocks.INDEX_TILE, "tile_columns": 32}))
-    assert_built(compile_kernel(blocks._column_index_kernel, architecture, {}, {"tile_rows": 64, "tile_columns": 32}))
+@pytest.mark.parametrize("single", [(), ("num_rows",), ("num_columns",), ("num_rows", "num_columns", "num_active")])
+def test_the_index_kernels_compile(architecture: int, single: tuple[str, ...]) -> None:
+    """A launch makes a constant of an argument that is 1."""
+    ones = dict.fromkeys(single, 1)
+    assert_built(
+        compile_kernel(blocks._row_index_kernel, architecture, {}, {"tile": blocks.INDEX_TILE, "tile_columns": 32} | ones)
+    )
+    assert_built(compile_kernel(blocks._column_index_kernel, architecture, {}, {"tile_rows": 64, "tile_columns": 32} | ones))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

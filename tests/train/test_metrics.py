@@ -119,3 +119,7 @@ def test_a_run_writes_how_fast_it_is_and_what_it_holds(saved: Callable[[str], Pa
         dense_macs = 4 * 16 * 32 + 2 * block + 10 * 32
         assert line["dense_flops_per_second"] == pytest.approx(6 * dense_macs * line["samples_per_second"])
         assert 0.3 < line["flops_per_second"] / line["dense_flops_per_second"] < 0.9
+    for line in metrics_of(saved("blocks")):
+        # Half of the blocks are active; the head and attention's products are whole.
+        multiplied = (dense_macs + 10 * 32 + 2 * 2 * 5 * 5 * 32) / 2
+        assert line["flops_per_second"] == pytest.approx(6 * multiplied * line["samples_per_second"])

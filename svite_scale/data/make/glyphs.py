@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
@@ -108,7 +107,7 @@ class Glyphs(Source):
     def sample(self, number: int) -> Sample:
         key, (font, position) = self.keys[number], self._glyphs[number]
         try:
-            picture = draw(load_font(font.path, self._image_size), CHARACTERS[position], self._image_size)
+            picture = draw(open_font(font.path.read_bytes(), self._image_size), CHARACTERS[position], self._image_size)
         except OSError as error:
             raise DataError(
                 f"{font.path} can't be read ({error}); restore it, or remove it from the folder of fonts"
@@ -125,10 +124,9 @@ class Glyphs(Source):
         return f"{self.keys[number]} {self._glyphs[number].font.digest} {self._image_size} {self._canvas}"
 
 
-@lru_cache(maxsize=256)
-def load_font(path: Path, image_size: int) -> ImageFont.FreeTypeFont:
-    """Opens a font in a size from which pictures of ``image_size`` pixels are scaled down."""
-    return ImageFont.truetype(str(path), OVERSAMPLING * glyph_size(image_size), layout_engine=ImageFont.Layout.BASIC)
+def open_font(content: bytes, image_size: int) -> ImageFont.FreeTypeFont:
+    """Opens a font file in a size from which pictures of ``image_size`` pixels are scaled down."""
+    return ImageFont.truetype(BytesIO(content), OVERSAMPLING * glyph_size(image_size), layout_engine=ImageFont.Layout.BASIC)
 
 
 def glyph_size(image_size: int) -> int:
@@ -174,15 +172,24 @@ def find_glyphs(folders: Sequence[str] | None, workers: int) -> tuple[dict[str, 
     splits: dict[str, list[Glyph]] = {"train": [], "val": []}
     known: set[bytes] = set()
     for font in alphabets:
-        glyphs = [Glyph(font, position) for position in range(len(CHARACTERS))]
-        new = list({glyph.content: glyph for glyph in reversed(glyphs) if glyph.content not in known}.values())[::-1]
-        known.update(glyph.content for glyph in new)
-        left_out["copies of others"] += not new
-        splits[font.split] += new
-    for split, glyphs in splits.items():
-        if not glyphs:
+        glyphs = new_glyphs(font, known)
+        left_out["copies of others"] += not glyphs
+        splits[font.split] += glyphs
+    for split, chosen in splits.items():
+        if not chosen:
             raise DataError(f"{len(paths)} fonts give no image for {split} ({len(alphabets)} can be used); {REMEDY}")
     return splits, +left_out
+
+
+def new_glyphs(font: Font, known: set[bytes]) -> list[Glyph]:
+    """Returns the glyphs of a font whose pictures aren't known yet, and adds their pictures to the known ones."""
+    glyphs = []
+    for position in range(len(CHARACTERS)):
+        glyph = Glyph(font, position)
+        if glyph.content not in known:
+            known.add(glyph.content)
+            glyphs.append(glyph)
+    return glyphs
 
 
 def find_fonts(folders: Sequence[str] | None) -> list[Path]:
@@ -210,7 +217,7 @@ def read_font(path: Path) -> Font | str:
             licence = names.getDebugName(13) or names.getDebugName(14) or names.getDebugName(0) or ""
         if not all(ord(character) in codes for character in CHARACTERS):
             return "without all letters and digits"
-        font = load_font.__wrapped__(path, IMAGE_SIZE)
+        font = open_font(content, IMAGE_SIZE)
         pictures = np.stack([np.asarray(draw(font, character, IMAGE_SIZE)) for character in CHARACTERS])
     except Exception:  # both libraries raise nearly anything for a damaged file
         return "unreadable"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,21 +56,21 @@ def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape:
         shape: R and C.
 
     Raises:
-        ValueError: the mask isn't of N blocks, or, on the CPU, k of them aren't active.
+        ValueError: ``x`` has another number of features, the mask isn't of N blocks, or, on the CPU, k of them aren't active.
     """
-    matrix, bias = _matrix(x), None if bias is None else bias.contiguous()
+    matrix, bias = _matrix(x, shape[1]), None if bias is None else bias.contiguous()
     result = _path(values.shape, x.device, x.dtype).product(matrix, values.contiguous(), mask.contiguous(), bias, shape)
-    return result.view(*x.shape[:-1], shape[0])
+    return _like_input(result, x)
 
 
 @torch.no_grad()
 def transposed_product(grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """Returns ``grad @ W``, ``[..., C]``, for ``grad`` ``[..., R]``; see :func:`product`."""
-    matrix = _matrix(grad)
+    matrix = _matrix(grad, shape[0])
     result = _path(values.shape, grad.device, grad.dtype).transposed_product(
         matrix, values.contiguous(), mask.contiguous(), shape
     )
-    return result.view(*grad.shape[:-1], shape[1])
+    return _like_input(result, grad)
 
 
 @torch.no_grad()
@@ -78,14 +78,14 @@ def active_gradient(grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> 
     """Returns the active blocks of ``grad.T @ x``, of ``size`` [k, U, V], for ``grad`` ``[..., R]`` and ``x`` ``[..., C]``; see
     :func:`product`.
     """
-    grad, x = _matrix(grad), _matrix(x)
+    grad, x = _matrix(grad, grad.shape[-1]), _matrix(x, x.shape[-1])
     return _path(size, x.device, x.dtype).active_gradient(grad, x, mask.contiguous(), size)
 
 
 def expand(values: Tensor, mask: Tensor, grid: BlockGrid) -> Tensor:
     """Returns the dense weight of a grid, 0 where inactive. Differentiable, on any device; the host doesn't wait for it."""
     active = _active_blocks(mask, grid, len(values))
-    source = (active.cumsum(0) - 1).clamp_(min=0, max=len(values) - 1)
+    source = (active.cumsum(0) - 1).clamp(min=0, max=len(values) - 1)
     return grid.to_weight(torch.where(active.view(-1, 1, 1), values[source], 0.0))
 
 
@@ -96,9 +96,10 @@ def compress(dense: Tensor, mask: Tensor, grid: BlockGrid, num_active: int) -> T
 
 
 def _active_blocks(mask: Tensor, grid: BlockGrid, num_active: int) -> Tensor:
-    """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it."""
+    """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it, and not in graphs and transforms."""
     active = bits.unpack(mask, grid.num_blocks)
-    if active.device.type == "cpu":
+    is_traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(active)
+    if active.device.type == "cpu" and not is_traced:
         bits.check_count(int(active.count_nonzero()), num_active)
     return active
 
@@ -164,8 +165,15 @@ def _cuda(device: torch.device) -> BlockProducts:
 DENSE = DenseProducts()
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+def _matrix(x: Tensor, num_features: int) -> Tensor:
+    if x.shape[-1:] != (num_features,):
+        raise ValueError(f"an input of shape {tuple(x.shape)} doesn't have the {num_features} features of the weight")
+    return x.reshape(-1, num_features).contiguous()
+
+
+def _like_input(result: Tensor, x: Tensor) -> Tensor:
+    """Returns a product with the leading dimensions of its input; no view, so that what follows may change it in place."""
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(result, [*x.shape[:-1], result.shape[-1]]))
 
 
 def _grid(shape: torch.Size, values_shape: torch.Size) -> BlockGrid:

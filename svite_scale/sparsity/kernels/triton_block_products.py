@@ -168,11 +168,13 @@ def _num_parts(num_tokens: int, num_tiles: int) -> int:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Returns how fp32 is multiplied, as torch multiplies it. Reading ``allow_tf32`` fails after some ways to set it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _index_rows(mask: Tensor, num_rows: int, num_columns: int, num_active: int) -> tuple[Tensor, Tensor]:
     """Returns where each row of blocks starts in the values, int32 ``[G + 1]``, and the column of each block, int32 ``[k]``."""
+    bits.check_size(mask, num_rows * num_columns)
     starts, columns = (torch.empty(length, dtype=torch.int32, device=mask.device) for length in (num_rows + 1, num_active))
     _row_index_kernel[(num_rows,)](
         mask, starts, columns, num_rows, num_columns, num_active,
@@ -188,6 +190,7 @@ def _index_columns(mask: Tensor, num_rows: int, num_columns: int, num_active: in
         Where each column of blocks starts in this order, int32 ``[J + 1]``; the row of each block, and its place in the values,
         int32 ``[k]`` both.
     """
+    bits.check_size(mask, num_rows * num_columns)
     starts, rows, places = (
         torch.empty(length, dtype=torch.int32, device=mask.device) for length in (num_columns + 1, num_active, num_active)
     )
@@ -268,7 +271,7 @@ def _tiles(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
 
 
 def _suitable(tiles: list[triton.Config], arguments: dict[str, Any], precision: str, **_: Any) -> list[triton.Config]:
-    """Returns the tiles to time: the first, and those that the tokens fill. Others need too many registers for exact fp32."""
+    """Returns the tiles to time: the first, and those that the tokens fill. Exact fp32 has registers for the first only."""
     if precision == "ieee" and arguments["inputs"].dtype == torch.float32:
         return tiles[:1]
     return tiles[:1] + [tile for tile in tiles[1:] if tile.kwargs["tile_tokens"] <= arguments["token_class"]]
@@ -316,7 +319,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         columns = _in_runs(source * inner + k % inner)
         x = tl.load(inputs + tokens * num_inputs + columns[None, :], mask=has_token & has_k[None, :], other=0)
         if places is None:
-            offsets = (number * inner + k % inner)[:, None] * outer + n[None, :]
+            offsets = (first * inner + k)[:, None] * outer + n[None, :]
         else:
             place = tl.load(places + number, mask=has_k, other=0)
             offsets = _in_runs(place * (inner * outer) + k % inner)[:, None] + n[None, :] * inner

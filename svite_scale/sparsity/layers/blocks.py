@@ -95,6 +95,8 @@ class BlockConv2d(BlockLayer, PackedConv2d):  # type: ignore[misc]  # bias may b
             return self.forward(x.unsqueeze(0)).squeeze(0)
         height, width = self.kernel_size
         rows, columns = x.shape[-2] // height, x.shape[-1] // width
+        if not rows or not columns:
+            raise ValueError(f"{self.name}: an input of {x.shape[-2]} x {x.shape[-1]} is smaller than the kernel")
         patches = x[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
         return self.multiply(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
 

@@ -47,14 +47,14 @@ class Candidates:
         return self.layer.name
 
     def values(self) -> Tensor:
-        """Returns the dense weight before the update, fp32 ``[N]``, 0 where inactive; a new tensor. Of heads and neurons, their
-        importance. A collective.
+        """Returns the dense weight before the update, fp32 ``[N]``, 0 where inactive; a new tensor. Of blocks, their L2 norms;
+        of heads and neurons, their importance. A collective.
         """
         return self.layer.importance()
 
     def gradient(self) -> Tensor:
-        """Returns the magnitude of the dense gradient, averaged over the growth window, fp32 ``[N]``; a new tensor. Of heads
-        and neurons, their growth scores. A collective.
+        """Returns the magnitude of the dense gradient, averaged over the growth window, fp32 ``[N]``; a new tensor. Of blocks,
+        its L2 norms; of heads and neurons, their growth scores. A collective.
         """
         return self.layer.growth_scores()
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.base import SparseLayer
 from svite_scale.sparsity.sharding import gather_chunks, rank_and_size, rank_chunk
@@ -23,7 +24,7 @@ class LayerUpdate:
     """Summary of an update of one layer.
 
     Attributes:
-        unit: what N and the figures below count: ``weights``, ``neurons`` or ``heads``.
+        unit: what N and the figures below count: ``weights``, ``blocks``, ``neurons`` or ``heads``.
         numel: all units, N.
         num_active: active units, k.
         dropped: units dropped, those that were grown again at once included.
@@ -92,17 +93,22 @@ class TopologyUpdate:
     def ever_active(self, unit: str = "weights") -> float:
         """Returns the fraction of the units of a kind that have been active at any time: of weights, the in-time
         over-parameterization rate R_s of Liu et al. (arXiv:2102.02887).
+
+        Raises:
+            TopologyError: no layer counts these units; names those in :attr:`units`.
         """
         layers = self._layers_of(unit)
         return sum(layer.ever_active for layer in layers) / sum(layer.numel for layer in layers)
 
     def initial_survival(self, unit: str = "weights") -> float:
-        """Returns the fraction of the active units of a kind that have been active since training began."""
+        """Returns the fraction of the active units of a kind that have been active since training began; see
+        :meth:`ever_active`.
+        """
         layers = self._layers_of(unit)
         return sum(layer.initial_survivors for layer in layers) / sum(layer.num_active for layer in layers)
 
     def metrics(self) -> Metrics:
-        """Returns totals by name, those of heads and neurons as ``heads/<name>`` and ``neurons/<name>``, and each layer's
+        """Returns totals by name, those of blocks, heads and neurons as ``blocks/<name>`` and the like, and each layer's
         figures as ``layers/<figure>/<layer>``.
         """
         metrics: Metrics = {}
@@ -114,7 +120,10 @@ class TopologyUpdate:
         return metrics
 
     def _layers_of(self, unit: str) -> list[LayerUpdate]:
-        return [layer for layer in self.layers.values() if layer.unit == unit]
+        layers = [layer for layer in self.layers.values() if layer.unit == unit]
+        if not layers:
+            raise TopologyError(f"no layer counts {unit!r}; choose one of {', '.join(self.units)}")
+        return layers
 
     def _totals(self, unit: str) -> Metrics:
         layers = self._layers_of(unit)
