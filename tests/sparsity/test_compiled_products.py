@@ -20,6 +20,7 @@ from svite_scale.models.structure import pack_units
 from svite_scale.sparsity import hooks
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.packing import sparsify
+from tests.sparsity.test_packed_weight import saved_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +122,20 @@ def test_a_growth_window_opens_and_closes_without_compiling_again(kind: str) -> 
     assert backend.graphs == 1
     for (name, one), other in zip(block.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["weights", "blocks", "small blocks"])
+def test_a_compiled_forward_keeps_no_dense_weight_for_its_backward(kind: str) -> None:
+    """A compiler may compute a term of the backward that it needs in the forward too once, and keep it."""
+    block = build_block(kind)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 17, 16)
+    sizes = []
+    for module in (block, compiled):
+        with saved_tensors() as saved:
+            module(x)
+        sizes.append(sum({tensor.data_ptr(): tensor.nbytes for tensor in saved}.values()))
+    assert sizes[1] <= sizes[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

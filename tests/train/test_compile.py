@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(config: Config, compiler: str) -> Result:
+def train(config: Config, compiler: str = "aot_eager", resume: bool = False) -> Result:
     """Trains to the last step. A collective. ``compiler`` is the backend that the config compiles by, if it compiles."""
     torch.compiler.reset()
     counters.clear()
@@ -76,7 +76,7 @@ def train(config: Config, compiler: str) -> Result:
             return update
 
     try:
-        Counted(config, World.from_environment(), torch.device("cpu"), resume=False).run()
+        Counted(config, World.from_environment(), torch.device("cpu"), resume=resume).run()
     finally:
         torch.compiler.set_default_backend(None)
     return Result(graphs, len(counters["graph_break"]), len(counters["recompile_limit"]))
@@ -87,7 +87,7 @@ def losses(folder: Path, engine: str, world_size: int, *overrides: str) -> tuple
     """The losses of a run, and what its first rank saw."""
     run_dir = folder / "-".join([engine, str(world_size), *overrides]).replace("=", "-")
     config = tiny_config(folder / "digits", run_dir, *ENGINES[engine], *WINDOW, *overrides)
-    result, *_ = run_on_ranks(world_size, train, config, "aot_eager")
+    result, *_ = run_on_ranks(world_size, train, config)
     return losses_of(run_dir), result
 
 
@@ -123,6 +123,17 @@ def test_bf16_losses_are_close_to_those_of_a_run_that_is_not_compiled(folder: Pa
     assert found == pytest.approx(expected, abs=2e-2)
     assert compiled.breaks == 0
     assert compiled.graphs[FIRST_EPOCH] == compiled.graphs[-1]
+
+
+def test_a_run_resumes_compiled_from_a_checkpoint_of_one_that_is_not(folder: Path) -> None:
+    expected, _ = losses(folder, "fsdp2", 2)
+    run_dir, engine = folder / "resumed", (*ENGINES["fsdp2"], *WINDOW)
+    run_on_ranks(2, train, tiny_config(folder / "digits", run_dir, *engine, "train.max_steps=6"))
+    result, *_ = run_on_ranks(
+        2, train, tiny_config(folder / "digits", run_dir, *engine, "train.compile=true"), "aot_eager", True
+    )
+    assert result.graphs[0] > 0
+    assert losses_of(run_dir) == pytest.approx(expected, abs=1e-5)
 
 
 def test_inductor_trains_alike(folder: Path) -> None:

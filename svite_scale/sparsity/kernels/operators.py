@@ -22,6 +22,8 @@ from svite_scale.sparsity.kernels import block_products
 
 LIBRARY = torch.library.Library("svite_scale", "DEF")
 LIBRARY.define("expand(Tensor values, Tensor mask, SymInt[] shape) -> Tensor")
+# For backwards. If a backward called expand, a compiler would keep what the forward expanded, for as long.
+LIBRARY.define("expand_again(Tensor values, Tensor mask, SymInt[] shape) -> Tensor")
 LIBRARY.define("compress(Tensor dense, Tensor mask, SymInt num_active) -> Tensor")
 LIBRARY.define("block_product(Tensor x, Tensor values, Tensor mask, Tensor? bias, SymInt[] shape) -> Tensor")
 LIBRARY.define("block_transposed_product(Tensor grad, Tensor values, Tensor mask, SymInt[] shape) -> Tensor")
@@ -32,6 +34,7 @@ for _name in ("block_active_gradient", "record_gradient"):
     LIBRARY._register_effectful_op(f"svite_scale::{_name}", EffectType.ORDERED)
 # Not by torch.library.custom_op, whose wrappers would cost each call a third of what the kernels of a small layer take.
 expand, compress = torch.ops.svite_scale.expand.default, torch.ops.svite_scale.compress.default
+expand_again = torch.ops.svite_scale.expand_again.default
 block_product = torch.ops.svite_scale.block_product.default
 block_transposed_product = torch.ops.svite_scale.block_transposed_product.default
 block_active_gradient = torch.ops.svite_scale.block_active_gradient.default
@@ -39,6 +42,7 @@ record_gradient = torch.ops.svite_scale.record_gradient.default
 
 
 @torch.library.impl(LIBRARY, "expand", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "expand_again", "CompositeExplicitAutograd")
 def _(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
     return kernels.expand(values, mask, torch.Size(shape))
 
@@ -78,6 +82,7 @@ def _(gradient: Tensor, x: Tensor | None, attn_mask: Tensor | None, handle: Tens
 
 
 @torch.library.register_fake("svite_scale::expand")
+@torch.library.register_fake("svite_scale::expand_again")
 def _(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
     return values.new_empty(shape)
 
@@ -125,7 +130,7 @@ def _one_by_one(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
     return rule
 
 
-for _operator in (expand, compress, block_product, block_transposed_product, block_active_gradient):
+for _operator in (expand, expand_again, compress, block_product, block_transposed_product, block_active_gradient):
     torch.library.register_vmap(_operator, _one_by_one(_operator))
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import Function
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits, kernels
 from svite_scale.sparsity.block_grid import SINGLE, BlockGrid
-from svite_scale.sparsity.kernels.operators import compress, expand, record_gradient
+from svite_scale.sparsity.kernels.operators import compress, expand, expand_again, record_gradient
 from svite_scale.sparsity.layers.base import LayerContext, SparseLayer, UnitParameter, filled, with_signature
 from svite_scale.sparsity.layers.dense_weight import DenseWeight
 from svite_scale.sparsity.mask import Mask
@@ -249,14 +249,19 @@ class ActiveRead(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return read_dense(gradient, mask, ctx.shape), None, None
+        return read_again(gradient, mask, ctx.shape), None, None
 
 
 def read_dense(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None = None) -> Tensor:
     """Returns the dense weight of ``shape``. Its gradient goes to ``values`` where active, and whole to the layer's hook."""
-    if not torch.is_grad_enabled():  # in a backward, where a function of autograd would only take time
-        return expand(values, mask, shape)
     return cast(Tensor, DenseRead.apply(values, mask, shape, handle))
+
+
+def read_again(values: Tensor, mask: Tensor, shape: torch.Size, handle: Tensor | None = None) -> Tensor:
+    """Returns what :func:`read_dense` does, in a backward."""
+    if not torch.is_grad_enabled():  # a function of autograd would only take time
+        return expand_again(values, mask, shape)
+    return read_dense(values, mask, shape, handle)
 
 
 class PackedLinearProduct(Function):
@@ -281,7 +286,7 @@ class PackedLinearProduct(Function):
         x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ read_dense(values.to(grad.dtype), mask, ctx.shape, handle)
+            grad_x = grad @ read_again(values.to(grad.dtype), mask, ctx.shape, handle)
         rows = torch.atleast_2d(grad).flatten(0, -2)
         if ctx.needs_input_grad[1]:
             grad_values = _packed_gradient(rows.t() @ torch.atleast_2d(x).flatten(0, -2), values, mask, handle)
@@ -319,7 +324,7 @@ class PackedConv2dProduct(Function):
         x, values, mask, handle = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = read_dense(values.to(grad.dtype), mask, ctx.shape, handle)
+            weight = read_again(values.to(grad.dtype), mask, ctx.shape, handle)
             grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, **ctx.options)
         if ctx.needs_input_grad[1]:
             dense = torch.nn.grad.conv2d_weight(x, ctx.shape, grad, **ctx.options)
