@@ -1,4 +1,4 @@
-"""One prune-and-grow decision, the same for elements, heads and neurons.
+"""One prune-and-grow decision, the same for weights, blocks, heads and neurons.
 
 These pure functions are the reference for everything distributed: given the same scores they return the same topology, bit
 for bit, on every rank, for every world size, on every backend.

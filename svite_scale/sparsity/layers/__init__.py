@@ -1,1 +1,1 @@
-"""Layers whose weights are packed, one by one or by heads and neurons."""
+"""Layers whose weights are packed: one by one, in blocks, or by heads and neurons."""

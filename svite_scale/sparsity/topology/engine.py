@@ -180,7 +180,7 @@ class TopologyEngine:
     def unit_masks(self) -> dict[str, bytes]:
         """Returns the masks of layers of heads or neurons, by name: ``ceil(N / 8)`` bytes; bit i of byte j is unit 8j + i.
 
-        The masks of single weights are left out, because they are large. A collective.
+        The masks of weights and of blocks are left out, because they are large. A collective.
         """
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, UnitLayer)}
         return {name: self.access.read(layer.mask).cpu().numpy().tobytes() for name, layer in layers.items()}
