@@ -150,6 +150,7 @@ def test_readme_figures_are_those_of_the_pages() -> None:
     wire = [float(row[13]) for row in held if row[13] != "-"]
     peak = {row[0]: float(row[6]) for row in rows("benchmarks.md", "ZeRO-3", "FSDP2", cells=7) if "/" not in row[1]}
     step = [float(row[3]) for row in rows("benchmarks.md", "DeiT-Small at 224 px, batch", cells=4)]
+    (in_blocks,) = rows("blocks.md", "[32, 1]", cells=7)
     gpu = [row for row in rows("benchmarks.md", "DeiT-Base", cells=10) if row[2] == "0.3"]
     accuracy = {row[0]: float(row[2]) for row in rows("accuracy.md", "dense", "weights", "heads", cells=5)}
     units = [accuracy["heads and neurons 40%, `grow: paper`"], accuracy["heads and neurons 40%"]]
@@ -159,6 +160,7 @@ def test_readme_figures_are_those_of_the_pages() -> None:
         ("peak of a step on a GPU", ends(float(gpu[0][7]), float(gpu[-1][7]))),
         ("traffic", ends(min(wire), max(wire))),
         ("time of a step on the CPU", f"{step[0]:.2f}, {step[1]:.2f}"),
+        ("time of a step in blocks", in_blocks[2]),
         ("time of a step on a GPU", ends(float(gpu[0][5]), float(gpu[-1][5]))),
         ("accuracy on 1,000", f"{accuracy['weights 70%']:.1f}% / {accuracy['dense']:.1f}%"),
         ("accuracy on MNIST", f"{units[0]:.1f}% | {units[1]:.1f}%"),
