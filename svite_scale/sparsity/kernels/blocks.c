@@ -46,7 +46,11 @@ static int omp_get_thread_num(void) { return 0; }
 #define CHUNK 128            // tokens that are added to the gradient at a time
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32") // a tile's loops, so that its sums are registers
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll") // a tile's loops, so that its sums are registers
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
