@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a script
 
 import svite_scale
 from benchmarks.machine import describe_machine
-from svite_scale.sparsity.kernels import block_products
 from svite_scale.sparsity.layers.base import sparse_layers
 
 NUM_CLASSES, IMAGE_SIZE, PATCH_SIZE, DEPTH, HEAD_SIZE = 36, 28, 7, 4, 32
@@ -74,7 +73,6 @@ def train(run: Run, shards: Path) -> dict[str, Any]:
     """Trains and evaluates one run, and returns its line of the results."""
     torch.set_num_threads(1)
     set_fused_attn(False)  # its backward in bfloat16 takes more than half of a step on a CPU
-    block_products.SMALLEST_ROWS = sys.maxsize  # all products dense, which is faster for so few tokens in bfloat16
     torch.manual_seed(run.seed)
     start = time.process_time()
     images, labels = load_split(shards, "train")

@@ -122,7 +122,7 @@ BLOCKS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...], tuple[int, int]]] 
         (4, 1),
     ),
 }
-"""In blocks of 16 rows, and of fewer, which are multiplied in another way."""
+"""In blocks that a CPU has fast products for, in fp32, and in smaller ones."""
 CASES = {
     **{f"linear, {name}": (nn.Linear, *case, SINGLE) for name, case in LINEARS.items()},
     **{f"conv, {name}": (nn.Conv2d, *case, SINGLE) for name, case in CONVOLUTIONS.items()},

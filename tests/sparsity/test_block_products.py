@@ -108,6 +108,44 @@ def test_compiled_products_equal_dense_ones(compiled: CpuBlockProducts, height: 
             check(compiled, case(height, width, tokens, active, seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_products_of_fewer_bits_are_the_rounded_fp32_ones(compiled: CpuBlockProducts, dtype: torch.dtype) -> None:
+    *_, active = masks()
+    factors = case(32, 4, 13, active)
+    x, grad, values, bias = (t.to(dtype) for t in (factors.x, factors.grad, factors.values, factors.bias))
+    shape, size = factors.weight.shape, factors.values.shape
+    few = (
+        compiled.product(x, values, factors.mask, bias, shape),
+        compiled.transposed_product(grad, values, factors.mask, shape),
+        compiled.active_gradient(grad, x, factors.mask, size),
+    )
+    x, grad, values, bias = x.float(), grad.float(), values.float(), bias.float()
+    many = (
+        compiled.product(x, values, factors.mask, bias, shape),
+        compiled.transposed_product(grad, values, factors.mask, shape),
+        compiled.active_gradient(grad, x, factors.mask, size),
+    )
+    for found, expected in zip(few, many, strict=True):
+        assert torch.equal(found, expected.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "path"),
+    [
+        ((9, 1, 16), torch.float32, "CpuBlockProducts"),
+        ((9, 8, 48), torch.bfloat16, "CpuBlockProducts"),
+        ((9, 8, 8), torch.float32, "DenseProducts"),
+        ((9, 1, 16), torch.float64, "DenseProducts"),
+        ((9, 1, 128), torch.float64, "torch_block_products"),
+        ((9, 1, 132), torch.float32, "torch_block_products"),
+    ],
+)
+def test_blocks_have_the_path_of_their_rows_and_dtype(shape: tuple[int, ...], dtype: torch.dtype, path: str) -> None:
+    found = block_products._path(torch.Size(shape), torch.device("cpu"), dtype)
+    assert getattr(found, "__name__", type(found).__name__).endswith(path)
+    assert block_products.is_sized(torch.Size(shape), torch.device("cpu"), dtype) == (path != "DenseProducts")
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 1), (17, 3), (64, 16)])
 def test_products_in_calls_to_blas_equal_dense_ones(height: int, width: int) -> None:
     for seed, active in enumerate(masks()):

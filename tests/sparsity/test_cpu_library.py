@@ -150,8 +150,7 @@ from svite_scale.sparsity.kernels import block_products
 x, values, mask = torch.ones(3, 1), torch.ones(1, 1, 16), torch.ones(1, dtype=torch.uint8)
 for _ in range(2):
     assert torch.equal(block_products.product(x, values, mask, None, torch.Size((16, 1))), torch.ones(3, 16))
-path = block_products._cpu()
-print(getattr(path, "__name__", type(path).__name__))
+print(type(block_products._path(values.shape, x.device, x.dtype)).__name__)
 """
 """Multiplies with a block twice, checks the product, and prints which path it was of."""
 
@@ -164,7 +163,7 @@ def test_blocks_are_multiplied_by_one_thread_when_the_compiler_has_no_openmp(tmp
 
 def test_blocks_are_multiplied_by_torch_when_there_is_no_compiler(tmp_path: Path) -> None:
     name, logged = run(BLOCKS, {"CC": "/nowhere/cc", "XDG_CACHE_HOME": str(tmp_path)})
-    assert name == "svite_scale.sparsity.kernels.torch_block_products"
+    assert name == "DenseProducts"
     (line,) = logged.splitlines()
     assert "The CPU kernels of weights in blocks can't be compiled, so slower torch operations take their place." in line
 

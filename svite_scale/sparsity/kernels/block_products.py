@@ -4,12 +4,12 @@ A weight of ``shape`` [R, C] in blocks of V rows by U columns is ``values``, flo
 row of blocks first, and ``mask``, uint8 ``[ceil(N / 8)]``, a bit for each of the N blocks. Each of the three products is linear
 in both of its factors, and the derivatives of each are the other two. They multiply active blocks only:
 
-- CPU, fp32, V a multiple of 16: C, compiled at the first use.
-- CPU, V of 16 or more: BLAS, one product of reduced length for each row of blocks. So too where C can't be compiled, which is
-  logged once.
+- CPU, fp32, bf16 and fp16, V a multiple of 16: C, compiled at the first use, which multiplies in fp32.
+- CPU, otherwise, V of 128 or more: BLAS, one product of reduced length for each row of blocks.
 - CUDA, fp32, bf16 and fp16, U and V multiples of 16: Triton.
-- Anything else: the weight is expanded and multiplied dense, since the products of such small blocks would take longer. So too
-  where Triton can't be used, which is logged once.
+- Anything else: the weight is expanded and multiplied dense, which takes less time than BLAS does for such small blocks.
+
+Where C can't be compiled, or Triton can't be used, the next path takes its place, which is logged once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from svite_scale.sparsity.block_grid import BlockGrid
 from svite_scale.sparsity.kernels import FAST_DTYPES, MISSING, cpu_block_products, torch_block_products
 from svite_scale.sparsity.kernels.cpu_library import BuildError
 
-SMALLEST_ROWS = 16
-"""V below which a dense product is faster on a CPU."""
+BLAS_ROWS = 128
+"""V below which one dense product is faster than many of reduced length."""
 TENSOR_CORE_SIDE = 16
 """U and V are multiples of it in Triton's products."""
 LOG = logging.getLogger("svite_scale")
@@ -123,7 +123,7 @@ def is_sized(values_shape: torch.Size, device: torch.device, dtype: torch.dtype)
     _, width, height = values_shape
     if device.type == "cuda":
         return dtype in FAST_DTYPES and width % TENSOR_CORE_SIDE == height % TENSOR_CORE_SIDE == 0
-    return device.type == "cpu" and height >= SMALLEST_ROWS
+    return device.type == "cpu" and (_fits_c(values_shape, dtype) or height >= BLAS_ROWS)
 
 
 def _path(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) -> BlockProducts:
@@ -131,17 +131,21 @@ def _path(values_shape: torch.Size, device: torch.device, dtype: torch.dtype) ->
         return DENSE
     if device.type == "cuda":
         return _cuda(device)
-    is_compiled = dtype == torch.float32 and values_shape[2] % cpu_block_products.ROWS_MULTIPLE == 0
-    return _cpu() if is_compiled else torch_block_products
+    compiled = _cpu() if _fits_c(values_shape, dtype) else None
+    return compiled or (torch_block_products if values_shape[2] >= BLAS_ROWS else DENSE)
+
+
+def _fits_c(values_shape: torch.Size, dtype: torch.dtype) -> bool:
+    return dtype in FAST_DTYPES and values_shape[2] % cpu_block_products.ROWS_MULTIPLE == 0
 
 
 @cache
-def _cpu() -> BlockProducts:
+def _cpu() -> BlockProducts | None:
     try:
         return cpu_block_products.load()
     except (BuildError, OSError) as error:
         LOG.warning(MISSING, "weights in blocks", error)
-        return torch_block_products
+        return None
 
 
 @cache

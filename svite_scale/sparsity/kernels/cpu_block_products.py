@@ -1,4 +1,6 @@
-"""The products with blocks on a CPU: blocks.c on fp32 and blocks of V a multiple of 16, called through ctypes."""
+"""The products with blocks on a CPU, called through ctypes: blocks.c, for blocks of V a multiple of 16. It multiplies in fp32,
+so inputs of fewer bits are converted, and the results back.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels import PLAIN
+from svite_scale.sparsity.kernels import FAST_DTYPES, PLAIN
 from svite_scale.sparsity.kernels.cpu_library import BuildError, c_function, load_library
 
 ROWS_MULTIPLE = 16
@@ -37,33 +39,36 @@ class CpuBlockProducts:
         self._active_gradient = c_function(library, "block_active_gradient", number, *of_gradient, *sizes)
 
     def product(self, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, shape: torch.Size) -> Tensor:
-        """See :func:`svite_scale.sparsity.kernels.block_products.product`; on the CPU, for fp32 and V a multiple of 16."""
+        """See :func:`svite_scale.sparsity.kernels.block_products.product`; on the CPU, for V a multiple of 16."""
         sizes = _sizes(shape, values.shape, mask)
         tokens, num_active = len(x), len(values)
+        dtype, x, values, bias = x.dtype, _fp32(x), _fp32(values), None if bias is None else _fp32(bias)
         y = x.new_empty(tokens, shape[0])
         factors = _address(x, tokens, shape[1]), tokens, _address(values, *values.shape), num_active, mask.data_ptr()
         bias_address = None if bias is None else _address(bias, shape[0])
         _check_result(self._product(*factors, bias_address, y.data_ptr(), *sizes), num_active)
-        return y
+        return y.to(dtype)
 
     def transposed_product(self, grad: Tensor, values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
         """See :func:`svite_scale.sparsity.kernels.block_products.transposed_product`; like :meth:`product`."""
         sizes = _sizes(shape, values.shape, mask)
         tokens, num_active = len(grad), len(values)
+        dtype, grad, values = grad.dtype, _fp32(grad), _fp32(values)
         grad_x = grad.new_empty(tokens, shape[1])
         factors = _address(grad, tokens, shape[0]), tokens, _address(values, *values.shape), num_active, mask.data_ptr()
         _check_result(self._transposed_product(*factors, grad_x.data_ptr(), *sizes), num_active)
-        return grad_x
+        return grad_x.to(dtype)
 
     def active_gradient(self, grad: Tensor, x: Tensor, mask: Tensor, size: torch.Size) -> Tensor:
         """See :func:`svite_scale.sparsity.kernels.block_products.active_gradient`; like :meth:`product`."""
         rows, columns = grad.shape[1], x.shape[1]
         sizes = _sizes(torch.Size([rows, columns]), size, mask)
         tokens, num_active = len(x), size[0]
+        dtype, grad, x = x.dtype, _fp32(grad), _fp32(x)
         gradient = x.new_empty(size)
         factors = _address(grad, tokens, rows), _address(x, tokens, columns), tokens, mask.data_ptr()
         _check_result(self._active_gradient(*factors, gradient.data_ptr(), num_active, *sizes), num_active)
-        return gradient
+        return gradient.to(dtype)
 
 
 def load(instructions: str | None = None) -> CpuBlockProducts:
@@ -89,6 +94,10 @@ def _sizes(shape: torch.Size, values_shape: torch.Size, mask: Tensor) -> tuple[i
         raise ValueError(f"a weight of shape {list(shape)} can't be multiplied in blocks of {height} x {width}")
     bits.check_size(mask, rows * columns)
     return rows, columns, width, height, torch.get_num_threads()
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in FAST_DTYPES else tensor
 
 
 def _address(tensor: Tensor, *shape: int) -> int:
