@@ -88,9 +88,8 @@ def test_each_tile_reads_16_bytes_at_a_time_into_the_shared_memory_there_is(arch
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", [blocks._product_kernel, blocks._gradient_kernel])
-@pytest.mark.parametrize("block", [(128, 64), (48, 16)])
+@pytest.mark.parametrize(("dtype", "block"), [("bf16", (128, 64)), ("fp16", (48, 16)), ("fp32", (128, 64))])
 def test_the_first_tile_suits_every_gpu(architecture: int, dtype: str, kernel: Any, block: tuple[int, int]) -> None:
     for transposed in (False, True) if kernel is blocks._product_kernel else (False,):
         compiled = compile_product(kernel, architecture, dtype, block, kernel.configs[0], transposed)

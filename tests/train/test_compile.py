@@ -94,14 +94,9 @@ def losses(folder: Path, engine: str, world_size: int, *overrides: str) -> tuple
 CASES = [
     ("single", 1, "weights"),
     ("ddp", 2, "blocks"),
-    ("fsdp2", 2, "weights"),
-    ("fsdp2", 2, "blocks"),
     ("fsdp2", 2, "units"),
-    ("zero2", 2, "blocks"),
     ("zero2", 2, "tokens"),
     ("zero3", 2, "weights"),
-    ("zero3", 2, "units"),
-    ("zero3", 2, "tokens"),
 ]
 
 
@@ -116,7 +111,7 @@ def test_losses_equal_those_of_a_run_that_is_not_compiled(folder: Path, engine: 
     assert compiled.graphs[FIRST_EPOCH] == compiled.graphs[-1], "later updates, windows and evaluations compile nothing"
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("engine", ["fsdp2"])
 def test_bf16_losses_are_close_to_those_of_a_run_that_is_not_compiled(folder: Path, engine: str) -> None:
     expected, _ = losses(folder, engine, 2, *KINDS["blocks"], BF16)
     found, compiled = losses(folder, engine, 2, *KINDS["blocks"], BF16, "train.compile=true")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.kernels import FAST_DTYPES, PLAIN
+from svite_scale.sparsity.kernels import FAST_DTYPES, LOG, PLAIN
 from svite_scale.sparsity.kernels.cpu_library import BuildError, c_function, load_library
 
 ROWS_MULTIPLE = 16
@@ -81,8 +81,13 @@ def load(instructions: str | None = None) -> CpuBlockProducts:
     flags = FLAGS.get(instructions or torch.backends.cpu.get_cpu_capability(), ())
     try:
         library = load_library("blocks", *flags, "-fopenmp")  # its threads are torch's, which has loaded OpenMP before
-    except (BuildError, OSError):
-        library = load_library("blocks", *flags)  # of one thread
+    except (BuildError, OSError) as error:
+        library = load_library("blocks", *flags)
+        LOG.warning(
+            "The CPU kernels of weights in blocks can't be compiled with OpenMP, so they use one thread. Install gcc, or "
+            "name it in CC. The reason: %s",
+            error,
+        )
     return CpuBlockProducts(library)
 
 

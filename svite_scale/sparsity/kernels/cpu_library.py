@@ -89,6 +89,8 @@ def _build(command: list[str], path: Path) -> Path:
     try:
         _run([*command, "-o", unfinished])
         os.chmod(unfinished, 0o700)  # linkers leave it as the umask says, which may let the group write
+        with open(unfinished, "rb") as library:
+            os.fsync(library.fileno())  # half a library would end the process that loads it
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)

@@ -155,7 +155,15 @@ class PackedLayer(SparseLayer):
         self.values.copy_(kernels.compress(dense, self.mask, self.num_active))
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
-        """Returns the dtype that the product computes in: autocast's where it is on, else the input's."""
+        """Returns the dtype that the product computes in: autocast's where it is on, else the input's.
+
+        Raises:
+            TopologyError: the input isn't of floats.
+        """
+        if not x.dtype.is_floating_point:
+            raise TopologyError(
+                f"{self.name}: its input is {x.dtype}, and its weights are {self.values.dtype}; convert the input"
+            )
         device_type = x.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta knows no autocast
             return torch.get_autocast_dtype(device_type)

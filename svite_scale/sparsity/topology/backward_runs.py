@@ -56,8 +56,11 @@ def _run_number() -> int:
 
 
 def _will_have_gradient(parameter: nn.Parameter) -> bool:
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        # Within an operator that a TorchDispatchMode watches, torch leaves autograd out, and the parameter would have no node.
+        with torch._C._ForceDispatchKeyGuard(included, excluded - torch._C._dispatch_keys(parameter)):
+            return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:
         # autograd.grad() asks for this very parameter's gradient.
         return True
