@@ -76,6 +76,7 @@ def join_process_group() -> None:
     # On the CPU, if this is the world size, each rank makes a buffer of 69 MB for inference in /dev/shm. A killed rank leaves
     # its buffer there, and a rank that finds less room crashes.
     local_size = os.environ.pop("LOCAL_SIZE", None)
+    os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for; a process that no launcher started hasn't one
     deepspeed.init_distributed(verbose=False)
     # On the CPU, DeepSpeed counts devices by running numactl, many times a step, unless this variable gives the number.
     os.environ["LOCAL_SIZE"] = local_size or os.environ.get("LOCAL_WORLD_SIZE", "1")

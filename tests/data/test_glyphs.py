@@ -138,7 +138,9 @@ def test_a_font_that_vanishes_is_named(tmp_path: Path) -> None:
 
 
 def test_one_split_without_a_font_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2 fonts give no image for val \(2 can be used\); install packages of fonts"):
+    with pytest.raises(
+        DataError, match=r"for val \(2 can be used, and a family is in one split\); give folders of more families"
+    ):
         find_glyphs([folder_of(tmp_path / "fonts", SANS, SERIF)], 1)
 
 
@@ -168,7 +170,7 @@ def test_the_command_writes_glyphs_and_lists_their_fonts(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fonts", "{}/nowhere"], "{}/nowhere is not a folder"),
+        (["--fonts", "{}/nowhere"], "{}/nowhere is not a folder; give one that holds fonts"),
         (
             ["--fonts", "{}"],
             "there is no font (.ttf or .otf) under {}; install packages of fonts (docs/data.md names Debian's)",

@@ -128,10 +128,10 @@ def labelled_files(root: str | Path, labels: Sequence[tuple[str, int]], classes:
     return source
 
 
-def require_folder(root: str | Path) -> Path:
+def require_folder(root: str | Path, content: str = "a folder of images per class") -> Path:
     folder = Path(root)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give one that holds a folder of images per class")
+        raise DataError(f"{folder} is not a folder; give one that holds {content}")
     return folder
 
 

@@ -29,6 +29,7 @@ LABELS = [CLASSES.index(character.lower()) for character in CHARACTERS]
 FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 EXTENSIONS = frozenset({".ttf", ".otf"})
 REMEDY = "install packages of fonts (docs/data.md names Debian's), or give folders of fonts as --fonts"
+MORE_FAMILIES = "give folders of more families as --fonts, or install packages of fonts (docs/data.md names Debian's)"
 
 IMAGE_SIZE, GLYPH_SIZE = 28, 22
 """Pixels of a picture, and of the longer side of the letter in its middle; other sizes have the same ratio."""
@@ -177,7 +178,10 @@ def find_glyphs(folders: Sequence[str] | None, workers: int) -> tuple[dict[str, 
         splits[font.split] += glyphs
     for split, chosen in splits.items():
         if not chosen:
-            raise DataError(f"{len(paths)} fonts give no image for {split} ({len(alphabets)} can be used); {REMEDY}")
+            problem = (
+                f"{len(paths)} fonts give no image for {split} ({len(alphabets)} can be used, and a family is in one split)"
+            )
+            raise DataError(f"{problem}; {MORE_FAMILIES}")
     return splits, +left_out
 
 
@@ -197,7 +201,7 @@ def find_fonts(folders: Sequence[str] | None) -> list[Path]:
     if folders is None:
         searched = [folder for name in FOLDERS if (folder := Path(name).expanduser()).is_dir()]
     else:
-        searched = [require_folder(name) for name in folders]
+        searched = [require_folder(name, "fonts") for name in folders]
     paths = [path for folder in searched for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()]
     if not paths:
         raise DataError(f"there is no font (.ttf or .otf) under {', '.join(folders or FOLDERS)}; {REMEDY}")

@@ -56,8 +56,8 @@ def erk(shapes: Shapes, density: float, *, power_scale: float = 1.0) -> dict[str
 DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {"uniform": uniform, "er": er, "erk": erk}
 
 
-def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
-    """Returns exact numbers of active weights, whose sum is the rounded global budget.
+def counts(shapes: Shapes, densities: Mapping[str, float], unit: str = "weights") -> dict[str, int]:
+    """Returns exact numbers of active weights, or blocks, whose sum is the rounded global budget.
 
     A layer's exact number is density times elements. Each layer gets the floor of it. The weights that remain are given one by
     one to the largest remainders (ties to the earlier layer), so no layer differs from its exact number by a whole weight. A
@@ -65,8 +65,9 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
     below 1, and from dense layers only if all others have one weight each.
 
     Args:
-        shapes: weight shape of each layer.
+        shapes: of each layer's weight, or of its grid of blocks.
         densities: density of each layer, in (0, 1].
+        unit: what is counted, for the error.
 
     Raises:
         ValueError: the budget is below one weight per layer.
@@ -74,7 +75,7 @@ def counts(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
     exact = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
     budget = round(math.fsum(exact.values()))
     if budget < len(exact):
-        raise ValueError(f"leaves {budget} active weights for {len(exact)} layers, of which each needs one")
+        raise ValueError(f"leaves {budget} active {unit} for {len(exact)} layers, of which each needs one")
     result = {name: max(1, math.floor(value)) for name, value in exact.items()}
     missing = budget - sum(result.values())
     by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])

@@ -104,13 +104,15 @@ def _counts(grids: Mapping[str, BlockGrid], allocation: Allocation) -> tuple[dic
     """Returns the active blocks of each layer by its density, and the layers whose part of it is below one block."""
     densities = layer_densities({name: grid.shape for name, grid in grids.items()}, allocation)
     num_active: dict[str, int] = {}
-    try:
-        for block in {grid.block: None for grid in grids.values()}:  # each size of block has a budget of its own
-            num_active |= counts({name: grid.grid for name, grid in grids.items() if grid.block == block}, densities)
-    except ValueError as error:
-        field = "densities" if allocation.densities else "density"
-        remedy = "raise it, or list small layers in keep_dense"
-        raise SparsifyError(field, getattr(allocation, field), str(error), remedy) from error
+    for block in {grid.block: None for grid in grids.values()}:  # each size of block has a budget of its own
+        shapes = {name: grid.grid for name, grid in grids.items() if grid.block == block}
+        unit, smaller = ("weights", "") if block == SINGLE else (f"blocks of {list(block)}", "choose a smaller block, ")
+        try:
+            num_active |= counts(shapes, densities, unit)
+        except ValueError as error:
+            field = "densities" if allocation.densities else "density"
+            remedy = f"raise it, {smaller}or list small layers in keep_dense"
+            raise SparsifyError(field, getattr(allocation, field), str(error), remedy) from error
     return num_active, {name for name, grid in grids.items() if densities[name] * grid.num_blocks < 1}
 
 

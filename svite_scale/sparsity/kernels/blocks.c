@@ -280,7 +280,7 @@ INLINE void gradient_tile(int num_columns, int num_vectors, const float *x, cons
     const float *scalars[ADDRESSES];
     UNROLL for (int c = 0; c < num_columns; c++) {
         scalars[c] = x + columns[c];
-        UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] = is_first ? (vector){0} : load(gradient + c * V + i * LANES);
+        UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] = (vector){0};
     }
     for (int64_t t = 0; t < tokens; t++, dy += num_vectors * LANES) {
         vector grads[2];
@@ -288,8 +288,13 @@ INLINE void gradient_tile(int num_columns, int num_vectors, const float *x, cons
         UNROLL for (int c = 0; c < num_columns; c++)
             UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] += scalars[c][t] * grads[i];
     }
+    // Sums of sums of CHUNK products are more exact than one long sum.
     UNROLL for (int c = 0; c < num_columns; c++)
-        UNROLL for (int i = 0; i < num_vectors; i++) store(gradient + c * V + i * LANES, sums[c][i]);
+        UNROLL for (int i = 0; i < num_vectors; i++) {
+            float *to = gradient + c * V + i * LANES;
+            if (!is_first) sums[c][i] += load(to);
+            store(to, sums[c][i]);
+        }
 }
 
 // Adds a chunk of tokens to the gradient of num_vectors vectors of one row of blocks.
