@@ -42,7 +42,11 @@ _started: list[str] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Marks as slow the tests that start processes, as far as it shows; the others carry the mark themselves."""
+    """Marks as slow the tests that start processes, as far as it shows; the others carry the mark themselves.
+
+    Puts those on a Slurm first, since they take minutes, one after another.
+    """
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         by_parameter = parameters.get("workers")

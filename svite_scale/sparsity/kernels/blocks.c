@@ -314,8 +314,8 @@ INLINE void add_chunk(const Plan *plan, int64_t g, int num_vectors, const float 
 int64_t block_active_gradient(const float *dy, const float *x, int64_t tokens, const uint8_t *mask, float *gradient,
                               int64_t num_active, int64_t G, int64_t J, int64_t U, int64_t V, int64_t threads) {
     Plan plan;
-    // Threads wait for each other before and after each part of the tokens, so more threads take larger ones.
-    int64_t C = J * U, R = G * V, part = threads == 1 ? CHUNK : 16 * threads * CHUNK;
+    // Threads wait for each other before and after each part of the tokens; larger parts wouldn't stay in the cache.
+    int64_t C = J * U, R = G * V, part = threads == 1 ? CHUNK : 4 * CHUNK;
     int64_t found = prepare(&plan, mask, num_active, G, J, U, CHUNK, C * smaller(part, tokens + CHUNK));
     if (found != num_active) return found;
     if (tokens == 0) memset(gradient, 0, num_active * U * V * sizeof *gradient);
