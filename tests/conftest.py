@@ -44,9 +44,12 @@ _started: list[str] = []
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Marks as slow the tests that start processes, as far as it shows; the others carry the mark themselves.
 
-    Puts those on a Slurm first, since they take minutes, one after another.
+    Those on a Slurm take minutes, one after another, so they begin early; but not first, since they need DeepSpeed compiled.
     """
-    items.sort(key=lambda item: "slurm" not in item.path.parts)
+    on_slurm = [item for item in items if item.path.parent.name == "slurm"]
+    others = [item for item in items if item.path.parent.name != "slurm"]
+    start = next((number for number, item in enumerate(others) if item.path.parent.name == "data"), 0)
+    items[:] = [*others[:start], *on_slurm, *others[start:]]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         by_parameter = parameters.get("workers")
