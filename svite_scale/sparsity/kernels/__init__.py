@@ -12,8 +12,11 @@ the products of :mod:`svite_scale.sparsity.layers.packed` are.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from importlib import import_module
+from types import ModuleType
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +29,8 @@ from svite_scale.sparsity.mask import Mask
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter, Mask)
 """Types of tensors that have memory of their own."""
-MISSING = (
-    "The CPU kernels of %s can't be compiled, so slower torch operations take their place. "
-    "Install a C compiler (gcc or clang) or name one in CC. The reason: %s"
-)
 LOG = logging.getLogger("svite_scale")
+Path = TypeVar("Path")
 
 
 class Kernels(Protocol):
@@ -100,26 +100,55 @@ def kernels_for(elements: Tensor, mask: Tensor) -> Kernels:
 
 @cache
 def _cpu() -> Kernels:
-    try:
-        return cpu_kernels.load()
-    except (BuildError, OSError) as error:
-        LOG.warning(MISSING, "packed weights", error)
-        return torch_kernels
+    return compiled_path(cpu_kernels.load, "packed weights") or torch_kernels
 
 
 @cache
 def _cuda(device: torch.device) -> Kernels:
-    try:
-        from svite_scale.sparsity.kernels import triton_kernels
+    path = triton_path("triton_kernels", device, "packed weights", "slower torch operations take their place")
+    return cast(Kernels, path or torch_kernels)
 
-        triton_kernels.try_out(device)
+
+def compiled_path(load: Callable[[], Path], what: str) -> Path | None:
+    """Returns the CPU kernels that ``load`` compiles and loads; None, with a warning, where they can't be compiled.
+
+    Args:
+        load: raises BuildError or OSError then.
+        what: they are kernels of.
+    """
+    try:
+        return load()
+    except (BuildError, OSError) as error:
+        LOG.warning(
+            "The CPU kernels of %s can't be compiled, so slower torch operations take their place. "
+            "Install a C compiler (gcc or clang) or name one in CC. The reason: %s",
+            what,
+            error,
+        )
+        return None
+
+
+def triton_path(module: str, device: torch.device, what: str, consequence: str) -> ModuleType | None:
+    """Returns a module of Triton kernels, tried out on a device; None, with a warning, where they can't be used.
+
+    Args:
+        module: its name in this folder.
+        device: of type cuda.
+        what: they are kernels of.
+        consequence: of doing without them.
+    """
+    try:
+        path = import_module(f"{__name__}.{module}")
+        path.try_out(device)
     except Exception as error:  # whatever Triton, its compiler or its driver raises
         LOG.warning(
-            "The Triton kernels of packed weights can't be used on %s, so slower torch operations take their place. "
+            "The Triton kernels of %s can't be used on %s, so %s. "
             "Install the triton that this torch was released with, and a C compiler. The reason: %s: %s",
+            what,
             device,
+            consequence,
             type(error).__name__,
             error,
         )
-        return torch_kernels
-    return triton_kernels
+        return None
+    return path

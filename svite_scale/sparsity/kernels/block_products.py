@@ -14,7 +14,6 @@ Where C can't be compiled, or Triton can't be used, the next path takes its plac
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Protocol, cast
 
@@ -24,14 +23,12 @@ from torch import Tensor
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.block_grid import BlockGrid
-from svite_scale.sparsity.kernels import FAST_DTYPES, MISSING, cpu_block_products, torch_block_products
-from svite_scale.sparsity.kernels.cpu_library import BuildError
+from svite_scale.sparsity.kernels import FAST_DTYPES, compiled_path, cpu_block_products, torch_block_products, triton_path
 
 BLAS_ROWS = 128
 """V below which one dense product is faster than many of reduced length."""
 TENSOR_CORE_SIDE = 16
 """U and V are multiples of it in Triton's products."""
-LOG = logging.getLogger("svite_scale")
 
 
 class BlockProducts(Protocol):
@@ -141,29 +138,13 @@ def _fits_c(values_shape: torch.Size, dtype: torch.dtype) -> bool:
 
 @cache
 def _cpu() -> BlockProducts | None:
-    try:
-        return cpu_block_products.load()
-    except (BuildError, OSError) as error:
-        LOG.warning(MISSING, "weights in blocks", error)
-        return None
+    return compiled_path(cpu_block_products.load, "weights in blocks")
 
 
 @cache
 def _cuda(device: torch.device) -> BlockProducts:
-    try:
-        from svite_scale.sparsity.kernels import triton_block_products
-
-        triton_block_products.try_out(device)
-    except Exception as error:  # whatever Triton, its compiler or its driver raises
-        LOG.warning(
-            "The Triton kernels of blocks can't be used on %s, so weights in blocks take the time of dense ones. "
-            "Install the triton that this torch was released with, and a C compiler. The reason: %s: %s",
-            device,
-            type(error).__name__,
-            error,
-        )
-        return DENSE
-    return triton_block_products
+    path = triton_path("triton_block_products", device, "blocks", "weights in blocks take the time of dense ones")
+    return cast(BlockProducts, path or DENSE)
 
 
 DENSE = DenseProducts()
