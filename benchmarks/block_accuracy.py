@@ -133,8 +133,9 @@ def build_model(run: Run) -> nn.Module:
     if run.block != "dense":
         rows, columns = map(int, run.block.split("x"))
         for layer in svite_scale.sparsify(model, run.density, block=(rows, columns), seed=run.seed):
-            with torch.no_grad():
-                model.get_submodule(layer.name).values.div_(math.sqrt(layer.density))
+            if layer.density < 1:  # ERK keeps small layers dense
+                with torch.no_grad():
+                    model.get_submodule(layer.name).values.div_(math.sqrt(layer.density))
     return model
 
 
