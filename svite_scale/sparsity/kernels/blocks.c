@@ -24,26 +24,31 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-// A tile has two vectors for each scalar, and all its sums are in registers: at most SCALARS scalars where they lie side by
-// side, ADDRESSES where each has an address of its own.
+// All sums of a tile are in registers, at most two vectors for each of SCALARS scalars that lie side by side. Where each scalar
+// has an address of its own, two vectors for each of ADDRESSES or three for each of FEWER.
 #if defined(__AVX512F__)
 #define LANES 16
 #define SCALARS 14
 #define ADDRESSES 8
+#define FEWER 8
 #elif defined(__AVX2__)
 #define LANES 8
 #define SCALARS 6
 #define ADDRESSES 6
+#define FEWER 4
 #else
 #define LANES 4
 #define SCALARS 4
 #define ADDRESSES 4
+#define FEWER 4
 #endif
 
 #define PAIR (2 * LANES)
+#define TRIPLE (3 * LANES)
 #define TOKENS (2 * SCALARS) // that the product is computed for at a time
 #define ROW PAIR             // the memory of one feature of them
 #define CHUNK 128            // tokens that are added to the gradient at a time
+#define LINE 16              // floats that come into the cache together
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -92,17 +97,17 @@ INLINE void transpose(vector square[LANES]) {
 #endif
 }
 
-// Writes LANES tokens of x [tokens][features] to columns [features][stride]; zeros after the last token.
-static void to_columns(const float *x, int64_t tokens, int64_t features, float *columns, int64_t stride) {
+// Writes features of LANES tokens, x [tokens][x_stride], to columns [features][stride]; zeros after the last token.
+static void to_columns(const float *x, int64_t x_stride, int64_t tokens, int64_t features, float *columns, int64_t stride) {
     int64_t feature = 0;
     for (; feature + LANES <= features; feature += LANES) {
         vector square[LANES];
-        UNROLL for (int i = 0; i < LANES; i++) square[i] = i < tokens ? load(x + i * features + feature) : (vector){0};
+        UNROLL for (int i = 0; i < LANES; i++) square[i] = i < tokens ? load(x + i * x_stride + feature) : (vector){0};
         transpose(square);
         UNROLL for (int i = 0; i < LANES; i++) store(columns + (feature + i) * stride, square[i]);
     }
     for (; feature < features; feature++)
-        for (int i = 0; i < LANES; i++) columns[feature * stride + i] = i < tokens ? x[i * features + feature] : 0;
+        for (int i = 0; i < LANES; i++) columns[feature * stride + i] = i < tokens ? x[i * x_stride + feature] : 0;
 }
 
 // The inverse; writes nothing after the last token.
@@ -188,11 +193,11 @@ int64_t block_product(const float *x, int64_t tokens, const float *values, int64
     Plan plan;
     int64_t C = J * U, R = G * V, found = prepare(&plan, mask, num_active, G, J, U, ROW, threads * C * ROW);
     if (found != num_active) return found;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token += TOKENS) {
         float *columns = plan.scratch + omp_get_thread_num() * C * ROW;
         int64_t left = tokens - token;
-        for (int64_t t = 0; t < TOKENS; t += LANES) to_columns(x + (token + t) * C, left - t, C, columns + t, ROW);
+        for (int64_t t = 0; t < TOKENS; t += LANES) to_columns(x + (token + t) * C, C, left - t, C, columns + t, ROW);
         for (int64_t g = 0; g < G; g++) {
             const int64_t *offsets = plan.columns + plan.start[g];
             int64_t count = plan.start[g + 1] - plan.start[g];
@@ -225,21 +230,25 @@ int64_t block_product(const float *x, int64_t tokens, const float *values, int64
     for (; done + 2 <= count; done += 2) TILE(2);                                                                              \
     for (; done < count; done++) TILE(1);
 
-// Adds what one row of blocks gives, dy [V][PAIR], to num_columns features of dx [C][PAIR].
+// Adds what one row of blocks gives, dy [V][TRIPLE], to num_columns features of dx [C][TRIPLE]. Brings V lines from `ahead` on
+// into the cache.
 INLINE void transposed_tile(int num_columns, const float *dy, const float *values, int64_t V, const int64_t *columns,
-                            float *dx) {
-    vector sums[ADDRESSES][2];
+                            float *dx, const float *ahead) {
+    vector sums[FEWER][3];
     UNROLL for (int c = 0; c < num_columns; c++)
-        UNROLL for (int i = 0; i < 2; i++) sums[c][i] = (vector){0};
-    for (int64_t v = 0; v < V; v++, dy += PAIR) {
-        vector upper = load(dy), lower = load(dy + LANES);
-        UNROLL for (int c = 0; c < num_columns; c++) {
-            sums[c][0] += values[c * V + v] * upper;
-            sums[c][1] += values[c * V + v] * lower;
+        UNROLL for (int i = 0; i < 3; i++) {
+            __builtin_prefetch(dx + columns[c] + i * LANES, 1);
+            sums[c][i] = (vector){0};
         }
+    for (int64_t v = 0; v < V; v++, dy += TRIPLE) {
+        vector grads[3];
+        __builtin_prefetch(ahead + v * LINE, 1, 2);
+        UNROLL for (int i = 0; i < 3; i++) grads[i] = load(dy + i * LANES);
+        UNROLL for (int c = 0; c < num_columns; c++)
+            UNROLL for (int i = 0; i < 3; i++) sums[c][i] += values[c * V + v] * grads[i];
     }
     UNROLL for (int c = 0; c < num_columns; c++)
-        UNROLL for (int i = 0; i < 2; i++) {
+        UNROLL for (int i = 0; i < 3; i++) {
             float *to = dx + columns[c] + i * LANES;
             store(to, load(to) + sums[c][i]);
         }
@@ -250,22 +259,26 @@ int64_t block_transposed_product(const float *dy, int64_t tokens, const float *v
                                  const uint8_t *mask, float *dx, int64_t G, int64_t J, int64_t U, int64_t V,
                                  int64_t threads) {
     Plan plan;
-    int64_t C = J * U, R = G * V, found = prepare(&plan, mask, num_active, G, J, U, PAIR, threads * (R + C) * PAIR);
+    int64_t C = J * U, R = G * V;
+    int64_t found = prepare(&plan, mask, num_active, G, J, U, TRIPLE, threads * (R + C) * TRIPLE);
     if (found != num_active) return found;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token += PAIR) {
-        float *dy_columns = plan.scratch + omp_get_thread_num() * (R + C) * PAIR, *dx_columns = dy_columns + R * PAIR;
-        for (int64_t t = 0; t < PAIR; t += LANES)
-            to_columns(dy + (token + t) * R, tokens - token - t, R, dy_columns + t, PAIR);
-        memset(dx_columns, 0, C * PAIR * sizeof *dx_columns);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < tokens; token += TRIPLE) {
+        float *dy_columns = plan.scratch + omp_get_thread_num() * (R + C) * TRIPLE, *dx_columns = dy_columns + R * TRIPLE;
+        int64_t left = tokens - token, brought = 0; // of the memory of these tokens' dx: their stores would wait for it
+        for (int64_t t = 0; t < TRIPLE; t += LANES) to_columns(dy + (token + t) * R, R, left - t, R, dy_columns + t, TRIPLE);
+        memset(dx_columns, 0, C * TRIPLE * sizeof *dx_columns);
         for (int64_t g = 0; g < G; g++) {
             int64_t done = plan.start[g];
-#define TILE(n) transposed_tile(n, dy_columns + g * V * PAIR, values + done * V, V, plan.columns + done, dx_columns)
-            IN_TILES(ADDRESSES, TILE, done, plan.start[g + 1])
+#define TILE(n)                                                                                                                \
+    transposed_tile(n, dy_columns + g * V * TRIPLE, values + done * V, V, plan.columns + done, dx_columns,                     \
+                    dx + token * C + brought),                                                                                 \
+        brought = smaller(brought + V * LINE, smaller(left, TRIPLE) * C)
+            IN_TILES(FEWER, TILE, done, plan.start[g + 1])
 #undef TILE
         }
-        for (int64_t t = 0; t < PAIR; t += LANES)
-            from_columns(dx_columns + t, PAIR, tokens - token - t, C, dx + (token + t) * C);
+        for (int64_t t = 0; t < TRIPLE; t += LANES)
+            from_columns(dx_columns + t, TRIPLE, left - t, C, dx + (token + t) * C);
     }
     finish(&plan);
     return found;
@@ -273,20 +286,36 @@ int64_t block_transposed_product(const float *dy, int64_t tokens, const float *v
 
 // ---- The active blocks of dy.T @ x ------------------------------------------------------------------------------------------
 
+// Rows of up to PAIR elements that come into the cache while sums run, because they are needed next.
+typedef struct {
+    const float *row;
+    int64_t stride, left, at_once;
+} Ahead;
+
+INLINE void bring_rows(Ahead *ahead) {
+    for (int64_t i = smaller(ahead->at_once, ahead->left); i > 0; i--, ahead->left--, ahead->row += ahead->stride)
+        UNROLL for (int j = 0; j < PAIR; j += LINE) __builtin_prefetch(ahead->row + j);
+}
+
 // Adds `tokens` products of num_columns features, x [C][CHUNK], with num_vectors vectors of dy to those columns' gradients.
-INLINE void gradient_tile(int num_columns, int num_vectors, const float *x, const int64_t *columns, const float *dy,
-                          int64_t tokens, int is_first, float *gradient, int64_t V) {
+// Brings num_next columns after these, and rows ahead, into the cache.
+INLINE void gradient_tile(int num_columns, int num_vectors, const float *x, const int64_t *columns, int64_t num_next,
+                          const float *dy, int64_t tokens, int is_first, float *gradient, int64_t V, Ahead *ahead) {
     vector sums[ADDRESSES][2];
     const float *scalars[ADDRESSES];
     UNROLL for (int c = 0; c < num_columns; c++) {
         scalars[c] = x + columns[c];
         UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] = (vector){0};
     }
-    for (int64_t t = 0; t < tokens; t++, dy += num_vectors * LANES) {
-        vector grads[2];
-        UNROLL for (int i = 0; i < num_vectors; i++) grads[i] = load(dy + i * LANES);
-        UNROLL for (int c = 0; c < num_columns; c++)
-            UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] += scalars[c][t] * grads[i];
+    for (int64_t start = 0; start < tokens; start += LINE) {
+        for (int64_t c = num_columns; c < num_columns + num_next; c++) __builtin_prefetch(x + columns[c] + start);
+        bring_rows(ahead);
+        for (int64_t t = start; t < smaller(start + LINE, tokens); t++, dy += num_vectors * LANES) {
+            vector grads[2];
+            UNROLL for (int i = 0; i < num_vectors; i++) grads[i] = load(dy + i * LANES);
+            UNROLL for (int c = 0; c < num_columns; c++)
+                UNROLL for (int i = 0; i < num_vectors; i++) sums[c][i] += scalars[c][t] * grads[i];
+        }
     }
     // Sums of sums of CHUNK products are more exact than one long sum.
     UNROLL for (int c = 0; c < num_columns; c++)
@@ -297,51 +326,67 @@ INLINE void gradient_tile(int num_columns, int num_vectors, const float *x, cons
         }
 }
 
-// Adds a chunk of tokens to the gradient of num_vectors vectors of one row of blocks.
-INLINE void add_chunk(const Plan *plan, int64_t g, int num_vectors, const float *x, const float *dy, int64_t R, int64_t V,
-                      int64_t tokens, int is_first, float *gradient) {
+// Adds a chunk of tokens to the gradient of some active columns, [done, end), of one row of blocks, for num_vectors vectors of
+// its rows. next: dy of the chunk that follows.
+INLINE void add_chunk(int num_vectors, const float *x, const int64_t *columns, int64_t done, int64_t end, const float *dy,
+                      const float *next, int64_t R, int64_t V, int64_t tokens, int is_first, float *gradient) {
     float packed[CHUNK * PAIR]; // what every tile reads, in order
     for (int64_t t = 0; t < tokens; t++)
         UNROLL for (int i = 0; i < num_vectors; i++)
             store(packed + (t * num_vectors + i) * LANES, load(dy + t * R + i * LANES));
-    int64_t done = plan->start[g];
-#define TILE(n) gradient_tile(n, num_vectors, x, plan->columns + done, packed, tokens, is_first, gradient + done * V, V)
-    IN_TILES(ADDRESSES, TILE, done, plan->start[g + 1])
+    Ahead ahead = {next, R, tokens, LINE * ADDRESSES / (end - done + 1) + 1};
+#define TILE(n)                                                                                                                \
+    gradient_tile(n, num_vectors, x, columns + done, smaller(ADDRESSES, end - done - n), packed, tokens, is_first,             \
+                  gradient + done * V, V, &ahead)
+    IN_TILES(ADDRESSES, TILE, done, end)
 #undef TILE
+}
+
+// Returns the largest divisor that isn't above the root.
+static int64_t middle_divisor(int64_t number) {
+    int64_t divisor = 1;
+    for (int64_t n = 2; n * n <= number; n++)
+        if (number % n == 0) divisor = n;
+    return divisor;
+}
+
+// Returns the first of a row's active columns whose feature isn't before this one.
+static int64_t first_column(const Plan *plan, int64_t g, int64_t feature) {
+    int64_t column = plan->start[g];
+    while (column < plan->start[g + 1] && plan->columns[column] < feature * CHUNK) column++;
+    return column;
 }
 
 // dy [tokens][R], x [tokens][C], gradient [num_active][U][V].
 int64_t block_active_gradient(const float *dy, const float *x, int64_t tokens, const uint8_t *mask, float *gradient,
                               int64_t num_active, int64_t G, int64_t J, int64_t U, int64_t V, int64_t threads) {
     Plan plan;
-    // Threads wait for each other before and after each part of the tokens; larger parts wouldn't stay in the cache.
-    int64_t C = J * U, R = G * V, part = threads == 1 ? CHUNK : 4 * CHUNK;
-    int64_t found = prepare(&plan, mask, num_active, G, J, U, CHUNK, C * smaller(part, tokens + CHUNK));
+    int64_t C = J * U, R = G * V, found = prepare(&plan, mask, num_active, G, J, U, CHUNK, threads * C * CHUNK);
     if (found != num_active) return found;
     if (tokens == 0) memset(gradient, 0, num_active * U * V * sizeof *gradient);
+    // Each thread has a share of the features and a share of the rows. It transposes its features for itself: to read what
+    // another thread has just written would take longer.
+    int64_t feature_shares = middle_divisor(threads), row_shares = threads / feature_shares;
     int64_t pairs = (V + PAIR - 1) / PAIR; // of vectors in a block; the last may be one vector
-#pragma omp parallel num_threads(threads)
-    for (int64_t start = 0; start < tokens; start += part) {
-        int64_t end = smaller(start + part, tokens);
-#pragma omp for schedule(static)
-        for (int64_t token = start; token < end; token += LANES) {
-            int64_t before = (token - start) / CHUNK * CHUNK; // tokens of earlier chunks
-            to_columns(x + token * C, tokens - token, C, plan.scratch + before * C + token - start - before, CHUNK);
-        }
-        for (int64_t token = start; token < end; token += CHUNK) {
-            const float *columns = plan.scratch + (token - start) * C;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        int64_t first = share / row_shares * C / feature_shares, last = (share / row_shares + 1) * C / feature_shares;
+        float *columns = plan.scratch + share * C * CHUNK;
+        for (int64_t token = 0; token < tokens; token += CHUNK) {
             int64_t size = smaller(CHUNK, tokens - token);
-#pragma omp for schedule(static, 1) nowait // each thread keeps its items from chunk to chunk
-            for (int64_t item = 0; item < G * pairs; item++) {
-                int64_t g = item / pairs, v = item % pairs * PAIR;
+            for (int64_t t = 0; t < size; t += LANES)
+                to_columns(x + (token + t) * C + first, C, size - t, last - first, columns + first * CHUNK + t, CHUNK);
+            for (int64_t item = share % row_shares; item < G * pairs; item += row_shares) {
+                int64_t g = item / pairs, v = item % pairs * PAIR, after = smaller(item + row_shares, G * pairs - 1);
+                int64_t done = first_column(&plan, g, first), end = first_column(&plan, g, last);
                 const float *grads = dy + token * R + g * V + v;
+                const float *next = dy + token * R + after / pairs * V + after % pairs * PAIR;
                 if (v + PAIR <= V)
-                    add_chunk(&plan, g, 2, columns, grads, R, V, size, token == 0, gradient + v);
+                    add_chunk(2, columns, plan.columns, done, end, grads, next, R, V, size, token == 0, gradient + v);
                 else
-                    add_chunk(&plan, g, 1, columns, grads, R, V, size, token == 0, gradient + v);
+                    add_chunk(1, columns, plan.columns, done, end, grads, next, R, V, size, token == 0, gradient + v);
             }
         }
-#pragma omp barrier
     }
     finish(&plan);
     return found;
