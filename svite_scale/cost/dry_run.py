@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from timm.models import VisionTransformer
@@ -28,11 +29,12 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
     Raises:
         ConfigError: the teacher can't be built, or its file can't be used.
     """
-    cost = count_flops(sparse.model, config.model.image_size)
+    # On both, since a run is often looked at on another machine than it will train on.
+    costs = [count_flops(sparse.model, config.model.image_size, device=device) for device in ("cpu", "cuda")]
     sections = (
         _layers(sparse.layers, config.sparsity.block),
-        "\n".join([*_costs(config, cost), *_tokens(sparse.model), *_teacher(config)]),
-        _bytes(config, world_size, *model_sizes(sparse.model, cost)),
+        "\n".join([*_costs(config, costs), *_tokens(sparse.model), *_teacher(config)]),
+        _bytes(config, world_size, *model_sizes(sparse.model, costs[0])),
     )
     return "\n\n".join(sections)
 
@@ -65,7 +67,10 @@ def _remarks(layer: LayerPlan, block: tuple[int, int]) -> list[str]:
     return [remark for remark, holds in remarks.items() if holds]
 
 
-def _costs(config: Config, cost: ModelCost) -> list[str]:
+def _costs(config: Config, costs: Sequence[ModelCost]) -> list[str]:
+    """Returns the lines on the cost; ``costs`` differ in the device."""
+    cost = costs[0]
+
     def macs(count: int) -> str:
         fewer = 100 * (1 - count / cost.dense_macs)
         return f"{count / 1e9:.4f} of {cost.dense_macs / 1e9:.4f} GMACs: {fewer:.2f}% fewer"
@@ -75,7 +80,7 @@ def _costs(config: Config, cost: ModelCost) -> list[str]:
         f"weights             {config.model.weights or 'drawn'}",
         f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
         f"forward, one image  {macs(cost.sparse_macs)}",
-        f"{f'multiplied on {cost.device_type}':18}  {macs(cost.multiplied_macs)}",
+        *(f"{f'multiplied on {each.device_type}':18}  {macs(each.multiplied_macs)}" for each in costs),
         f"optimizer step      {config.train.global_batch_size:,} samples",
     ]
 

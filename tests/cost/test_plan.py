@@ -68,7 +68,12 @@ def test_dry_run_of_each_shipped_config_adds_up(path: Path, capsys: pytest.Captu
     selecting = WIDTHS.get(path.stem.split("_")[1], 0) if config.sparsity.tokens.keep else 0
     assert dense - active + selecting == number(total["total"]) - number(total["active"]) + absent_biases(config)
     cost = count(config)
-    for label, count_of in (("forward, one image", cost.sparse_macs), ("multiplied on cpu", cost.multiplied_macs)):
+    lines = {
+        "forward, one image": cost.sparse_macs,
+        "multiplied on cpu": cost.multiplied_macs,
+        "multiplied on cuda": count(config, "cuda").multiplied_macs,
+    }
+    for label, count_of in lines.items():
         macs = re.search(rf"\n{label} +([\d.]+) of ([\d.]+) GMACs: ([\d.]+)% fewer\n", answer.out)
         assert macs is not None
         assert [float(group) for group in macs.groups()] == [
