@@ -41,6 +41,12 @@ class Kernels(Protocol):
     def compress(self, dense: Tensor, mask: Tensor, num_active: int) -> Tensor: ...
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Returns whether ``torch.compile`` or ``torch.func`` follows what is computed: a tensor then has no numbers to look at."""
+    # torch has no public way to ask for torch.func.
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 @torch.no_grad()
 def expand(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     """Returns the dense weight.

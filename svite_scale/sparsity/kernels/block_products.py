@@ -23,7 +23,14 @@ from torch import Tensor
 
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.block_grid import BlockGrid
-from svite_scale.sparsity.kernels import FAST_DTYPES, compiled_path, cpu_block_products, torch_block_products, triton_path
+from svite_scale.sparsity.kernels import (
+    FAST_DTYPES,
+    compiled_path,
+    cpu_block_products,
+    is_traced,
+    torch_block_products,
+    triton_path,
+)
 
 BLAS_ROWS = 128
 """V below which one dense product is faster than many of reduced length."""
@@ -95,8 +102,7 @@ def compress(dense: Tensor, mask: Tensor, grid: BlockGrid, num_active: int) -> T
 def _active_blocks(mask: Tensor, grid: BlockGrid, num_active: int) -> Tensor:
     """Returns bool ``[N]``; checks the count on the CPU only, where nobody waits for it, and not in graphs and transforms."""
     active = bits.unpack(mask, grid.num_blocks)
-    is_traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(active)
-    if active.device.type == "cpu" and not is_traced:
+    if active.device.type == "cpu" and not is_traced(active):
         bits.check_count(int(active.count_nonzero()), num_active)
     return active
 

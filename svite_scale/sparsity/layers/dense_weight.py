@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svite_scale.errors import TopologyError
+from svite_scale.sparsity.kernels import is_traced
 
 
 class Owner(Protocol):
@@ -35,7 +36,7 @@ class DenseWeight(Tensor):
     @classmethod
     def of(cls, dense: Tensor, owner: Owner) -> Tensor:
         """Returns ``dense`` as a weight of ``owner``; plain in graphs and transforms, where nothing is written into weights."""
-        if torch.compiler.is_compiling() or dense.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(dense):
+        if is_traced(dense) or dense.is_inference():
             return dense
         return cls._view(dense, owner, dense)
 
