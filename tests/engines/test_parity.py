@@ -201,7 +201,7 @@ TALL, SQUARE = (16, 1), (16, 16)
 """With blocks of 16 x 16 the smallest layers have one active block, which is less than one for each rank."""
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("ddp", False), ("fsdp2", True), ("zero3", True)])
+@pytest.mark.parametrize(("kind", "checkpointing"), [("ddp", False), ("fsdp2", True), ("zero1", False), ("zero3", True)])
 def test_two_ranks_train_blocks_like_one(kind: str, checkpointing: bool) -> None:
     assert_parity(Run(kind, 2, checkpointing=checkpointing, options=MIXED, block=TALL), 1e-5)
 
