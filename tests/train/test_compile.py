@@ -95,6 +95,7 @@ CASES = [
     ("single", 1, "weights"),
     ("ddp", 2, "blocks"),
     ("fsdp2", 2, "units"),
+    ("zero2", 2, "blocks"),
     ("zero2", 2, "tokens"),
     ("zero3", 2, "weights"),
 ]
