@@ -115,7 +115,7 @@ def _make_sparse(
     order, by_magnitude = list(prunable_layers(model)), weights is not None
     with in_section("sparsity.structured"):
         structured = options_of(StructuredConfig, sparsity.structured)
-        in_units = pack_units(model, **structured, seed=seed, by_magnitude=by_magnitude)
+        in_units = pack_units(model, **structured, init=sparsity.init, seed=seed, by_magnitude=by_magnitude)
     with in_section("sparsity"):
         packed_otherwise = {entry.name for entry in in_units}
         rest = pack_weights(model, sparsity, seed, packed_otherwise, masks=masks, by_magnitude=by_magnitude)
