@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from svite_scale.checkpoint.load import saved_sizes
+from svite_scale.config.earlier import complete
 from svite_scale.config.load import flatten_config, to_dict
 from svite_scale.config.schema import Config
 from svite_scale.errors import CheckpointError
@@ -34,8 +35,8 @@ FIXED_FIELDS = (
 )
 """Config fields and sections (with a dot at the end) that define what is computed. A resumed run must not change them."""
 
-FREE_FIELDS = ("model.activation_checkpointing", "model.weights", "sparsity.masks")
-"""Fields of those sections that change no number: what is kept for backward, and the files of the first weights and masks. A
+FREE_FIELDS = ("model.activation_checkpointing", "model.weights", "model.init_gain", "sparsity.masks", "sparsity.init")
+"""Fields of those sections that change no number: what is kept for backward, and where the first weights and masks come from. A
 checkpoint replaces these."""
 
 RENAMED_TENSORS = ("topology/recently_grown/", "topology/newcomers/")
@@ -52,8 +53,7 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
     Raises:
         CheckpointError: names the field and both values.
     """
-    # A version that didn't have a field yet did what the field's default does.
-    then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
+    then = complete(flatten_config(saved))
     for field, value in flatten_config(to_dict(config)).items():
         if field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS and then[field] != value:
             raise CheckpointError(

@@ -38,10 +38,17 @@ class ModelConfig:
     """Number of blocks."""
     num_heads: Size = None
     """Attention heads of each block."""
+    init_gain: Annotated[float | None, Field(gt=0.0)] = None
+    """First weights of the linear layers in the blocks: their standard deviation is init_gain / sqrt(inputs of the layer). Null
+    keeps timm's, which is 0.02 in a ViT of any width."""
     drop_path: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
     """Stochastic depth rate of the last block; earlier blocks ramp up to it."""
     activation_checkpointing: bool = False
     """Keeps only the inputs of blocks for backward, and computes the rest again: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            refuse_unused(self, "init_gain", "isn't used where weights is given")
 
 
 @options

@@ -58,6 +58,10 @@ class PackedAttention(UnitLayer):
         self.train(dense.training)
 
     @property
+    def outgoing(self) -> TransposedLinear:
+        return self.proj
+
+    @property
     def keeps_columns(self) -> bool:
         """True if ``proj`` has the columns of absent heads too."""
         return self.grow == "paper"

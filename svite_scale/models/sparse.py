@@ -116,7 +116,13 @@ def _make_sparse(
     units = sparsity.structured
     with in_section("sparsity.structured"):
         in_units = pack_units(
-            model, heads=units.heads, neurons=units.neurons, grow=units.grow, seed=seed, by_magnitude=by_magnitude
+            model,
+            heads=units.heads,
+            neurons=units.neurons,
+            grow=units.grow,
+            init=sparsity.init,
+            seed=seed,
+            by_magnitude=by_magnitude,
         )
     with in_section("sparsity"):
         packed_otherwise = {entry.name for entry in in_units}

@@ -30,7 +30,7 @@ squares or magnitudes; another copy of the weight, where an average of weights b
 
 @options
 class Allocation:
-    """The number and places of active weights, given by one of ``density``, ``densities`` and ``masks``."""
+    """The active weights: number and places, given by one of ``density``, ``densities`` and ``masks``, and first values."""
 
     density: Density = 1.0
     """Fraction of the prunable weights that is active; 1.0 trains the ordinary dense model."""
@@ -48,6 +48,10 @@ class Allocation:
     falls with density. Layers that they don't divide keep single weights, as [1, 1] does everywhere."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
+    init: Literal["fan_in", "dense"] = "fan_in"
+    """First values of active weights that are drawn. ``fan_in`` multiplies the dense model's values by the root of a layer's
+    inputs over its active inputs, so that outputs keep their spread; ``dense`` takes the values as they are. Weights from a
+    file aren't changed."""
 
     def __post_init__(self) -> None:
         if self.densities and self.masks is not None:

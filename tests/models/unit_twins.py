@@ -28,11 +28,16 @@ def build_model() -> VisionTransformer:
 
 
 def packed_vit(
-    build: Build = build_model, *, heads: float = 0.5, neurons: float = 0.6, grow: str = "candidate"
+    build: Build = build_model,
+    *,
+    heads: float = 0.5,
+    neurons: float = 0.6,
+    grow: str = "candidate",
+    init: str = "dense",
 ) -> VisionTransformer:
     torch.manual_seed(SEED)
     model = build()
-    pack_units(model, heads=heads, neurons=neurons, grow=grow, seed=SEED)
+    pack_units(model, heads=heads, neurons=neurons, grow=grow, init=init, seed=SEED)
     return model.double()
 
 
