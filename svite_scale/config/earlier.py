@@ -22,7 +22,11 @@ class Earlier(NamedTuple):
     """Returns whether a config of these values may have the field. All other fields are among them."""
 
 
-EARLIER: dict[str, Earlier] = {}
+def _packs_units(values: Values) -> bool:
+    return values["sparsity.structured.heads"] != 1.0 or values["sparsity.structured.neurons"] != 1.0
+
+
+EARLIER: dict[str, Earlier] = {"sparsity.structured.drop_fraction": Earlier(None, _packs_units)}
 """By dotted name of a field. A field whose default does what earlier versions did needs no entry."""
 
 

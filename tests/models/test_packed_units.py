@@ -129,6 +129,41 @@ def test_scores_and_the_topology_are_those_of_the_dense_twin(masked: bool) -> No
     assert moved > 5
 
 
+@pytest.mark.parametrize("protect_grown", [False, True])
+def test_several_updates_are_those_of_the_dense_twin(protect_grown: bool) -> None:
+    """The optimizer steps before each update, and not with it, so that the twin has the weights of both."""
+    packed = packed_vit()
+    options = TopologyOptions(protect_grown=protect_grown, seed=METHOD_SEED)
+    topology, optimizer = engine_of(packed, options, update_every=2, total_steps=16, stop_fraction=1.0)
+    recently_grown: dict[str, set[int]] = {name: set() for name in topology.layers}
+    survived = lost = 0
+    for step in range(1, 17):
+        optimizer.zero_grad()
+        loss_of(packed, step).backward()
+        if step % 2:
+            optimizer.step()
+            topology.step()
+            continue
+        twin = dense_twin(packed, step=step, trained=True)
+        outputs = HeadOutputs(twin)
+        loss_of(twin, step).backward()
+        before = {name: active_units(layer).tolist() for name, layer in topology.layers.items()}
+        scores = {name: naive_scores(twin, outputs, layer, "candidate") for name, layer in topology.layers.items()}
+        topology.step()
+        for name, layer in topology.layers.items():
+            drop, growth = scores[name]
+            count = reference.num_units_moved(FRACTION, layer.num_active, name, step, METHOD_SEED)
+            protected = recently_grown[name] if protect_grown else set()
+            expected = reference.prune_and_grow(before[name], drop.tolist(), growth.tolist(), count, protected)
+            after = active_units(layer).tolist()
+            assert after == expected, f"{name} after step {step}"
+            survived += sum(after[unit] for unit in recently_grown[name])
+            lost += sum(not after[unit] for unit in recently_grown[name])
+            recently_grown[name] = {unit for unit, active in enumerate(after) if active and not before[name][unit]}
+    assert survived + lost > 20
+    assert (lost == 0) == protect_grown
+
+
 def test_how_large_a_heads_output_is_has_no_part_in_its_growth_score() -> None:
     """Else what was trained, and just dropped, would come back before any fresh candidate."""
     scores = []

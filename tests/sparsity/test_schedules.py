@@ -145,8 +145,7 @@ def test_a_constant_schedule_has_no_final_fraction() -> None:
     ("num_active", "rate", "moved"), [(10, 0.5, 5), (11, 0.5, 6), (1, 0.005, 1), (7, 1.0, 7), (7, 0.0, 0), (1000, 0.0051, 6)]
 )
 def test_the_number_of_weights_moved_is_rounded_up(num_active: int, rate: float, moved: int) -> None:
-    schedule = UpdateSchedule(total_steps=100, update_every=1, drop_fraction=rate, drop_schedule="constant")
-    assert num_moved(layer_of(PackedLayer, num_active), schedule, step=1, seed=0) == moved
+    assert num_moved(layer_of(PackedLayer, num_active), rate, step=1, seed=0) == moved
 
 
 @pytest.mark.parametrize("kind", [PackedMlp, PackedAttention])
@@ -155,8 +154,7 @@ def test_the_number_of_units_moved_is_the_fraction_in_expectation(
     kind: type[UnitLayer], num_active: int, fraction: float
 ) -> None:
     layer = layer_of(kind, num_active)
-    schedule = units_schedule(fraction)
-    counts = [num_moved(layer, schedule, step, seed) for seed in range(20) for step in range(1, 101)]
+    counts = [num_moved(layer, fraction, step, seed) for seed in range(20) for step in range(1, 101)]
     assert counts == [
         reference.num_units_moved(fraction, num_active, layer.name, step, seed) for seed in range(20) for step in range(1, 101)
     ]
@@ -170,7 +168,7 @@ def test_the_number_of_units_moved_is_the_fraction_in_expectation(
 
 def test_layers_round_the_number_of_units_moved_by_their_names() -> None:
     layers = [layer_of(PackedMlp, 10, f"blocks.{index}.mlp.neurons") for index in range(400)]
-    counts = [num_moved(layer, units_schedule(0.05), step=1, seed=0) for layer in layers]
+    counts = [num_moved(layer, 0.05, step=1, seed=0) for layer in layers]
     assert set(counts) == {0, 1}
     assert sum(counts) == pytest.approx(200, abs=4 * 10)
 
@@ -193,7 +191,3 @@ def layer_of(kind: type[Layer], num_active: int, name: str = "blocks.0.mlp.neuro
     nn.Module.__init__(layer)
     layer.num_active, layer.name = num_active, "blocks.0.attn.heads" if kind is PackedAttention else name
     return layer
-
-
-def units_schedule(fraction: float) -> UpdateSchedule:
-    return UpdateSchedule(total_steps=1000, update_every=1, unit_drop_fraction=fraction, drop_schedule="constant")

@@ -51,6 +51,7 @@ def ended(folder: Path, engine: str, world_size: int, *overrides: str) -> tuple[
         assert sum(line["heads/grown"] for line in moved) > 2
     for line in moved:
         fraction = reference.cosine_rate(0.5, 0.005, line["step"], 16)
+        assert line["heads/drop_fraction"] == line["neurons/drop_fraction"] == pytest.approx(fraction)
         for metric in (metric for metric in line if metric.startswith("layers/dropped/")):
             layer = metric.removeprefix("layers/dropped/")
             num_active = HEADS if layer.endswith("heads") else NEURONS
@@ -98,12 +99,17 @@ def test_bf16_trains_and_moves_units(folder: Path, engine: str) -> None:
     assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("fsdp2", 2), ("zero3", 3)])
-def test_run_resumes_exactly_when_it_stopped_within_a_growth_window(folder: Path, engine: str, world_size: int) -> None:
-    states, _ = ended(folder, engine, world_size)
-    stopped = folder / f"stopped-{engine}"
-    overrides = (*ENGINES[engine], *UNITS)
+@pytest.mark.parametrize(
+    ("engine", "world_size", "override"),
+    [("single", 1, ()), ("fsdp2", 2, ()), ("zero3", 3, ()), ("fsdp2", 3, (PROTECTED,)), ("zero3", 2, (PROTECTED,))],
+)
+def test_run_resumes_exactly_when_it_stopped_within_a_growth_window(
+    folder: Path, engine: str, world_size: int, override: tuple[str, ...]
+) -> None:
+    states, _ = ended(folder, engine, world_size, *override)
+    stopped = folder / f"stopped-{engine}-{world_size}"
+    overrides = (*ENGINES[engine], *UNITS, *override)
     run_on_ranks(world_size, run, tiny_config(folder / "digits", stopped, *overrides, "train.max_steps=7"))
-    on_one = run_on_ranks(1, loaded, tiny_config(folder / "digits", stopped, *ENGINES["single"], *UNITS))
+    on_one = run_on_ranks(1, loaded, tiny_config(folder / "digits", stopped, *ENGINES["single"], *UNITS, *override))
     assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in on_one[0].statistics.items())
     assert_same_state(states, run_on_ranks(world_size, resumed_run, tiny_config(folder / "digits", stopped, *overrides)))

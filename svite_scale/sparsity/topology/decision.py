@@ -18,7 +18,6 @@ from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import Method, TopologyOptions
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.methods import Candidates, Score
-from svite_scale.sparsity.topology.schedule import UpdateSchedule
 from svite_scale.sparsity.transition import TopologyTransition, grown_moment
 from svite_scale.sparsity.update import drop, grow
 
@@ -42,17 +41,17 @@ class LayerDecision:
     grow_threshold: float | None
 
 
-def num_moved(layer: SparseLayer, schedule: UpdateSchedule, step: int, seed: int) -> int:
+def num_moved(layer: SparseLayer, drop_fraction: float, step: int, seed: int) -> int:
     """Returns how many units an update at ``step`` drops and grows in a layer.
 
-    Of weights and blocks this is ceil(drop fraction * k), at least one to the last update. A layer has few heads, and one of
-    three is much. So for heads and neurons drop fraction * k is rounded up or down at random, such that it is the expectation:
+    Of weights and blocks this is ceil(drop_fraction * k), at least one to the last update. A layer has few heads, and one of
+    three is much. So for heads and neurons drop_fraction * k is rounded up or down at random, such that it is the expectation:
     by a hash of (seed, step, layer). An update moves at most :attr:`~svite_scale.sparsity.layers.units.UnitLayer.max_moved`.
     """
     if not isinstance(layer, UnitLayer):
-        return min(math.ceil(schedule.drop_fraction_at(step) * layer.num_active), layer.num_active)
+        return min(math.ceil(drop_fraction * layer.num_active), layer.num_active)
     uniform = float(hashed_uniform(seed, step, f"{layer.name}/moved", 1))
-    count = math.floor(schedule.unit_drop_fraction_at(step) * layer.num_active + uniform)
+    count = math.floor(drop_fraction * layer.num_active + uniform)
     return count if layer.max_moved is None else min(count, layer.max_moved)
 
 

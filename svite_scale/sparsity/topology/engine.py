@@ -322,7 +322,7 @@ class TopologyEngine:
         }
         for name, (ever_active, initial_survivors) in self.statistics.count_history().items():
             layers[name] = replace(layers[name], ever_active=ever_active, initial_survivors=initial_survivors)
-        return TopologyUpdate(self.steps, self.drop_fraction, self.unit_drop_fraction, layers, self.unit_masks())
+        return TopologyUpdate(self.steps, self.drop_fraction, layers, self.unit_masks())
 
     def _check_state(self) -> None:
         """Refuses an optimizer whose state can't follow moving weights, as soon as that can be known."""
@@ -331,7 +331,8 @@ class TopologyEngine:
 
     def _update_layer(self, layer: SparseLayer, method: Method) -> LayerUpdate:
         """Updates one layer; its dense tensors live only in here."""
-        count = num_moved(layer, self.schedule, self.steps, self.options.seed)
+        drop_fraction = self.unit_drop_fraction if isinstance(layer, UnitLayer) else self.drop_fraction
+        count = num_moved(layer, drop_fraction, self.steps, self.options.seed)
         protected = self.statistics.read_grown(layer) if self.options.protect_grown else None
         decision = decide(layer, method, count, self.steps, self.options, self.access, self.growth, protected)
         transition = TopologyTransition(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
@@ -343,6 +344,7 @@ class TopologyEngine:
             unit=layer.unit,
             numel=layer.shape.numel(),
             num_active=layer.num_active,
+            drop_fraction=drop_fraction,
             dropped=decision.count,
             regrown=decision.count - int((~transition.kept).count_nonzero()),
             grown_survival=grown_survival,
