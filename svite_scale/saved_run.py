@@ -19,7 +19,7 @@ from svite_scale.checkpoint.compatibility import check_same_tensors
 from svite_scale.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, newest_valid
 from svite_scale.checkpoint.load import TensorReader, read_run_state, saved_counts
 from svite_scale.checkpoint.manifest import MANIFEST, digest, problem_of
-from svite_scale.config.load import read_config
+from svite_scale.config.earlier import read_saved_config
 from svite_scale.config.schema import Config
 from svite_scale.data.dataset import ShardDataset
 from svite_scale.data.format.files import read_regular
@@ -129,7 +129,7 @@ def read_run_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} holds no run: it has no config.yaml; give the run_dir of a run")
-    return read_config(path)
+    return read_saved_config(path)
 
 
 def find_checkpoint(directory: Path, name: str | None) -> Path:

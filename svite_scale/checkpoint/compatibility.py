@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from svite_scale.checkpoint.load import saved_sizes
+from svite_scale.config.earlier import complete
 from svite_scale.config.load import flatten_config, to_dict
 from svite_scale.config.schema import Config
 from svite_scale.errors import CheckpointError
@@ -52,8 +53,7 @@ def check_same_run(saved: dict[str, Any], config: Config, path: Path) -> None:
     Raises:
         CheckpointError: names the field and both values.
     """
-    # A version that didn't have a field yet did what the field's default does.
-    then = flatten_config(to_dict(Config(run_dir=""))) | flatten_config(saved)
+    then = complete(flatten_config(saved))
     for field, value in flatten_config(to_dict(config)).items():
         if field.startswith(FIXED_FIELDS) and field not in FREE_FIELDS and then[field] != value:
             raise CheckpointError(

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from svite_scale.config.earlier import read_saved_config
 from svite_scale.config.load import make_config, read_config, to_dict
 from svite_scale.config.schema import Config
 from svite_scale.errors import ConfigError
@@ -68,7 +69,7 @@ def subject_of_run(run_dir: Path, checkpoint: str | None, overrides: Sequence[st
     """
     given = check_overrides(overrides)
     run = read_run(run_dir, checkpoint)
-    config = read_config(run_dir / "config.yaml", overrides)
+    config = read_saved_config(run_dir / "config.yaml", overrides)
     config = replace(run, config=config, val=config.data.val if "data.val" in given else None).evaluation_config()
     facts = {
         "run": str(run_dir),

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from svite_scale.errors import OptionError
 from svite_scale.options import options, refuse_unused, whole_choice
-from svite_scale.sparsity.options import Allocation, Density, MethodOptions
+from svite_scale.sparsity.options import UNIT_DROP_FRACTION, Allocation, Density, MethodOptions
 
 Size = Annotated[int | None, Field(ge=1)]
 PositiveList = tuple[Annotated[float, Field(gt=0.0)], ...]
@@ -61,10 +61,15 @@ class StructuredConfig:
     """The same of the hidden neurons of each block's MLP."""
     grow: Literal["candidate", "paper"] = "candidate"
     """Score of an absent head or neuron: ``candidate`` tries one with weights of its own; ``paper`` is the reference's."""
+    drop_fraction: Annotated[float | None, Field(ge=0.0, le=1.0)] = UNIT_DROP_FRACTION
+    """Fraction of the active heads and neurons dropped at an update, at the start, in expectation. It ends at
+    ``sparsity.final_drop_fraction``, or stays where it starts if that is lower. Null drops as large a fraction of them as of
+    the weights."""
 
     def __post_init__(self) -> None:
         if self.heads == self.neurons == 1.0:
-            refuse_unused(self, "grow", "isn't used where all heads and neurons are active")
+            for name in ("grow", "drop_fraction"):
+                refuse_unused(self, name, "isn't used where all heads and neurons are active")
 
 
 @options

@@ -34,6 +34,7 @@ class PackedAttention(UnitLayer):
     """
 
     unit = "heads"
+    max_moved = 1  # of few heads, two are much
 
     def __init__(self, dense: Attention, active: Tensor, name: str, *, seed: int, grow: str) -> None:
         """Replaces ``dense``, with its weights.

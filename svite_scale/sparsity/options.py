@@ -17,6 +17,9 @@ Density = Annotated[float, Field(gt=0.0, le=1.0)]
 FROM_WEIGHTS = "from_weights"
 """The value of ``masks`` that takes the zeros of the weights."""
 
+UNIT_DROP_FRACTION = 0.05
+"""Default of the drop fraction of heads and neurons, at the start: that of Chase (arXiv:2305.19454) for channels."""
+
 METHODS = ("svite", "set", "mixed", "static", "dense")
 """The built-in methods; :mod:`svite_scale.sparsity.topology.methods` has their scores."""
 
@@ -114,6 +117,9 @@ class MethodOptions:
     """Second moment of a grown weight: its layer's mean, or zero. First moments start at zero."""
     grown_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which the learning rate of grown weights rises to the others'; 0 is off."""
+    protect_grown: bool = False
+    """Whether weights, blocks, heads and neurons that an update has grown can't be dropped at the next one, as long as enough
+    others are active."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS and ":" not in self.method:

@@ -10,7 +10,7 @@ in the next step, and its incoming weights in the step after.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,10 @@ class UnitLayer(SparseLayer):
         candidate_std: standard deviation of candidates' incoming weights.
         candidate_numel: incoming weights of one unit.
         out_features: of the layer.
+        max_moved: most units that an update may move; None for any number.
     """
 
+    max_moved: ClassVar[int | None] = None
     seed: int
     candidate_std: float
     candidate_numel: int

@@ -75,13 +75,15 @@ class TopologyUpdate:
 
     Attributes:
         step: the optimizer step after which it came.
-        drop_fraction: fraction of each layer's active weights that was dropped and grown.
+        drop_fraction: fraction of each layer's active weights or blocks that was dropped and grown.
+        unit_drop_fraction: the same of heads and neurons, in expectation.
         layers: by layer name.
         unit_masks: of heads and neurons after it; see :meth:`~svite_scale.sparsity.topology.engine.TopologyEngine.unit_masks`.
     """
 
     step: int
     drop_fraction: float
+    unit_drop_fraction: float
     layers: Mapping[str, LayerUpdate] = field(repr=False)
     unit_masks: Mapping[str, bytes] = field(repr=False)
 
