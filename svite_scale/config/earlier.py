@@ -22,7 +22,9 @@ class Earlier(NamedTuple):
     """Returns whether a config of these values may have the field. All other fields are among them."""
 
 
-EARLIER: dict[str, Earlier] = {}
+EARLIER: dict[str, Earlier] = {
+    "sparsity.init": Earlier("dense", lambda values: True),
+}
 """By dotted name of a field. A field whose default does what earlier versions did needs no entry."""
 
 
