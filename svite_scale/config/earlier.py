@@ -26,7 +26,20 @@ def _packs_units(values: Values) -> bool:
     return values["sparsity.structured.heads"] != 1.0 or values["sparsity.structured.neurons"] != 1.0
 
 
-EARLIER: dict[str, Earlier] = {"sparsity.structured.drop_fraction": Earlier(None, _packs_units)}
+def _keeps_tokens(values: Values) -> bool:
+    return values["sparsity.tokens.keep"] is not None
+
+
+def _always(values: Values) -> bool:
+    return True
+
+
+EARLIER: dict[str, Earlier] = {
+    "sparsity.init": Earlier("dense", _always),
+    "sparsity.structured.drop_fraction": Earlier(None, _packs_units),
+    "sparsity.tokens.signal": Earlier("paper", _keeps_tokens),
+    "sparsity.tokens.keep_warmup": Earlier(0.0, _keeps_tokens),
+}
 """By dotted name of a field. A field whose default does what earlier versions did needs no entry."""
 
 

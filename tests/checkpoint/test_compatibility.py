@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from svite_scale.checkpoint.compatibility import check_same_run
-from svite_scale.config.load import field_names, to_dict
+from svite_scale.config.earlier import read_saved_config
+from svite_scale.config.load import field_names, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.errors import CheckpointError
 from tests.command_line import run_here
@@ -90,6 +91,13 @@ def test_a_field_that_the_saved_run_did_not_have_counts_as_its_default() -> None
     check_same_run(saved, other, Path("step-1"))
     with pytest.raises(CheckpointError, match=r"saved with seed = 0, not 3"):
         check_same_run(saved, Config(run_dir="runs/a", seed=3), Path("step-1"))
+
+
+def test_a_run_saved_before_init_was_an_option_started_from_dense_values(tmp_path: Path) -> None:
+    text = to_yaml(CONFIG)
+    assert text.count("  init: fan_in\n") == 1
+    (tmp_path / "config.yaml").write_text(text.replace("  init: fan_in\n", ""))
+    assert read_saved_config(tmp_path / "config.yaml").sparsity.init == "dense"
 
 
 @pytest.mark.slow
