@@ -9,7 +9,7 @@ from torch._dynamo import lookup_backend
 
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig
-from svite_scale.models.token_selector import insert_token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
 
 pytestmark = pytest.mark.slow
 

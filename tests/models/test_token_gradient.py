@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svite_scale.models.token_selector import TokenSelector
+from svite_scale.models.token_selector import PaperSelector
 
 BATCH, PREFIX, PATCHES, KEPT, DIM = 3, 2, 7, 4, 5
 Array = NDArray[np.float64]
 
 
-def selector_of(mode: str, temperature: float, generator: torch.Generator | None = None) -> TokenSelector:
+def selector_of(mode: str, temperature: float, generator: torch.Generator | None = None) -> PaperSelector:
     torch.manual_seed(0)
-    selector = TokenSelector(DIM, PREFIX + KEPT, PREFIX, mode=mode, temperature=temperature, generator=generator).double()
+    selector = PaperSelector(DIM, PREFIX + KEPT, PREFIX, mode=mode, temperature=temperature, generator=generator).double()
     selector.weight.detach().mul_(50)
     return selector.train()
 
@@ -50,7 +50,7 @@ def softmax(values: Array) -> Array:
     return exponential / exponential.sum()
 
 
-def loss_of(selector: TokenSelector, x: Tensor, factors: Tensor) -> Tensor:
+def loss_of(selector: PaperSelector, x: Tensor, factors: Tensor) -> Tensor:
     """The linear loss."""
     y = selector(x)
     if selector.mode == "mask":
@@ -138,7 +138,7 @@ def test_bf16_tokens_get_nearly_the_fp32_gradient_and_pass_unchanged() -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        selector = TokenSelector(64, 6, 1, mode="mask", temperature=1.0)
+        selector = PaperSelector(64, 6, 1, mode="mask", temperature=1.0)
         torch.manual_seed(1)
         y = selector(x.to(dtype))
         assert y.dtype == dtype

@@ -18,7 +18,8 @@ from svite_scale.models.dense import blocks, build_dense
 from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
-from svite_scale.models.token_selector import insert_token_selectors, token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
+from svite_scale.models.token_selector import token_selectors
 from svite_scale.options import options_of
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.packing import sparsify

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig
-from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
+from svite_scale.models.token_selector import TokenSelector
 from svite_scale.report.patches import compose, kept_patches, named_selectors, tokens_passed
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
