@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a script
 
-import svite_scale
 from benchmarks.evidence_tables import TABLES, Row, Table
 from benchmarks.machine import describe_machine
+from benchmarks.structure import Twin
 from svite_scale.config.load import read_config
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import count_flops
@@ -44,7 +43,6 @@ from svite_scale.evaluation.timing import alternate, ratio
 from svite_scale.models.sparse import build_sparse
 from svite_scale.report.patches import kept_patches
 from svite_scale.saved_run import evaluation_images, load_model, read_run
-from svite_scale.train.optimizer import build_optimizer
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURE = ROOT / "docs" / "evidence.json", ROOT / "docs" / "accuracy.md", ROOT / "docs" / "accuracy.svg"
@@ -200,22 +198,12 @@ def time_rows(names: Iterable[str], rounds: int) -> None:
             results.save()
 
 
-def step_of(config: Config) -> Any:
+def step_of(config: Config) -> Callable[[], None]:
     """Returns a function that takes one training step of a run's model, on random images, in fp32."""
-    model, _ = build_sparse(config.model, config.sparsity, config.seed)
-    optimizer = build_optimizer(model, config.optimizer)
-    for selector in svite_scale.models.token_selector.token_selectors(model):
-        selector.anneal(1.0)  # as many tokens as at the end
-    shape = (config.train.global_batch_size, config.model.in_channels, config.model.image_size, config.model.image_size)
-    images, labels = torch.randn(shape), torch.randint(config.model.num_classes, shape[:1])
-
-    def step() -> None:
-        loss = F.cross_entropy(model(images), labels) + svite_scale.selector_loss(model, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    twin, model = Twin(config.sparsity, "cpu", config.model), config.model
+    images = torch.randn(config.train.global_batch_size, model.in_channels, model.image_size, model.image_size)
+    labels = torch.randint(model.num_classes, images.shape[:1])
+    return lambda: twin.train(images, labels)
 
 
 def markdown(name: str, results: Results) -> str:

@@ -87,7 +87,7 @@ TABLES: dict[str, Table] = {
             *(narrow(width) for width in (72, 48, 32)),
             *(
                 weights(density, kind, *overrides)
-                for density in (0.3, 0.1, 0.05)
+                for density in (0.3, 0.1, 0.05, 0.02, 0.01)
                 for kind, overrides in (("fixed", ("sparsity.method=static",)), ("moving", MOVING))
             ),
         )
