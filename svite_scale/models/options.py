@@ -113,7 +113,7 @@ class TokensConfig:
             problem = f"is above temperature ({self.temperature}), but the temperature falls"
             raise OptionError("final_temperature", self.final_temperature, problem, "lower it")
         if not self.has_selectors:
-            for name in ("signal", "blocks", "mode"):
+            for name in ("training_keep_until", "signal", "blocks", "mode", "keep_warmup", "temperature", "final_temperature"):
                 refuse_unused(self, name, "isn't used where keep and training_keep are null")
         if self.keep is None:
             refuse_unused(self, "keep_warmup", "isn't used where keep is null")

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from svite_scale.errors import OptionError
+from svite_scale.models.options import TokensConfig
 from svite_scale.models.token_insertion import kept_tokens
 from svite_scale.models.token_selector import PaperSelector
 
@@ -39,14 +40,19 @@ def scores_by_hand(selector: PaperSelector, x: Tensor) -> list[list[float]]:
     return [[sum(a * b for a, b in zip(token, weight, strict=True)) for token in sample] for sample in x.tolist()]
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.95, 187), (0.9, 177), (0.7, 138), (0.5, 99), (1.0, 197)])
-def test_shares_of_197_tokens_are_the_papers_counts(share: float, kept: int) -> None:
-    assert kept_tokens(share, 197, 1) == kept
+@pytest.mark.parametrize(("fraction", "kept"), [(0.95, 187), (0.9, 177), (0.7, 138), (0.5, 99), (1.0, 197)])
+def test_fractions_of_197_tokens_are_the_papers_counts(fraction: float, kept: int) -> None:
+    assert kept_tokens(TokensConfig(keep=fraction), 197, 1) == kept
 
 
 @pytest.mark.parametrize("keep", [2.0, 99.0, 197.0])
 def test_above_one_keep_is_a_count(keep: float) -> None:
-    assert kept_tokens(keep, 197, 1) == keep
+    assert kept_tokens(TokensConfig(keep=keep), 197, 1) == keep
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.5, 25), (0.3, 15), (0.001, 1), (0.99, 49)])
+def test_training_keep_is_a_fraction_of_the_patch_tokens(fraction: float, kept: int) -> None:
+    assert kept_tokens(TokensConfig(training_keep=fraction), 51, 2) == 2 + kept
 
 
 @pytest.mark.parametrize("training", [True, False])
