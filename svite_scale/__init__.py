@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from svite_scale.engines.attach import attach
     from svite_scale.errors import MaskError, OptionError, SparsifyError, SviteScaleError, TopologyError
     from svite_scale.models.structure import pack_units
-    from svite_scale.models.token_selector import insert_token_selectors
+    from svite_scale.models.token_insertion import insert_token_selectors
+    from svite_scale.models.token_selector import selector_loss
     from svite_scale.models.weights import load_weights
     from svite_scale.sparsity.dense import to_dense
     from svite_scale.sparsity.options import Method, TopologyOptions
@@ -49,6 +50,7 @@ __all__ = [
     "load_weights",
     "pack_units",
     "parameter_groups",
+    "selector_loss",
     "sparsify",
     "to_dense",
 ]
@@ -64,10 +66,11 @@ _HOMES = {
     "TopologyOptions": "sparsity.options",
     "attach": "engines.attach",
     "count_flops": "cost.flops",
-    "insert_token_selectors": "models.token_selector",
+    "insert_token_selectors": "models.token_insertion",
     "load_weights": "models.weights",
     "pack_units": "models.structure",
     "parameter_groups": "sparsity.parameter_groups",
+    "selector_loss": "models.token_selector",
     "sparsify": "sparsity.packing",
     "to_dense": "sparsity.dense",
 }

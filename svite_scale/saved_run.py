@@ -28,6 +28,7 @@ from svite_scale.data.remote.fetch import PIPE
 from svite_scale.data.transforms import DeviceTransform, eval_transform
 from svite_scale.errors import CheckpointError, DataError, RunError
 from svite_scale.models.sparse import build_sparse
+from svite_scale.models.token_insertion import remove_token_selectors
 from svite_scale.tracking.tracker import METRICS, TOPOLOGY
 
 Line = dict[str, Any]
@@ -191,6 +192,8 @@ def damaged_line(path: Path, line: str, error: Exception) -> RunError:
 def load_model(run: SavedRun, *, ema: bool = False) -> nn.Module:
     """Returns the checkpoint's sparse model on the CPU, in fp32 and evaluation mode. Local: needs no process group.
 
+    It doesn't have token selectors that were there for training only.
+
     Args:
         run: holds the checkpoint.
         ema: take the moving average of the weights in place of the weights.
@@ -218,6 +221,8 @@ def load_model(run: SavedRun, *, ema: bool = False) -> nn.Module:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[keys[name]].view_as(parameter))
+    if run.config.sparsity.tokens.training_keep is not None:
+        remove_token_selectors(model)
     return model.eval()
 
 

@@ -26,16 +26,34 @@ def _packs_units(values: Values) -> bool:
     return values["sparsity.structured.heads"] != 1.0 or values["sparsity.structured.neurons"] != 1.0
 
 
-EARLIER: dict[str, Earlier] = {"sparsity.structured.drop_fraction": Earlier(None, _packs_units)}
+def _keeps_tokens(values: Values) -> bool:
+    return values["sparsity.tokens.keep"] is not None
+
+
+def _always(values: Values) -> bool:
+    return True
+
+
+EARLIER: dict[str, Earlier] = {
+    "sparsity.init": Earlier("dense", _always),
+    "sparsity.structured.drop_fraction": Earlier(None, _packs_units),
+    "sparsity.tokens.signal": Earlier("paper", _keeps_tokens),
+    "sparsity.tokens.keep_warmup": Earlier(0.0, _keeps_tokens),
+}
 """By dotted name of a field. A field whose default does what earlier versions did needs no entry."""
+
+
+def missing_fields(saved: Values) -> dict[str, object]:
+    """Returns the values of :data:`EARLIER` for the fields that a saved config doesn't have."""
+    values = flatten_config(to_dict(Config(run_dir=""))) | dict(saved)
+    return {name: field.value for name, field in EARLIER.items() if name not in saved and field.applies(values)}
 
 
 def complete(saved: Values) -> dict[str, object]:
     """Returns the values of all fields of a saved config. A field that the saving version hadn't yet has the value that means
     what that version did.
     """
-    values = flatten_config(to_dict(Config(run_dir=""))) | dict(saved)
-    return values | {name: field.value for name, field in EARLIER.items() if name not in saved and field.applies(values)}
+    return flatten_config(to_dict(Config(run_dir=""))) | dict(saved) | missing_fields(saved)
 
 
 def read_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -49,5 +67,4 @@ def read_saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file can't be read, or a key or a value isn't what a Config holds.
     """
     saved = dict(leaves(read_mapping(path), leaf_hints(Config)))
-    missing = {name: value for name, value in complete(saved).items() if name in EARLIER and name not in saved}
-    return make_config(saved | missing, overrides, str(path))
+    return make_config(saved | missing_fields(saved), overrides, str(path))

@@ -30,10 +30,12 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
         ConfigError: the teacher can't be built, or its file can't be used.
     """
     # On both, since a run is often looked at on another machine than it will train on.
-    costs = [count_flops(sparse.model, config.model.image_size, device=device) for device in ("cpu", "cuda")]
+    size = config.model.image_size
+    costs = [count_flops(sparse.model, size, device=device) for device in ("cpu", "cuda")]
+    training = count_flops(sparse.model, size, device="cpu", training=True)
     sections = (
         _layers(sparse.layers, config.sparsity.block),
-        "\n".join([*_costs(config, costs), *_tokens(sparse.model), *_teacher(config)]),
+        "\n".join([*_costs(config, costs, training), *_tokens(sparse.model), *_teacher(config)]),
         _bytes(config, world_size, *model_sizes(sparse.model, costs[0])),
     )
     return "\n\n".join(sections)
@@ -67,8 +69,8 @@ def _remarks(layer: LayerPlan, block: tuple[int, int]) -> list[str]:
     return [remark for remark, holds in remarks.items() if holds]
 
 
-def _costs(config: Config, costs: Sequence[ModelCost]) -> list[str]:
-    """Returns the lines on the cost; ``costs`` differ in the device."""
+def _costs(config: Config, costs: Sequence[ModelCost], training: ModelCost) -> list[str]:
+    """Returns the lines on the cost; ``costs`` differ in the device, and ``training`` is that of a forward in training."""
     cost = costs[0]
 
     def macs(count: int) -> str:
@@ -80,6 +82,7 @@ def _costs(config: Config, costs: Sequence[ModelCost]) -> list[str]:
         f"weights             {config.model.weights or 'drawn'}",
         f"parameters          {cost.params_active:,} active of {cost.params_dense:,}",
         f"forward, one image  {macs(cost.sparse_macs)}",
+        *([f"  in training       {macs(training.sparse_macs)}"] if training != cost else []),
         *(f"{f'multiplied on {each.device_type}':18}  {macs(each.multiplied_macs)}" for each in costs),
         f"optimizer step      {config.train.global_batch_size:,} samples",
     ]
@@ -92,7 +95,9 @@ def _tokens(model: nn.Module) -> list[str]:
         return []
     vit = cast(VisionTransformer, model)
     passing = "".join(f", then {selector.num_tokens:,}" for selector in selectors)
-    return [f"tokens              {vit.patch_embed.num_patches + vit.num_prefix_tokens:,}{passing}"]
+    until = selectors[0].patches.until
+    when = "" if until is None else f", until {100 * until:g}% of training; evaluation and exports have all"
+    return [f"tokens              {vit.patch_embed.num_patches + vit.num_prefix_tokens:,}{passing}{when}"]
 
 
 def _teacher(config: Config) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from svite_scale.errors import OptionError
 from svite_scale.models.matrix_products import matrix_products
+from svite_scale.models.token_insertion import remove_token_selectors
 from svite_scale.models.token_selector import TokenSelector, token_selectors
 from svite_scale.sparsity.dense import copied, to_dense
 from svite_scale.sparsity.layers.base import SparseLayer
@@ -43,8 +43,8 @@ class ModelCost:
     """Cost of one image's forward.
 
     Multiply-accumulates of the matrix products and convolutions: those of layers that can be made sparse, and others, such as
-    attention's two, which sparse weights don't shorten. Norms, softmax, activations, pooling and the scores of token selectors
-    are left out, as in the paper's figures.
+    attention's two, which sparse weights don't shorten. The products of token selectors count too, which the dense model
+    hasn't. Norms, softmax, activations and pooling are left out, as in the paper's figures.
 
     Attributes:
         layers: the layers that can be made sparse, those kept dense included, and the modules with other products.
@@ -79,7 +79,9 @@ class ModelCost:
         return 1.0 - self.sparse_macs / self.dense_macs
 
 
-def count_flops(model: nn.Module, image_size: int, *, device: torch.device | str | None = None) -> ModelCost:
+def count_flops(
+    model: nn.Module, image_size: int, *, device: torch.device | str | None = None, training: bool = False
+) -> ModelCost:
     """Returns the cost of one image's forward in multiply-accumulates, from shapes alone. Local.
 
     Args:
@@ -87,6 +89,8 @@ def count_flops(model: nn.Module, image_size: int, *, device: torch.device | str
             stays as it is.
         image_size: pixels, height and width alike. The channels are those of the model's first convolution.
         device: that would multiply; None takes this machine's GPU, or its CPU if it has none.
+        training: count a forward in training, for most of it: with the token selectors that are in training only, and the
+            classifiers of all selectors. The backward isn't counted.
 
     Raises:
         OptionError: the model can't take such images; it is a ValueError too.
@@ -98,12 +102,12 @@ def count_flops(model: nn.Module, image_size: int, *, device: torch.device | str
     dense = to_dense(_on_meta(model))
     if hasattr(dense, "set_grad_checkpointing"):  # which computes nothing else, and doesn't know the meta device
         cast(Any, dense).set_grad_checkpointing(False)
-    layers = prunable_layers(dense)
+    layers, selectors = prunable_layers(dense), _macs_of_selectors(dense, training=training)
     in_channels = next((module.in_channels for module in dense.modules() if isinstance(module, nn.Conv2d)), 3)
     try:
         passing = whole = matrix_products(dense, image_size, in_channels)
         if token_selectors(dense):
-            _remove_selectors(dense)
+            remove_token_selectors(dense)
             whole = matrix_products(dense, image_size, in_channels)
     except Exception as error:  # whatever a model raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -111,8 +115,8 @@ def count_flops(model: nn.Module, image_size: int, *, device: torch.device | str
         raise OptionError("image_size", image_size, problem, "use the size that it was built for") from error
 
     numel = {name: layer.weight.numel() for name, layer in layers.items()}
-    dense_macs = {name: numel[name] * whole.applications[name] for name in layers} | whole.others
-    passing_macs = {name: numel[name] * passing.applications[name] for name in layers} | passing.others
+    dense_macs = {name: numel[name] * whole.applications[name] for name in layers} | whole.others | dict.fromkeys(selectors, 0)
+    passing_macs = {name: numel[name] * passing.applications[name] for name in layers} | passing.others | selectors
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -139,9 +143,21 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copied(model, tensors)
 
 
-def _remove_selectors(model: nn.Module) -> None:
-    items = cast(nn.Module, model.blocks).named_children()
-    model.blocks = nn.Sequential(OrderedDict((name, item) for name, item in items if not isinstance(item, TokenSelector)))
+def _macs_of_selectors(model: nn.Module, *, training: bool) -> dict[str, int]:
+    """Returns the multiply-accumulates of a dense model's token selectors, by name.
+
+    In evaluation, selectors that are in training only then do nothing; for ``training`` they drop tokens from now on.
+    """
+    selectors = {name: module for name, module in model.named_modules() if isinstance(module, TokenSelector)}
+    reaching = max((selector.patches.all for selector in selectors.values()), default=0)
+    macs: dict[str, int] = {}
+    for name, selector in selectors.items():
+        if training:
+            selector.schedule(replace(selector.patches, until=None))
+        if not selector.only_in_training:
+            macs[name] = selector.macs(reaching, training=training)
+            reaching = selector.num_patches if selector.mode == "gather" else reaching
+    return macs
 
 
 def _num_parameters(model: nn.Module) -> int:

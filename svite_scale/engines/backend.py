@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from svite_scale.sparsity.access import ParameterAccess
+from svite_scale.sparsity.access import ParameterAccess, auxiliary_classifiers
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 """Builds the optimizer of a model. An engine calls it before or after it wraps the model, as it needs."""
@@ -96,7 +96,8 @@ class Backend(Protocol):
         for group in groups:
             group["lr"] = 0.0
         for _ in range(self.options.accumulation_steps):
-            self.backward(self.forward(images).float().sum() * 0.0)
+            outputs = [self.forward(images), *(module.take_logits() for module in auxiliary_classifiers(self.model))]
+            self.backward(torch.stack([output.float().sum() for output in outputs]).sum() * 0.0)
         self.step()
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate

@@ -19,12 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from svite_scale.config.earlier import missing_fields
 from svite_scale.config.load import build, leaf_hints, leaves, to_dict
 from svite_scale.errors import ConfigError, ExportError
 from svite_scale.export.formats import OnnxOptions
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig, PositiveList, TokensConfig
-from svite_scale.models.token_selector import insert_token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
 from svite_scale.options import in_section, options, options_of
 from svite_scale.saved_run import SavedRun
 
@@ -148,7 +149,7 @@ def describe(run: SavedRun, form: str, *, ema: bool = False, license: str | None
     return Description(
         form=form,
         model=model,
-        tokens=config.sparsity.tokens,
+        tokens=config.sparsity.tokens if config.sparsity.tokens.keep is not None else TokensConfig(),
         preprocessing=Preprocessing(mean=data.mean, std=data.std, image_size=model.image_size, eval_crop=data.eval_crop),
         origin=Origin(run=run.run_dir.resolve().name, checkpoint=run.checkpoint.name, step=run.step, ema=ema),
         license=license,
@@ -172,7 +173,11 @@ def read_description(folder: Path) -> Description:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it holds no JSON object")
-        description = build(Description, dict(leaves(raw, leaf_hints(Description))))
+        values = dict(leaves(raw, leaf_hints(Description)))
+        # Of an export of an earlier version.
+        tokens = {f"sparsity.{name}": value for name, value in values.items() if name.startswith("tokens.")}
+        values |= {name.removeprefix("sparsity."): value for name, value in missing_fields(tokens).items()}
+        description = build(Description, values)
         if description.model.weights is not None:
             raise ValueError("its model names a file of weights, and the weights of an export are in its folder")
         given, taken = description.preprocessing.image_size, description.model.image_size

@@ -14,6 +14,7 @@ from svite_scale.export.form import Description, Export, Notes
 from svite_scale.models import sliced_model
 from svite_scale.models.dense import check_model
 from svite_scale.models.options import ModelConfig
+from svite_scale.models.sliced_model import AttentionSelector
 from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.dense import to_dense
 from svite_scale.sparsity.layers.units import UnitLayer
@@ -61,7 +62,9 @@ def slice_model(model: nn.Module, config: ModelConfig) -> nn.Module:
         TopologyError: see :func:`~svite_scale.sparsity.dense.to_dense`.
     """
     sliced = sliced_model.build(describe(model, config))
-    sliced.load_state_dict(sliced_model.slice_units(to_dense(model).state_dict(), active_units(model)))
+    state = sliced_model.slice_units(to_dense(model).state_dict(), active_units(model))
+    # Not what token selectors have for training only.
+    sliced.load_state_dict({name: tensor for name, tensor in state.items() if name in sliced.state_dict()})
     return sliced
 
 
@@ -78,6 +81,7 @@ def describe(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
             "num_tokens": module.num_tokens,
             "num_prefix": module.num_prefix,
             "mode": module.mode,
+            **({"num_queries": len(module.attention.queries)} if isinstance(module, AttentionSelector) else {}),
         }
         for name, module in model.named_modules()
         if isinstance(module, TokenSelector)

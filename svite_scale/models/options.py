@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from svite_scale.errors import OptionError
 from svite_scale.options import options, refuse_unused, whole_choice
-from svite_scale.sparsity.options import UNIT_DROP_FRACTION, Allocation, Density, MethodOptions
+from svite_scale.sparsity.options import UNIT_DROP_FRACTION, Allocation, Density, Fraction, MethodOptions
 
 Size = Annotated[int | None, Field(ge=1)]
 PositiveList = tuple[Annotated[float, Field(gt=0.0)], ...]
@@ -74,19 +74,35 @@ class StructuredConfig:
 
 @options
 class TokensConfig:
-    """The learnable token selector (the paper's section 3.3, SViTE+)."""
+    """The learnable token selector (the paper's section 3.3, SViTE+), given by one of ``keep`` and ``training_keep``."""
 
     keep: Annotated[float | None, Field(gt=0.0)] = None
     """Tokens that pass, class, distillation and register tokens among them: up to 1 a fraction of those that reach the
     selector, rounded half up; above 1 a count. Null has no selector."""
+    training_keep: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    """Instead of ``keep``: the fraction of the patch tokens that pass in training. The model itself, in evaluation and exports,
+    has all tokens."""
+    training_keep_until: Fraction = 0.9
+    """Fraction of training after which all tokens pass in training too, with ``training_keep``."""
+    signal: Literal["classifier", "paper", "random"] = "classifier"
+    """Scores of the tokens: ``classifier`` is the attention of a small classifier in the selector, which learns from a loss of
+    its own; ``paper`` is the reference's linear layer, which learns through the tokens' scale; ``random`` is a draw for each
+    sample, for ``training_keep`` only."""
     blocks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """A selector stands before each of these blocks; 0 is after the embedding."""
     mode: Literal["gather", "mask"] = "gather"
     """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
+    keep_warmup: Fraction = 0.3
+    """Fraction of training in which the tokens that pass in training fall from all to ``keep``, by a cosine in 8 levels."""
     temperature: Annotated[float, Field(gt=0.0)] = 10.0
-    """Temperature of the Gumbel softmax at the start of training."""
+    """Temperature of the Gumbel softmax at the start of training, for ``signal: paper``."""
     final_temperature: Annotated[float, Field(gt=0.0)] = 0.1
     """The same at the end of training; in between the temperature falls on a line, by optimizer step."""
+
+    @property
+    def has_selectors(self) -> bool:
+        """Whether a model has token selectors, be it in training only."""
+        return self.keep is not None or self.training_keep is not None
 
     def __post_init__(self) -> None:
         blocks = list(self.blocks)
@@ -96,15 +112,40 @@ class TokensConfig:
         if self.final_temperature > self.temperature:
             problem = f"is above temperature ({self.temperature}), but the temperature falls"
             raise OptionError("final_temperature", self.final_temperature, problem, "lower it")
+        if not self.has_selectors:
+            for name in ("training_keep_until", "signal", "blocks", "mode", "keep_warmup", "temperature", "final_temperature"):
+                refuse_unused(self, name, "isn't used where keep and training_keep are null")
         if self.keep is None:
-            for name in ("blocks", "mode", "temperature", "final_temperature"):
-                refuse_unused(self, name, "isn't used where keep is null")
-        elif self.keep > 1 and not self.keep.is_integer():
+            refuse_unused(self, "keep_warmup", "isn't used where keep is null")
+        if self.training_keep is None:
+            refuse_unused(self, "training_keep_until", "isn't used where training_keep is null")
+        if self.signal != "paper":
+            for name in ("temperature", "final_temperature"):
+                refuse_unused(self, name, f"isn't used by the signal {self.signal}")
+        if self.training_keep is not None:
+            self._check_training_keep(self.training_keep)
+        elif self.signal == "random":
+            raise OptionError("signal", "random", "doesn't tell which tokens evaluation keeps", "use it with training_keep")
+        if self.keep is not None and self.keep > 1:
+            self._check_count(self.keep)
+
+    def _check_training_keep(self, training_keep: float) -> None:
+        """Refuses what doesn't fit tokens that are dropped in training only."""
+        if self.keep is not None:
+            problem = "drops tokens in training only, but keep drops them always"
+            raise OptionError("training_keep", training_keep, problem, "leave one of them out")
+        if self.signal == "paper":
+            raise OptionError("signal", "paper", "is only for keep", "use random or classifier with training_keep")
+        refuse_unused(self, "mode", "saves nothing, which is all that training_keep is for")
+
+    def _check_count(self, keep: float) -> None:
+        """Refuses a number of tokens that isn't one, or that several selectors can't keep."""
+        if not keep.is_integer():
             remedy = "round it, or use a fraction of at most 1"
-            raise OptionError("keep", self.keep, "is no whole number of tokens", remedy)
-        elif self.keep > 1 and self.mode == "gather" and len(blocks) > 1:
-            problem = f"is a count, which only the first of {len(blocks)} selectors would bring the tokens down to"
-            raise OptionError("keep", self.keep, problem, "use a fraction, or one block in blocks")
+            raise OptionError("keep", keep, "is no whole number of tokens", remedy)
+        if self.mode == "gather" and len(self.blocks) > 1:
+            problem = f"is a count, which only the first of {len(self.blocks)} selectors would bring the tokens down to"
+            raise OptionError("keep", keep, problem, "use a fraction, or one block in blocks")
 
 
 @options

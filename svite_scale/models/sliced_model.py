@@ -38,20 +38,19 @@ State = dict[str, Tensor]
 
 
 class DeterministicSelector(nn.Module):
-    """Lets the prefix tokens and the patch tokens of highest score pass; a score is the token's product with :attr:`weight`.
+    """Lets the prefix tokens and the patch tokens of highest score pass.
 
     Each sample's choice is its own, and ties go to the lower index. Scores are computed in fp32, under autocast and for bf16
     inputs too; inputs of fp64 stay in fp64.
 
     Attributes:
-        weight: ``[1, embed_dim]``, a linear layer's. Not an ``nn.Linear``, and without a bias.
         num_tokens: tokens that pass, prefix tokens included.
         num_prefix: class, distillation and register tokens, which stand first and always pass.
         num_patches: patch tokens that pass.
         mode: ``gather`` shortens the sequence; ``mask`` sets the other tokens to 0 instead.
     """
 
-    def __init__(self, embed_dim: int, num_tokens: int, num_prefix: int, mode: str = "gather") -> None:
+    def __init__(self, num_tokens: int, num_prefix: int, mode: str = "gather") -> None:
         """See the attributes.
 
         Raises:
@@ -64,36 +63,99 @@ class DeterministicSelector(nn.Module):
             raise ValueError(f"{num_tokens} tokens leave no patch token beside {num_prefix} prefix tokens")
         self.num_tokens, self.num_prefix, self.num_patches = num_tokens, num_prefix, num_tokens - num_prefix
         self.mode = mode
-        self.weight = nn.Parameter(trunc_normal_(torch.empty(1, embed_dim), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, N, embed_dim]`` to ``[batch, num_tokens, embed_dim]``, in the same order; in mode ``mask`` to
         ``[batch, N, embed_dim]``, where the other tokens are 0.
         """
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        return torch.cat([prefix, self.select(patches, self.scores(patches))], dim=1)
+        return torch.cat([prefix, self.select(patches, self.scores(patches), self.num_patches)], dim=1)
 
     def scores(self, patches: Tensor) -> Tensor:
         """``[batch, patches, embed_dim]`` to fp32 (fp64 for fp64) ``[batch, patches]``."""
-        dtype = torch.promote_types(patches.dtype, torch.float32)
-        # Not a matrix product: its rounding depends on the rows that it computes together, so on the batch.
-        return (patches.to(dtype) * self.weight.to(dtype)).sum(dim=-1)
+        raise NotImplementedError
 
-    def select(self, patches: Tensor, scores: Tensor) -> Tensor:
-        """Leaves out, or sets to 0, the patch tokens that don't have one of the ``num_patches`` highest scores."""
-        passing = highest(scores, self.num_patches)
+    def select(self, patches: Tensor, scores: Tensor, count: int) -> Tensor:
+        """Leaves out, or sets to 0, the patch tokens that don't have one of the ``count`` highest scores."""
+        if count >= patches.shape[1]:
+            return patches
+        passing = highest(scores, count)
         if self.mode == "gather":
             return patches.gather(1, passing.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        mask = torch.zeros(patches.shape[:2], dtype=patches.dtype, device=patches.device).scatter(1, passing, 1.0)
-        return patches * mask.unsqueeze(-1)
+        return patches * mask_of(passing, scores).to(patches.dtype).unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, num_prefix={self.num_prefix}, mode={self.mode}"
 
 
+class LinearSelector(DeterministicSelector):
+    """A token's score is its product with :attr:`weight`.
+
+    Attributes:
+        weight: ``[1, embed_dim]``, a linear layer's. Not an ``nn.Linear``, and without a bias.
+    """
+
+    def __init__(self, embed_dim: int, num_tokens: int, num_prefix: int, mode: str = "gather") -> None:
+        """See the attributes of the base class, and its errors."""
+        super().__init__(num_tokens, num_prefix, mode)
+        self.weight = nn.Parameter(trunc_normal_(torch.empty(1, embed_dim), std=0.02))
+
+    def scores(self, patches: Tensor) -> Tensor:
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        return products(patches.to(dtype), self.weight.to(dtype)).squeeze(-1)
+
+
+class AttentionSelector(DeterministicSelector):
+    """A token's score is the mean attention that it gets from learnt queries, see :class:`TokenAttention`."""
+
+    def __init__(self, embed_dim: int, num_queries: int, num_tokens: int, num_prefix: int, mode: str = "gather") -> None:
+        """See the attributes of the base class, and its errors. ``num_queries`` is that of the attention."""
+        super().__init__(num_tokens, num_prefix, mode)
+        self.attention = TokenAttention(embed_dim, num_queries)
+
+    def scores(self, patches: Tensor) -> Tensor:
+        attention: Tensor = self.attention(normalised(patches))
+        return attention.mean(dim=-1)
+
+
+class TokenAttention(nn.Module):
+    """The attention of a few learnt queries to the normalised patch tokens of an image.
+
+    Attributes:
+        queries: ``[num_queries, embed_dim]``. With one query, the keys' matrix of ordinary attention would only turn the query
+            into another, and a key's bias would change no attention. So there are no keys.
+    """
+
+    def __init__(self, embed_dim: int, num_queries: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(trunc_normal_(torch.empty(num_queries, embed_dim), std=0.02))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the attention of each query: normalised tokens ``[batch, N, embed_dim]`` to ``[batch, N, queries]``, of their
+        dtype. It is 1 in all for a query.
+        """
+        return products(tokens, self.queries.to(tokens.dtype)).softmax(dim=1)
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """Returns tokens with mean 0 and variance 1 each, in fp32 (fp64 for fp64)."""
+    return nn.functional.layer_norm(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), tokens.shape[-1:])
+
+
+def products(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Returns the products of tokens ``[batch, N, features]`` with each row of ``weight``, ``[batch, N, rows]``."""
+    # Not a matrix product: its rounding depends on the rows that it computes together, so on the batch.
+    return torch.stack([(tokens * row).sum(dim=-1) for row in weight.unbind()], dim=-1)
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """Ascending indices of the ``count`` highest of the last dimension; ties go to the lower index, unlike in ``topk``."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+def mask_of(passing: Tensor, scores: Tensor) -> Tensor:
+    """Returns 1 at the indices ``passing`` of the last dimension and 0 elsewhere, shaped like the scores and of their dtype."""
+    return torch.zeros_like(scores).scatter(-1, passing, 1.0)
 
 
 def build(description: dict[str, Any]) -> nn.Module:
@@ -149,7 +211,9 @@ def _insert_selectors(model: Any, selectors: dict[str, dict[str, Any]]) -> None:
     items: OrderedDict[str, nn.Module] = OrderedDict()
     for name, block in model.blocks.named_children():
         if name in selectors:
-            items[f"selector{name}"] = DeterministicSelector(model.embed_dim, **selectors[name])
+            # Exports of earlier versions name no kind of selector; theirs are linear.
+            kind = AttentionSelector if "num_queries" in selectors[name] else LinearSelector
+            items[f"selector{name}"] = kind(model.embed_dim, **selectors[name])
         items[name] = block
     model.blocks = nn.Sequential(items)
 
@@ -188,7 +252,7 @@ def load(folder: str | Path) -> nn.Module:
 def dense_state_dict(folder: str | Path) -> State:
     """Returns the tensors of a folder's model in the shapes of the dense timm model: absent heads and neurons are zeros.
 
-    With token selectors, their weights are there too, as ``blocks.selector<i>.weight``: timm's model has no place for them.
+    With token selectors, their weights are there too, as ``blocks.selector<i>...``: timm's model has no place for them.
 
     Raises:
         OSError, ValueError, RuntimeError: see :func:`load`.

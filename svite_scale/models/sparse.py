@@ -13,7 +13,7 @@ from svite_scale.errors import ConfigError
 from svite_scale.models.dense import build_dense, check_model
 from svite_scale.models.options import ModelConfig, SparseModelOptions, TokensConfig
 from svite_scale.models.structure import pack_units
-from svite_scale.models.token_selector import insert_token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
 from svite_scale.models.weights import FittedWeights, fit, open_weights
 from svite_scale.options import in_section, options_of
 from svite_scale.sparsity.allocation.first_masks import FirstMasks, NonzeroWeights, SavedCounts
@@ -76,7 +76,7 @@ def plan_sparse(config: ModelConfig, sparsity: SparseModelOptions, saved: Mappin
 
 
 def _insert_selectors(model: nn.Module, sparsity: SparseModelOptions) -> None:
-    if sparsity.tokens.keep is not None:
+    if sparsity.tokens.has_selectors:
         # After all other weights are drawn, which are therefore the same as without selectors.
         with in_section("sparsity.tokens"):
             insert_token_selectors(model, **options_of(TokensConfig, sparsity.tokens))

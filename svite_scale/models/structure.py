@@ -12,7 +12,8 @@ from svite_scale.errors import OptionError
 from svite_scale.models.options import StructuredConfig
 from svite_scale.models.packed_attention import QKV, PackedAttention
 from svite_scale.models.packed_mlp import PackedMlp
-from svite_scale.models.token_selector import TokenSelector, require_vision_transformer
+from svite_scale.models.token_insertion import require_vision_transformer
+from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing

@@ -1,29 +1,198 @@
-"""The learnable token selector: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+)."""
+"""Token selectors in training: which tokens the next block gets (arXiv:2106.04533, section 3.3, SViTE+)."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.models import VisionTransformer
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from svite_scale.errors import OptionError
-from svite_scale.models.options import TokensConfig
-from svite_scale.models.sliced_model import DeterministicSelector
-from svite_scale.sparsity.access import Annealed
-from svite_scale.sparsity.layers.plain_layer import refuse_wrapped
+from svite_scale.models.sliced_model import (
+    AttentionSelector,
+    DeterministicSelector,
+    LinearSelector,
+    highest,
+    mask_of,
+    normalised,
+)
+from svite_scale.sparsity.access import Annealed, AuxiliaryClassifier, auxiliary_classifiers
+
+NUM_QUERIES = 4
+VALUE_DIM = 16
+"""Numbers that the classifier of a selector keeps of the tokens that a query attends to."""
+
+LEVELS = 8
+"""Numbers of tokens that pass while ``keep`` falls, all and the last among them. A compiled model is compiled for each."""
+
+
+@dataclass(frozen=True)
+class PassingPatches:
+    """The number of patch tokens that pass a selector in training, by the progress of training.
+
+    Attributes:
+        all: patch tokens of an image.
+        kept: patch tokens that pass for most of training.
+        warmup: fraction of training in which the number falls from ``all`` to ``kept``, by a cosine in :data:`LEVELS` levels.
+        until: fraction of training after which all tokens pass again; None if they never do.
+    """
+
+    all: int
+    kept: int
+    warmup: float = 0.0
+    until: float | None = None
+
+    def at(self, progress: float) -> int:
+        """Returns the number at a fraction of training."""
+        if self.until is not None and progress >= self.until:
+            return self.all
+        if progress >= self.warmup:
+            return self.kept
+        fallen = math.floor((LEVELS - 1) * progress / self.warmup) / (LEVELS - 1)
+        return self.kept + round((self.all - self.kept) * 0.5 * (1.0 + math.cos(math.pi * fallen)))
 
 
 class TokenSelector(DeterministicSelector, Annealed):
-    """A :class:`~svite_scale.models.sliced_model.DeterministicSelector` that learns.
+    """Base of the selectors of a model in training.
+
+    In evaluation the selector is deterministic: exactly :attr:`num_patches` patch tokens pass. A selector that is there for
+    training only lets all of them pass then.
+
+    Attributes:
+        patches: the schedule of the patch tokens that pass in training.
+        passing: patch tokens that pass in the next forward in training.
+        only_in_training: whether all tokens pass in evaluation.
+    """
+
+    patches: PassingPatches
+    passing: int
+
+    def macs(self, num_patches: int, *, training: bool) -> int:
+        """Returns the multiply-accumulates of a forward that ``num_patches`` patch tokens of one image reach."""
+        raise NotImplementedError
+
+    @property
+    def only_in_training(self) -> bool:
+        return self.patches.until is not None
+
+    def schedule(self, patches: PassingPatches) -> None:
+        """Sets the schedule, at the start of training."""
+        self.patches, self.passing = patches, patches.at(0.0)
+
+    def tokens_at(self, progress: float) -> int:
+        """Returns the tokens that pass in training at a fraction of it, prefix tokens included."""
+        return self.num_prefix + self.patches.at(progress)
+
+    def anneal(self, progress: float) -> None:
+        """Prepares the next forward in training. ``topology.step()`` of an attached topology engine calls it.
+
+        Args:
+            progress: fraction of training that is done, 0 to 1. It must not change between a forward and its backward.
+
+        Raises:
+            OptionError: the progress is outside 0 to 1.
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise OptionError("progress", progress, "is outside 0 to 1", "give the fraction of training that is done")
+        self.passing = self.patches.at(progress)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the base class; in training :attr:`passing` patch tokens pass.
+
+        Raises:
+            ValueError: N is below ``num_tokens``.
+        """
+        if x.shape[1] < self.num_tokens:
+            raise ValueError(f"can't keep {self.num_tokens} of {x.shape[1]} tokens")
+        if not self.training:
+            return x if self.only_in_training else super().forward(x)
+        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        return torch.cat([prefix, self.select_in_training(patches)], dim=1)
+
+    def select_in_training(self, patches: Tensor) -> Tensor:
+        """Returns what passes of the patch tokens ``[batch, N, embed_dim]`` in training."""
+        raise NotImplementedError
+
+
+class ClassifierSelector(TokenSelector, AttentionSelector, AuxiliaryClassifier):
+    """A selector that learns by classifying the image itself, from all tokens that reach it, the dropped ones too.
+
+    The tokens are detached: the classifier's loss, :func:`selector_loss`, has no gradient for the rest of the model. A token's
+    score is its mean attention in this classification; there is no noise. The gradient of the model's loss flows through the
+    tokens that pass as through any gather, and none of it through the scores.
+    """
+
+    def __init__(self, embed_dim: int, num_tokens: int, num_prefix: int, *, mode: str = "gather", num_classes: int) -> None:
+        """See the attributes.
+
+        Raises:
+            ValueError: ``num_tokens`` leaves no patch token, or there is no such mode.
+        """
+        super().__init__(embed_dim, NUM_QUERIES, num_tokens, num_prefix, mode)
+        self.classifier = TokenClassifier(embed_dim, num_classes)
+        self.schedule(PassingPatches(self.num_patches, self.num_patches))
+
+    def macs(self, num_patches: int, *, training: bool) -> int:
+        scores = self.attention.queries.numel() * num_patches
+        # In training as many again for what the queries attend to, and then the classifier's two matrices.
+        return 2 * scores + self.classifier.projection.numel() + self.classifier.weight.numel() if training else scores
+
+    def select_in_training(self, patches: Tensor) -> Tensor:
+        tokens = normalised(patches.detach())
+        attention = self.attention(tokens)
+        # Before the selection: so backward comes to the classifier after the selected tokens, when an engine that shards the
+        # selector by itself has gathered it.
+        if torch.is_grad_enabled():
+            self.logits = self.classifier(attention, tokens)
+        return self.select(patches, attention.detach().mean(dim=-1), self.passing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no part in the graph of the last forward, and couldn't copy it.
+        return {**self.__dict__, "logits": None}
+
+
+class TokenClassifier(nn.Module):
+    """Classifies an image by the tokens that a few queries attend to. ``sparsify`` leaves it dense: it has no ``nn.Linear``.
+
+    Attributes:
+        projection: ``[queries * VALUE_DIM, embed_dim]``, the values: what is kept of the tokens that each query attends to.
+        weight: ``[classes, queries * VALUE_DIM]``.
+        bias: ``[classes]``.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        values = NUM_QUERIES * VALUE_DIM
+        self.projection = nn.Parameter(trunc_normal_(torch.empty(values, embed_dim), std=embed_dim**-0.5))
+        self.weight = nn.Parameter(trunc_normal_(torch.empty(num_classes, values), std=0.02))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, attention: Tensor, tokens: Tensor) -> Tensor:
+        """Returns logits ``[batch, classes]``.
+
+        Args:
+            attention: of each query to the tokens, ``[batch, N, queries]``.
+            tokens: normalised, ``[batch, N, embed_dim]``.
+        """
+        pooled = attention.transpose(1, 2) @ tokens
+        projection = self.projection.to(pooled.dtype).unflatten(0, (NUM_QUERIES, VALUE_DIM))
+        values = torch.einsum("bqd,qvd->bqv", pooled, projection).flatten(1)
+        return F.linear(values, self.weight.to(values.dtype), self.bias.to(values.dtype))
+
+
+class PaperSelector(TokenSelector, LinearSelector):
+    """The selector of the paper's code: a linear layer, which learns through the scale of the tokens.
 
     In training, Gumbel noise is added to the log-softmax of the scores, and the patch tokens of highest sum pass: a draw
     without replacement from softmax(scores), whatever the temperature. The temperature sets the gradient. With
-    p = softmax((log-softmax + noise) / temperature) over the patch tokens, a token that passes is multiplied by
-    1 + p - stop_gradient(p): by exactly 1, with the gradient of p. So the scores learn through the tokens that pass.
+    p = softmax((log-softmax + noise) / temperature) over the patch tokens, a token is multiplied by hard + p -
+    stop_gradient(p), where hard is 1 for a token that passes and 0 for another: by exactly 1 or 0, with the gradient of p. In
+    mode ``gather`` the others are absent, so only those that pass give p a gradient. In mode ``mask`` the others give it one
+    too, through the next LayerNorm.
 
     In evaluation there is no noise. The softmax would cancel a bias, and ``sparsify`` leaves the weight dense.
 
@@ -49,11 +218,15 @@ class TokenSelector(DeterministicSelector, Annealed):
             ValueError: ``num_tokens`` leaves no patch token, or there is no such mode.
         """
         super().__init__(embed_dim, num_tokens, num_prefix, mode)
+        self.schedule(PassingPatches(self.num_patches, self.num_patches))
         self.generator = generator
         self.temperatures = (temperature, final_temperature)
         # A tensor, because a compiled forward is compiled again when a number changes. No buffer, because DDP would send it at
         # every forward and ZeRO would round it. On the CPU, because operations on every device take such a tensor as a number.
         self._temperature = torch.tensor(temperature, dtype=torch.float64, device="cpu")
+
+    def macs(self, num_patches: int, *, training: bool) -> int:
+        return self.weight.numel() * num_patches
 
     @property
     def temperature(self) -> float:
@@ -61,16 +234,8 @@ class TokenSelector(DeterministicSelector, Annealed):
         return self._temperature.item()
 
     def anneal(self, progress: float) -> None:
-        """Sets the temperature of the next forward. ``topology.step()`` of an attached topology engine calls it.
-
-        Args:
-            progress: fraction of training that is done, 0 to 1. It must not change between a forward and its backward.
-
-        Raises:
-            OptionError: the progress is outside 0 to 1.
-        """
-        if not 0.0 <= progress <= 1.0:
-            raise OptionError("progress", progress, "is outside 0 to 1", "give the fraction of training that is done")
+        """Sets the temperature of the next forward too, see the base class."""
+        super().anneal(progress)
         self._temperature.fill_(self.temperature_at(progress))
 
     def temperature_at(self, progress: float) -> float:
@@ -78,22 +243,15 @@ class TokenSelector(DeterministicSelector, Annealed):
         first, final = self.temperatures
         return first + (final - first) * progress
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the base class.
-
-        Raises:
-            ValueError: N is below ``num_tokens``.
-        """
-        if x.shape[1] < self.num_tokens:
-            raise ValueError(f"can't keep {self.num_tokens} of {x.shape[1]} tokens")
-        if not self.training:
-            return super().forward(x)
-        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+    def select_in_training(self, patches: Tensor) -> Tensor:
         scores = self.scores(patches).log_softmax(dim=-1)
         scores = scores + self._gumbel(scores)
         soft = (scores / self._temperature).softmax(dim=-1)
-        patches = patches * (soft - soft.detach() + 1).to(x.dtype).unsqueeze(-1)
-        return torch.cat([prefix, self.select(patches, scores.detach())], dim=1)
+        scores = scores.detach()
+        if self.mode == "gather":
+            return self.select(patches * (soft - soft.detach() + 1).to(patches.dtype).unsqueeze(-1), scores, self.passing)
+        hard = mask_of(highest(scores, self.passing), scores)
+        return patches * (soft - soft.detach() + hard).to(patches.dtype).unsqueeze(-1)
 
     def _gumbel(self, like: Tensor) -> Tensor:
         exponential = torch.empty_like(like).exponential_(generator=self.generator)
@@ -101,115 +259,42 @@ class TokenSelector(DeterministicSelector, Annealed):
         return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()
 
 
-def insert_token_selectors(
-    model: nn.Module,
-    *,
-    keep: float,
-    blocks: Sequence[int] = TokensConfig.blocks,
-    mode: str = TokensConfig.mode,
-    temperature: float = TokensConfig.temperature,
-    final_temperature: float = TokensConfig.final_temperature,
-    generator: torch.Generator | None = None,
-) -> list[TokenSelector]:
-    """Puts a token selector before each of the given blocks of a VisionTransformer, in place.
+class RandomSelector(TokenSelector):
+    """Passes patch tokens that are drawn for each sample by itself, in training only; it has nothing to learn."""
 
-    Call it before any engine wraps the model, and once for all blocks. ``sparsify`` and ``pack_units`` may come before it or
-    after it. The temperature falls with each ``topology.step()`` of an attached topology engine; in a loop without one, call
-    ``selector.anneal(step / total_steps)`` before each step.
+    def macs(self, num_patches: int, *, training: bool) -> int:
+        return 0
 
-    A selector becomes an item ``selector<i>`` of ``model.blocks``, right before the item ``<i>``. All other names stay, and
-    timm's loop over the items, with activation checkpointing or without, calls it like a block. It belongs to no block, so
-    FSDP2 gathers it with the root's parameters and ZeRO-3 by itself.
+    def select_in_training(self, patches: Tensor) -> Tensor:
+        return self.select(patches, self.scores(patches), self.passing)
+
+    def scores(self, patches: Tensor) -> Tensor:
+        return torch.rand(patches.shape[:2], device=patches.device)
+
+
+def selector_loss(model: nn.Module, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Returns the loss from which token selectors of the signal ``classifier`` learn: the sum of their cross entropies, fp32.
+
+    Add it to the loss of each micro-batch, after the model's forward in training mode::
+
+        loss = F.cross_entropy(model(images), labels) + svite_scale.selector_loss(model, labels)
+
+    Its gradient reaches only the selectors' own parameters, so it changes the rest of the model through the clipping of the
+    gradient's global norm alone. Local.
 
     Args:
-        model: timm's VisionTransformer; its weights stay as they are. The selectors' weights are drawn from torch's global
-            generator.
-        keep: tokens that pass, class, distillation and register tokens among them: up to 1 a fraction of those that reach the
-            selector, rounded half up; above 1 a count.
-        blocks: indices of blocks, ascending; 0 is after the embedding.
-        mode: ``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does.
-        temperature: of the Gumbel softmax at the start of training.
-        final_temperature: the same at the end.
-        generator: of the noise; see :class:`TokenSelector`.
-
-    Returns:
-        The selectors in order.
+        model: with token selectors or without, for which the loss is 0; wrapped by an engine or not.
+        targets: labels ``[batch]``, or fractions of classes ``[batch, classes]``, of the images of that forward.
+        label_smoothing: smoothing that the targets don't have yet.
 
     Raises:
-        OptionError: a value is out of range, the model is no VisionTransformer, there is no such block, or not so many tokens,
-            or no patch token would be left; it is a ValueError too.
-        TopologyError: an engine has wrapped the model already.
-        ValueError: the model has selectors already; or a generator is given, though activation checkpointing would draw other
-            noise from it for the backward.
+        TopologyError: there was no such forward since the last call.
     """
-    options = TokensConfig(
-        keep=keep,
-        blocks=tuple(blocks),
-        mode=mode,  # type: ignore[arg-type]
-        temperature=temperature,
-        final_temperature=final_temperature,
-    )
-    if keep is None:
-        raise OptionError("keep", keep, "lets all tokens pass", "say how many pass, 0.9 say")
-    vit = require_vision_transformer(model, "keep", keep)
-    if token_selectors(model):
-        raise ValueError("the model has token selectors already; name the blocks of all of them in one call")
-    if generator is not None and vit.grad_checkpointing:
-        raise ValueError("activation checkpointing repeats the noise of torch's global generator only; leave generator out")
-    depth, num_tokens = len(vit.blocks), vit.patch_embed.num_patches + vit.num_prefix_tokens
-    if not set(options.blocks) <= set(range(depth)):
-        raise OptionError("blocks", list(options.blocks), f"the model has {depth} blocks", f"use 0 to {depth - 1}")
-    items: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, block in enumerate(vit.blocks):
-        if index in options.blocks:
-            kept = kept_tokens(keep, num_tokens, vit.num_prefix_tokens)
-            items[f"selector{index}"] = TokenSelector(
-                vit.embed_dim,
-                kept,
-                vit.num_prefix_tokens,
-                mode=mode,
-                temperature=temperature,
-                final_temperature=final_temperature,
-                generator=generator,
-            )
-            num_tokens = kept if mode == "gather" else num_tokens
-        items[str(index)] = block
-    vit.blocks = nn.Sequential(items)
-    return token_selectors(model)
-
-
-def require_vision_transformer(model: nn.Module, field: str, value: object) -> VisionTransformer:
-    """Returns the model if it is timm's VisionTransformer, whose blocks are alike and take any tokens, in any number.
-
-    Raises:
-        OptionError: it isn't; ``field`` asks for what only such a model can have.
-        TopologyError: an engine has wrapped the model already.
-    """
-    refuse_wrapped(model)
-    if isinstance(model, VisionTransformer):
-        return model
-    raise OptionError(
-        field,
-        value,
-        f"needs the blocks of timm's VisionTransformer, which take any tokens; those of a {type(model).__name__} have other "
-        "parts, or go by the places of tokens",
-        "leave it out, or use a VisionTransformer, such as deit_tiny_patch16_224",
-    )
-
-
-def kept_tokens(keep: float, num_tokens: int, num_prefix: int) -> int:
-    """Returns the number of tokens that pass a selector. ``num_tokens`` reach it; ``num_prefix`` prefix tokens are in both.
-
-    Raises:
-        OptionError: there aren't so many, or no patch token would be left.
-    """
-    kept = math.floor(keep * num_tokens + 0.5) if keep <= 1 else int(keep)
-    if kept > num_tokens:
-        raise OptionError("keep", keep, f"only {num_tokens} tokens reach the selector", "lower it")
-    if kept <= num_prefix:
-        problem = f"keeps {kept} of {num_tokens} tokens, and the {num_prefix} prefix tokens always stay, so no patch would"
-        raise OptionError("keep", keep, problem, "raise it")
-    return kept
+    losses = [
+        F.cross_entropy(classifier.take_logits().float(), targets, label_smoothing=label_smoothing)
+        for classifier in auxiliary_classifiers(model)
+    ]
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=targets.device)
 
 
 def token_selectors(model: nn.Module) -> list[TokenSelector]:

@@ -339,7 +339,12 @@ def _unflatten(wanted: Shapes, found: Shapes, fitted: FittedWeights) -> None:
 
 def _keep_selectors(model: nn.Module, found: Shapes, fitted: FittedWeights) -> None:
     """Keeps the weights of token selectors that the file doesn't have."""
-    selectors = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TokenSelector)}
+    selectors = {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, TokenSelector)
+        for own, _ in module.named_parameters()
+    }
     fitted.kept.update(selectors - found.keys())
 
 

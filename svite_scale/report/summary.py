@@ -186,7 +186,9 @@ def sparsity_of(run: ReportedRun) -> str:
         for unit, kept in (("heads", sparsity.structured.heads), ("neurons", sparsity.structured.neurons))
         if kept < 1
     ]
-    if (tokens := run.last("tokens")) is not None:
+    if sparsity.tokens.training_keep is not None:
+        parts.append(f"{numbers.percent(sparsity.tokens.training_keep)} of the patches in training")
+    elif (tokens := run.last("tokens")) is not None:
         parts.append(f"{tokens:.0f} tokens pass")
     return ", ".join(parts)
 

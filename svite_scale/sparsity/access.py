@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from svite_scale.errors import TopologyError
+
 
 class ParameterAccess(Protocol):
     """Reads and writes one parameter of a wrapped model at a time, whatever shards it.
@@ -91,3 +93,49 @@ class Annealed:
             progress: fraction of training that is done, 0 to 1.
         """
         raise NotImplementedError
+
+
+class AuxiliaryClassifier:
+    """Base of modules within a model that classify the images too, and learn from the loss of their own logits.
+
+    Attributes:
+        logits: ``[batch, classes]`` of the last forward in training, until they are taken.
+        were_taken: whether logits were taken since the last optimizer step.
+    """
+
+    logits: Tensor | None = None
+    were_taken: bool = False
+
+    def take_logits(self) -> Tensor:
+        """Returns the logits and lets go of them.
+
+        Raises:
+            TopologyError: there was no forward in training since the last call.
+        """
+        if self.logits is None:
+            raise TopologyError(
+                "the token selectors have no logits for their loss; call selector_loss once after each forward of the model in "
+                "training mode, with gradients"
+            )
+        logits, self.logits, self.were_taken = self.logits, None, True
+        return logits
+
+    def end_step(self) -> None:
+        """Forgets the logits of an optimizer step. The topology engine calls it after each one.
+
+        Raises:
+            TopologyError: none were taken, so the module learnt nothing.
+        """
+        # Activation checkpointing computes them again, after they were taken.
+        learnt = self.were_taken or self.logits is None
+        self.logits, self.were_taken = None, False
+        if not learnt:
+            raise TopologyError(
+                "the token selectors didn't learn in this step, because nobody computed their loss; add "
+                "svite_scale.selector_loss(model, targets) to the loss"
+            )
+
+
+def auxiliary_classifiers(model: nn.Module) -> list[AuxiliaryClassifier]:
+    """Returns the auxiliary classifiers within a model, wrapped by an engine or not, in order."""
+    return [module for module in model.modules() if isinstance(module, AuxiliaryClassifier)]

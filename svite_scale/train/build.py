@@ -70,6 +70,7 @@ class ModelSummary(NamedTuple):
     density: float
     """The active fraction of the prunable weights."""
     cost: ModelCost
+    """Of a forward in training."""
     sizes: tuple[ModelSize, ModelSize]
     """Of the model, and of its dense twin."""
 
@@ -88,7 +89,7 @@ def build_sparse_model(
     """
     saved = counts_of_run(Path(config.run_dir) / CHECKPOINTS) if resume else None
     model, plan = build_sparse(config.model, config.sparsity, config.seed, saved)
-    cost = count_flops(model, config.model.image_size, device=device)
+    cost = count_flops(model, config.model.image_size, device=device, training=True)
     summary = ModelSummary(plan_density(plan), cost, model_sizes(model, cost))
     if config.distillation.teacher is not None:
         enable_distillation_heads(model)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from svite_scale.config.schema import Config
 from svite_scale.data.options import DataConfig
 from svite_scale.models.options import DistillationConfig
 from svite_scale.models.teacher import build_teacher, renormalisation
+from svite_scale.models.token_selector import selector_loss
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -93,3 +94,7 @@ class TrainingLoss:
             # The distillation head, or the only head.
             loss = self._teacher.distil(loss, heads[-1], images)
         return loss, heads.mean(dim=0)
+
+    def of_selectors(self, model: nn.Module, targets: Tensor) -> Tensor:
+        """Returns the loss of the model's token selectors after a forward, from the labels alone; 0 without such selectors."""
+        return selector_loss(model, targets, label_smoothing=self._label_smoothing)

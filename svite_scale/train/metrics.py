@@ -15,6 +15,7 @@ from torch import Tensor
 from svite_scale.cost.flops import ModelCost
 from svite_scale.data.loader import Batch
 from svite_scale.engines.backend import StepResult
+from svite_scale.models.token_selector import PaperSelector, TokenSelector
 
 SHOWN = {
     "loss": "loss",
@@ -34,7 +35,7 @@ class MetricsAverage:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums, self._step_sums = torch.zeros(2, 4, dtype=torch.float64, device=device)
+        self._sums, self._step_sums = torch.zeros(2, 5, dtype=torch.float64, device=device)
         self._grad_norm: Tensor | None = None
         self._device = device
         self.samples = self.damaged = 0
@@ -47,11 +48,19 @@ class MetricsAverage:
         yield
         self._waited += time.perf_counter() - started
 
-    def add(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        """Adds one micro-batch: its mean loss, a scalar, and its logits ``[B, classes]``. Doesn't wait for the device."""
+    def add(self, loss: Tensor, selector_loss: Tensor, logits: Tensor, batch: Batch) -> None:
+        """Adds one micro-batch. Doesn't wait for the device.
+
+        Args:
+            loss: mean of the micro-batch, a scalar.
+            selector_loss: the same of the token selectors' own loss.
+            logits: ``[B, classes]``.
+            batch: the micro-batch.
+        """
         size, damaged = len(batch.labels), int(batch.damaged.sum())
         correct = (logits.argmax(dim=1) == batch.labels.to(logits.device)).sum()
-        self._step_sums += torch.stack([loss * size, correct, torch.full_like(loss, size), torch.full_like(loss, damaged)])
+        counts = torch.full_like(loss, size), torch.full_like(loss, damaged)
+        self._step_sums += torch.stack([loss * size, selector_loss * size, correct, *counts])
 
     def end_step(self, result: StepResult) -> None:
         """Ends an optimizer step. Its micro-batches count if it was applied."""
@@ -65,15 +74,18 @@ class MetricsAverage:
         """Returns the averages since the last :meth:`restart`, over all ranks. A collective: all ranks call it.
 
         Returns:
-            ``loss`` and ``accuracy``, unless no step was applied; ``grad_norm`` of the last applied step, if it is known;
+            ``loss`` and ``accuracy``, unless no step was applied, and ``selector_loss`` if token selectors have one;
+            ``grad_norm`` of the last applied step, if it is known;
             ``samples_per_second`` of all ranks together; ``step_seconds``, the mean per optimizer step; ``data_wait``, the
             fraction of that time that the rank which waits longest waits for data; and ``peak_memory_bytes`` of the rank that
             has used most since its start, see :func:`peak_memory`.
         """
-        loss, correct, count, damaged = sum_over_ranks(self._sums)
+        loss, selector_loss, correct, count, damaged = sum_over_ranks(self._sums)
         self.samples, self.damaged = int(count), int(damaged)
         seconds = time.perf_counter() - self._started
         metrics = {"loss": loss / count, "accuracy": correct / count} if count else {}
+        if selector_loss:
+            metrics["selector_loss"] = selector_loss / count
         data_wait, peak_memory_bytes = max_over_ranks([self._waited / seconds, peak_memory(self._device)], self._device)
         metrics |= {
             "samples_per_second": self._steps * global_batch_size / seconds,
@@ -88,6 +100,20 @@ class MetricsAverage:
         self._sums.zero_()
         self._grad_norm = None
         self._steps, self._waited, self._started = 0, 0.0, time.perf_counter()
+
+
+def selector_metrics(selectors: Sequence[TokenSelector], progress: float) -> dict[str, float]:
+    """Returns the metrics of token selectors at a fraction of training; empty without selectors.
+
+    Returns:
+        ``tokens``, the number that the last selector, which lets the fewest pass, lets pass in training; and ``temperature``,
+        where there is one.
+    """
+    if not selectors:
+        return {}
+    last = selectors[-1]  # all have the same temperature
+    tokens = {"tokens": last.tokens_at(progress)}
+    return tokens | {"temperature": last.temperature_at(progress)} if isinstance(last, PaperSelector) else tokens
 
 
 def sum_over_ranks(sums: Tensor) -> list[float]:

@@ -31,7 +31,7 @@ from svite_scale.train.evaluate import evaluate
 from svite_scale.train.guard import Guard
 from svite_scale.train.loss import TrainingLoss
 from svite_scale.train.messages import describe_end, describe_start, device_name
-from svite_scale.train.metrics import SHOWN, MetricsAverage, flops_per_second
+from svite_scale.train.metrics import SHOWN, MetricsAverage, flops_per_second, selector_metrics
 from svite_scale.train.optimizer import build_schedule
 from svite_scale.train.profile import TRACES, StepProfiler
 
@@ -160,8 +160,9 @@ class Trainer:
         for batch in self.micro_batches():
             images, targets = self.train_transform(batch.images, batch.labels)
             loss, logits = self.loss(self.backend.forward(images), targets, images)
-            self.backend.backward(self.guard.watch(loss))
-            self.average.add(loss.detach(), logits.detach(), batch)
+            selector_loss = self.loss.of_selectors(self.backend.model, targets)
+            self.backend.backward(self.guard.watch(loss + selector_loss))
+            self.average.add(loss.detach(), selector_loss.detach(), logits.detach(), batch)
         result = self.backend.step()
         self.step += 1
         self.average.end_step(result)
@@ -204,12 +205,8 @@ class Trainer:
             "world_size": self.world.size,
             **self.guard.metrics(),
         }
-        if self.selectors:
-            # All selectors have the same temperature; the last one lets the fewest tokens pass.
-            last = self.selectors[-1]
-            # topology.step() has already set the next step's temperature.
-            metrics |= {"temperature": last.temperature_at((self.step - 1) / self.total_steps), "tokens": last.num_tokens}
-        return metrics
+        # topology.step() has already prepared the selectors for the next step.
+        return metrics | selector_metrics(self.selectors, (self.step - 1) / self.total_steps)
 
     def log(self, metrics: dict[str, float], update: TopologyUpdate | None) -> None:
         """Writes one line of metrics, and one of the topology if it changed. A collective."""

@@ -69,15 +69,44 @@ MISTAKES = [
                 "final_drop_fraction = 0.1: isn't used by drop_schedule=constant",
             ),
             *(
-                (f"tokens.{given}", f"tokens.{message}: isn't used where keep is null")
+                (f"tokens.{given}", f"tokens.{message}: isn't used where keep and training_keep are null")
                 for given, message in (
+                    ("signal=paper", "signal = 'paper'"),
+                    ("keep_warmup=0", "keep_warmup = 0.0"),
+                    ("training_keep_until=1", "training_keep_until = 1.0"),
                     ("blocks=[0,3]", "blocks = [0, 3]"),
                     ("mode=mask", "mode = 'mask'"),
                     ("temperature=5.0", "temperature = 5.0"),
                     ("final_temperature=1.0", "final_temperature = 1.0"),
                 )
             ),
+            *(
+                (f"tokens.{choice} tokens.{given}", f"tokens.{message}")
+                for choice, given, message in (
+                    ("keep=0.5", "temperature=5.0", "temperature = 5.0: isn't used by the signal classifier"),
+                    ("keep=0.5", "training_keep_until=1", "training_keep_until = 1.0: isn't used where training_keep is null"),
+                    ("training_keep=0.5", "keep_warmup=0", "keep_warmup = 0.0: isn't used where keep is null"),
+                    ("training_keep=0.5", "mode=mask", "mode = 'mask': saves nothing, which is all that training_keep is for"),
+                    (
+                        "training_keep=0.5",
+                        "final_temperature=1",
+                        "final_temperature = 1.0: isn't used by the signal classifier",
+                    ),
+                )
+            ),
         )
+    ),
+    (
+        "sparsity.tokens.keep=0.5 sparsity.tokens.training_keep=0.5",
+        "sparsity.tokens.training_keep = 0.5: drops tokens in training only, but keep drops them always; leave one of them out",
+    ),
+    (
+        "sparsity.tokens.training_keep=0.5 sparsity.tokens.signal=paper",
+        "sparsity.tokens.signal = 'paper': is only for keep; use random or classifier with training_keep",
+    ),
+    (
+        "sparsity.tokens.keep=0.5 sparsity.tokens.signal=random",
+        "sparsity.tokens.signal = 'random': doesn't tell which tokens evaluation keeps; use it with training_keep",
     ),
     (
         "sparsity.update_every=2.5",
@@ -201,7 +230,9 @@ def test_what_depends_on_the_ranks_passes_where_their_number_is_open(tmp_path: P
         "sparsity.tokens.keep=0.9 sparsity.tokens.blocks=[0,3,6]",
         "sparsity.tokens.keep=99 sparsity.tokens.blocks=[3]",
         "sparsity.tokens.keep=99 sparsity.tokens.blocks=[0,3] sparsity.tokens.mode=mask",
-        "sparsity.tokens.keep=1.0 sparsity.tokens.temperature=1.0 sparsity.tokens.final_temperature=1.0",
+        "sparsity.tokens.keep=1.0 sparsity.tokens.signal=paper sparsity.tokens.temperature=1.0",
+        "sparsity.tokens.keep=0.5 sparsity.tokens.keep_warmup=0.0",
+        "sparsity.tokens.training_keep=0.5 sparsity.tokens.training_keep_until=1.0 sparsity.tokens.signal=random",
     ],
 )
 def test_a_combination_that_has_an_effect_passes(tmp_path: Path, overrides: str) -> None:

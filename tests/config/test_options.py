@@ -40,7 +40,7 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
 
 def test_lists_become_tuples_and_ints_become_floats() -> None:
     assert Limits(size=1, names=["a", "b"]).names == ("a", "b")  # type: ignore[arg-type]
-    temperature = TokensConfig(keep=0.5, temperature=2).temperature
+    temperature = TokensConfig(keep=0.5, signal="paper", temperature=2).temperature
     assert (type(temperature), temperature) == (float, 2.0)
 
 

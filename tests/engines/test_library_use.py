@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import svite_scale
 from svite_scale.errors import TopologyError
-from svite_scale.models.token_selector import TokenSelector
+from svite_scale.models.token_selector import PaperSelector
 from svite_scale.sparsity import bits
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.topology.engine import TopologyEngine
@@ -316,10 +316,10 @@ class Selecting(nn.Sequential):
 
     def __init__(self) -> None:
         torch.manual_seed(1)
-        super().__init__(nn.Unflatten(1, (3, 12)), TokenSelector(12, 2, 0), nn.Flatten(), nn.Linear(24, 3))
+        super().__init__(nn.Unflatten(1, (3, 12)), PaperSelector(12, 2, 0), nn.Flatten(), nn.Linear(24, 3))
 
 
-def temperatures(topology: TopologyEngine, selector: TokenSelector, steps: int) -> list[float]:
+def temperatures(topology: TopologyEngine, selector: PaperSelector, steps: int) -> list[float]:
     """The temperature of each forward."""
     found = []
     for _ in range(steps):

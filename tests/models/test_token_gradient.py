@@ -1,7 +1,9 @@
-"""The straight-through gradient: against a formula written by hand in float64, and against finite differences.
+"""The straight-through gradient of the paper's selector: against a formula written by hand in float64, against finite
+differences, and against the formula of the reference's code.
 
-The loss is linear in the tokens, sum over passing patch tokens i of <a_i, x_i>. With c_i = <a_i, x_i> and p the softmax of
-(log-softmax of the scores + noise) / T, the gradient must be that of sum over passing i of c_i p_i, the choice of i held.
+The loss is linear in the tokens, sum over patch tokens i of <a_i, y_i>. With c_i = <a_i, x_i> and p the softmax of
+(log-softmax of the scores + noise) / T, the gradient must be that of the sum of c_i p_i: in mode gather over the tokens i that
+pass, the choice of i held; in mode mask over all, because a dropped token is there, as 0, and has a gradient too.
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svite_scale.models.token_selector import TokenSelector
+from svite_scale.models.token_selector import PaperSelector
 
 BATCH, PREFIX, PATCHES, KEPT, DIM = 3, 2, 7, 4, 5
 Array = NDArray[np.float64]
 
 
-def selector_of(mode: str, temperature: float, generator: torch.Generator | None = None) -> TokenSelector:
+def selector_of(mode: str, temperature: float, generator: torch.Generator | None = None) -> PaperSelector:
     torch.manual_seed(0)
-    selector = TokenSelector(DIM, PREFIX + KEPT, PREFIX, mode=mode, temperature=temperature, generator=generator).double()
+    selector = PaperSelector(DIM, PREFIX + KEPT, PREFIX, mode=mode, temperature=temperature, generator=generator).double()
     selector.weight.detach().mul_(50)
     return selector.train()
 
@@ -50,7 +53,7 @@ def softmax(values: Array) -> Array:
     return exponential / exponential.sum()
 
 
-def loss_of(selector: TokenSelector, x: Tensor, factors: Tensor) -> Tensor:
+def loss_of(selector: PaperSelector, x: Tensor, factors: Tensor) -> Tensor:
     """The linear loss."""
     y = selector(x)
     if selector.mode == "mask":
@@ -64,7 +67,7 @@ def loss_of(selector: TokenSelector, x: Tensor, factors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["gather", "mask"])
 @pytest.mark.parametrize("temperature", [10.0, 1.0, 0.1])
-def test_it_is_the_hand_written_formula(mode: str, temperature: float) -> None:
+def test_gradient_is_the_hand_written_formula(mode: str, temperature: float) -> None:
     x, factors = problem()
     x.requires_grad_()
     selector = selector_of(mode, temperature, torch.Generator().manual_seed(5))
@@ -79,7 +82,7 @@ def test_it_is_the_hand_written_formula(mode: str, temperature: float) -> None:
         p = softmax(noisy[sample] / temperature)
         for j in range(PATCHES):
             score_gradient = 0.0
-            for i in passing:
+            for i in passing if mode == "gather" else range(PATCHES):
                 c = float(a[sample, PREFIX + i] @ tokens[sample, PREFIX + i])
                 score_gradient += c * p[i] * ((i == j) - p[j]) / temperature
             weight_gradient += score_gradient * tokens[sample, PREFIX + j]
@@ -92,17 +95,19 @@ def test_it_is_the_hand_written_formula(mode: str, temperature: float) -> None:
     np.testing.assert_allclose(x.grad.numpy(), x_gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["gather", "mask"])
 @pytest.mark.parametrize("temperature", [5.0, 0.5])
-def test_its_mean_over_noise_is_the_finite_difference_of_the_relaxed_loss(temperature: float) -> None:
+def test_mean_gradient_over_noise_is_the_finite_difference_of_the_relaxed_loss(mode: str, temperature: float) -> None:
     """Over many draws, with common noise on both sides of the difference and the choice held at each draw."""
     x, factors = problem()
     generator = torch.Generator()
-    selector = selector_of("mask", temperature, generator)
+    selector = selector_of(mode, temperature, generator)
     weight, a = selector.weight.detach().numpy()[0].copy(), factors.numpy()
     patches, values = x[:, PREFIX:].numpy(), (a * x.numpy()).sum(axis=-1)[:, PREFIX:]
     draws, step = 400, 1e-5
     noises = [noise_of(seed) for seed in range(draws)]
-    chosen = [np.argsort(-perturbed(weight, patches, noise), axis=-1)[:, :KEPT] for noise in noises]
+    count = KEPT if mode == "gather" else PATCHES
+    chosen = [np.argsort(-perturbed(weight, patches, noise), axis=-1)[:, :count] for noise in noises]
 
     def relaxed(at: Array) -> float:
         total = 0.0
@@ -122,14 +127,29 @@ def test_its_mean_over_noise_is_the_finite_difference_of_the_relaxed_loss(temper
     np.testing.assert_allclose(mean, differences, rtol=1e-6, atol=1e-8)
 
 
-def test_both_modes_have_the_same_gradient() -> None:
+def reference_mask(scores: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """What the paper's code multiplies patch tokens by: hard - soft.detach() + soft, with Gumbel noise."""
+    soft = ((scores.log_softmax(dim=-1) + noise) / temperature).softmax(dim=-1)
+    hard = torch.zeros_like(soft).scatter(-1, soft.topk(KEPT, dim=-1).indices, 1.0)
+    return hard - soft.detach() + soft
+
+
+@pytest.mark.parametrize("temperature", [10.0, 0.5])
+def test_mask_mode_has_the_gradient_of_the_reference_behind_a_layer_norm(temperature: float) -> None:
+    """A dropped token is 0, and its gradient comes back through the LayerNorm's epsilon, a thousand times larger."""
     x, factors = problem()
-    gradients = []
-    for mode in ("gather", "mask"):
-        selector = selector_of(mode, 1.0, torch.Generator().manual_seed(9))
-        loss_of(selector, x, factors).backward()
-        gradients.append(selector.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+    selector = selector_of("mask", temperature, torch.Generator().manual_seed(5))
+    weight = selector.weight.detach().clone().requires_grad_()
+    theirs = x.clone().requires_grad_()
+    mask = reference_mask(theirs[:, PREFIX:] @ weight[0], torch.from_numpy(noise_of(5)), temperature)
+    masked = torch.cat([theirs[:, :PREFIX], theirs[:, PREFIX:] * mask.unsqueeze(-1)], dim=1)
+    x.requires_grad_()
+    for tokens in (selector(x), masked):
+        (F.layer_norm(tokens, (DIM,), eps=1e-6) * factors).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 1
+    torch.testing.assert_close(selector.weight.grad, weight.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_bf16_tokens_get_nearly_the_fp32_gradient_and_pass_unchanged() -> None:
@@ -138,7 +158,7 @@ def test_bf16_tokens_get_nearly_the_fp32_gradient_and_pass_unchanged() -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        selector = TokenSelector(64, 6, 1, mode="mask", temperature=1.0)
+        selector = PaperSelector(64, 6, 1, mode="mask", temperature=1.0)
         torch.manual_seed(1)
         y = selector(x.to(dtype))
         assert y.dtype == dtype

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import timm.layers
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from svite_scale.models.dense import blocks, build_dense
 from svite_scale.models.options import ModelConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.models.structure import pack_units
-from svite_scale.models.token_selector import insert_token_selectors, token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors, remove_token_selectors
+from svite_scale.models.token_selector import PaperSelector, selector_loss, token_selectors
 from svite_scale.options import options_of
 from svite_scale.sparsity.layers.base import sparse_layers
 from svite_scale.sparsity.packing import sparsify
@@ -38,15 +40,20 @@ MODEL = MODELS["class token"][0]
 """25 patch tokens and the class token."""
 
 
-def sparsity_of(*, keep: float | None = 0.5, blocks: tuple[int, ...] = (0,), mode: str = "gather") -> SparsityConfig:
-    return SparsityConfig(density=0.6, tokens=TokensConfig(keep=keep, blocks=blocks, mode=mode))  # type: ignore[arg-type]
+PARAMETERS = {"attention.queries", "classifier.projection", "classifier.weight", "classifier.bias"}
+"""Of a selector of the signal classifier."""
+
+
+def sparsity_of(*, keep: float | None = 0.5, blocks: tuple[int, ...] = (0,), **options: Any) -> SparsityConfig:
+    return SparsityConfig(density=0.6, tokens=TokensConfig(keep=keep, blocks=blocks, **options))
 
 
 def test_all_else_is_as_without_selectors() -> None:
     plain, plain_plan = build_sparse(MODEL, sparsity_of(keep=None), seed=3)
     model, plan = build_sparse(MODEL, sparsity_of(blocks=(0, 2)), seed=3)
     state = model.state_dict()
-    assert set(state) - set(plain.state_dict()) == {"blocks.selector0.weight", "blocks.selector2.weight"}
+    added = set(state) - set(plain.state_dict())
+    assert added == {f"blocks.selector{index}.{name}" for index in (0, 2) for name in PARAMETERS}
     for name, tensor in plain.state_dict().items():
         assert torch.equal(state[name], tensor), name
     assert plan == plain_plan
@@ -70,7 +77,8 @@ def test_a_model_with_selectors_can_be_made_sparse_and_they_stay_dense() -> None
     (selector,) = insert_token_selectors(model, keep=0.5)
     plan = sparsify(model, 0.3)
     assert not [entry.name for entry in plan if "selector" in entry.name]
-    assert selector.weight.shape == (1, 24)
+    shapes = {name: tuple(parameter.shape) for name, parameter in selector.named_parameters()}
+    assert shapes == dict(zip(sorted(PARAMETERS), [(4, 24), (11,), (64, 24), (11, 64)], strict=True))
 
 
 def test_heads_and_neurons_are_the_same_before_and_after() -> None:
@@ -105,7 +113,8 @@ def test_a_second_call_is_refused() -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str, training: bool, checkpointing: bool) -> None:
     config, num_prefix = MODELS[name]
-    model, _ = build_sparse(replace(config, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 2)), seed=0)
+    sparsity = sparsity_of(blocks=(0, 2), keep_warmup=0.0)
+    model, _ = build_sparse(replace(config, activation_checkpointing=checkpointing), sparsity, seed=0)
     model.train(training)
     total = 25 + num_prefix
     first = int(total * 0.5 + 0.5)
@@ -113,45 +122,73 @@ def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str
     seen: list[torch.Tensor] = []
     for item in (model.blocks.selector0, *blocks(model)):
         item.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    model(torch.randn(2, 1, 40, 40)).sum().backward()
+    output = model(torch.randn(2, 1, 40, 40)).sum()
+    (output + selector_loss(model, torch.tensor([3, 10])) if training else output).backward()
     assert {tuple(tokens.shape[::2]) for tokens in seen} == {(2, 24)}
     assert [tokens.shape[1] for tokens in seen[:4]] == [total, first, first, second]
     assert torch.equal(seen[1][:, :num_prefix], seen[0][:, :num_prefix])
     if training:
-        assert all(selector.weight.grad is not None for selector in token_selectors(model))
+        assert all(p.grad is not None for selector in token_selectors(model) for p in selector.parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("signal", ["classifier", "paper"])
+def test_activation_checkpointing_changes_no_gradient(signal: str) -> None:
     gradients = []
+    sparsity = sparsity_of(blocks=(0, 1), signal=signal, keep_warmup=0.0)
     for checkpointing in (False, True):
-        model, _ = build_sparse(replace(MODEL, activation_checkpointing=checkpointing), sparsity_of(blocks=(0, 1)), seed=0)
+        model, _ = build_sparse(replace(MODEL, activation_checkpointing=checkpointing), sparsity, seed=0)
         torch.manual_seed(1)
-        model.train()(torch.randn(4, 1, 40, 40)).square().sum().backward()
+        loss = model.train()(torch.randn(4, 1, 40, 40)).square().sum()
+        (loss + selector_loss(model, torch.arange(4))).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert gradient is not None
         assert torch.equal(gradients[1][name], gradient), name
-    assert gradients[0]["blocks.selector0.weight"].abs().max() > 0  # type: ignore[union-attr]
+    learnt = "blocks.selector0.weight" if signal == "paper" else "blocks.selector0.attention.queries"
+    assert gradients[0][learnt].abs().max() > 0  # type: ignore[union-attr]
 
 
 def test_a_generator_of_ones_own_is_refused_under_activation_checkpointing() -> None:
-    generator = torch.Generator()
-    (selector,) = insert_token_selectors(build_dense(MODEL), keep=0.5, generator=generator)
-    assert selector.generator is generator
-    with pytest.raises(ValueError, match="leave generator out"):
-        insert_token_selectors(build_dense(replace(MODEL, activation_checkpointing=True)), keep=0.5, generator=generator)
+    paper: dict[str, Any] = {"keep": 0.5, "signal": "paper", "generator": torch.Generator()}
+    (selector,) = insert_token_selectors(build_dense(MODEL), **paper)
+    assert isinstance(selector, PaperSelector)
+    assert selector.generator is paper["generator"]
+    with pytest.raises(ValueError, match="repeats the noise of torch's global generator only; leave generator out"):
+        insert_token_selectors(build_dense(replace(MODEL, activation_checkpointing=True)), **paper)
 
 
-def test_weight_decay_applies_to_the_scores_as_to_any_matrix() -> None:
+def test_a_generator_is_refused_where_nothing_is_drawn_from_it() -> None:
+    with pytest.raises(ValueError, match="the signal classifier has no noise; leave generator out"):
+        insert_token_selectors(build_dense(MODEL), keep=0.5, generator=torch.Generator())
+
+
+def test_a_model_without_a_head_needs_the_number_of_classes() -> None:
+    headless = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)
+    with pytest.raises(OptionError, match=r"^num_classes = None: is missing, and the model has no head; give .* targets$"):
+        insert_token_selectors(headless, keep=0.5)
+    (selector,) = insert_token_selectors(headless, keep=0.5, num_classes=7)
+    assert dict(selector.named_parameters())["classifier.weight"].shape == (7, 64)
+
+
+def test_remove_token_selectors_gives_back_the_names_and_outputs_of_the_model() -> None:
+    torch.manual_seed(0)
+    model = build_dense(MODEL).eval()
+    images = torch.randn(2, 1, 40, 40)
+    names, output = list(model.state_dict()), model(images)
+    insert_token_selectors(model, keep=0.5, blocks=(0, 2))
+    assert not torch.equal(model.eval()(images), output)
+    remove_token_selectors(model)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(images), output)
+
+
+def test_weight_decay_applies_to_the_matrices_of_a_selector() -> None:
     model, _ = build_sparse(MODEL, sparsity_of(), seed=0)
     (selector,) = token_selectors(model)
-    (decay,) = [
-        group["weight_decay"]
-        for group in parameter_groups(model, 0.05)
-        for parameter in group["params"]
-        if parameter is selector.weight
-    ]
-    assert decay == 0.05
+    groups = parameter_groups(model, 0.05)
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    found = {name: decays[id(parameter)] for name, parameter in selector.named_parameters()}
+    assert found == dict.fromkeys(PARAMETERS, 0.05) | {"classifier.bias": 0.0}
 
 
 REFUSED = [
@@ -196,6 +233,7 @@ def test_an_argument_that_does_not_fit_the_model_is_refused_by_its_own_name(spar
             "blocks = [1, 0]: doesn't name blocks in ascending order, each once; use for example [0]",
         ),
         ({"keep": 0.5, "mode": "masks"}, "mode = 'masks': is not one of gather, mask; use one of gather, mask"),
+        ({"training_keep": 1.0}, "training_keep = 1.0: is not below 1.0; use a number above 0.0 and below 1.0 or null"),
         ({"keep": 0.5, "temperature": "hot"}, "temperature = 'hot': is not a number; use a number above 0.0"),
     ],
 )
@@ -218,7 +256,10 @@ def test_the_most_and_the_fewest_tokens_are_not_refused() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_cost_is_what_torch_counts(name: str) -> None:
-    """With all weights, so that tokens alone make the difference; torch counts a multiply and an add as two operations."""
+    """With all weights, so that tokens alone make the difference; torch counts a multiply and an add as two operations.
+
+    The scores of the selectors, four queries of 24 features, are no matrix product, so torch doesn't count them.
+    """
     sparsity = SparsityConfig(tokens=TokensConfig(keep=0.6, blocks=(1, 2)))
     model, _ = build_sparse(MODELS[name][0], sparsity, seed=0)
     timm.layers.set_fused_attn(False)
@@ -236,14 +277,30 @@ def test_the_cost_is_what_torch_counts(name: str) -> None:
     finally:
         timm.layers.set_fused_attn(True)
     cost = count_flops(model, MODELS[name][0].image_size)
-    assert [2 * cost.sparse_macs, 2 * cost.dense_macs] == pytest.approx(counters, rel=1e-3)
-    selecting = sum(selector.weight.numel() for selector in token_selectors(model))
+    scores = 4 * 24 * (25 + token_selectors(model)[0].num_patches)
+    assert [2 * (cost.sparse_macs - scores), 2 * cost.dense_macs] == pytest.approx(counters, rel=1e-3)
+    selecting = sum(parameter.numel() for selector in token_selectors(model) for parameter in selector.parameters())
     assert cost.params_active == cost.params_dense + selecting == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_masked_tokens_save_nothing() -> None:
+def test_masked_tokens_save_nothing_and_scores_cost_something() -> None:
     cost = count(Config(run_dir="unused", model=MODEL, sparsity=SparsityConfig(tokens=TokensConfig(keep=0.5, mode="mask"))))
-    assert cost.saving == 0.0
+    assert cost.sparse_macs == cost.dense_macs + 4 * 24 * 25
+
+
+def test_a_forward_in_training_costs_what_is_dropped_less_and_the_classifier_more() -> None:
+    """11 classes, 4 queries, 16 numbers of each, 24 features; 25 patches, of which 10 stay."""
+    plain = count_flops(build_dense(MODEL), 40)
+    model = build_dense(MODEL)
+    insert_token_selectors(model, training_keep=0.4, blocks=(1,))
+    assert count_flops(model, 40).sparse_macs == plain.sparse_macs
+    training = count_flops(model, 40, training=True)
+    kept = build_dense(MODEL)
+    insert_token_selectors(kept, keep=11, blocks=(1,))
+    assert count_flops(kept, 40).sparse_macs < 0.7 * plain.sparse_macs
+    classifier = 4 * 24 * 25 + 4 * 16 * 24 + 11 * 4 * 16
+    assert training.sparse_macs == count_flops(kept, 40).sparse_macs + classifier
+    assert count_flops(kept, 40, training=True).sparse_macs == training.sparse_macs
 
 
 def test_deit_small_saves_what_the_abstract_says() -> None:

@@ -11,7 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 from svite_scale.errors import OptionError
-from svite_scale.models.token_selector import TokenSelector, kept_tokens
+from svite_scale.models.options import TokensConfig
+from svite_scale.models.token_insertion import kept_tokens
+from svite_scale.models.token_selector import PaperSelector
 
 
 def numbered(batch: int, num_tokens: int, dim: int = 8, seed: int = 0) -> Tensor:
@@ -25,27 +27,32 @@ def positions(y: Tensor) -> list[list[int]]:
     return y[..., -1].round().int().tolist()
 
 
-def selector_of(num_tokens: int, num_prefix: int, *, mode: str = "gather", seed: int = 0) -> TokenSelector:
+def selector_of(num_tokens: int, num_prefix: int, *, mode: str = "gather", seed: int = 0) -> PaperSelector:
     """One for tokens of 8 features, that doesn't look at the last of them."""
     torch.manual_seed(seed)
-    selector = TokenSelector(8, num_tokens, num_prefix, mode=mode)
+    selector = PaperSelector(8, num_tokens, num_prefix, mode=mode)
     selector.weight.detach().mul_(50)[:, -1] = 0
     return selector
 
 
-def scores_by_hand(selector: TokenSelector, x: Tensor) -> list[list[float]]:
+def scores_by_hand(selector: PaperSelector, x: Tensor) -> list[list[float]]:
     weight = selector.weight.flatten().tolist()
     return [[sum(a * b for a, b in zip(token, weight, strict=True)) for token in sample] for sample in x.tolist()]
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.95, 187), (0.9, 177), (0.7, 138), (0.5, 99), (1.0, 197)])
-def test_shares_of_197_tokens_are_the_papers_counts(share: float, kept: int) -> None:
-    assert kept_tokens(share, 197, 1) == kept
+@pytest.mark.parametrize(("fraction", "kept"), [(0.95, 187), (0.9, 177), (0.7, 138), (0.5, 99), (1.0, 197)])
+def test_fractions_of_197_tokens_are_the_papers_counts(fraction: float, kept: int) -> None:
+    assert kept_tokens(TokensConfig(keep=fraction), 197, 1) == kept
 
 
 @pytest.mark.parametrize("keep", [2.0, 99.0, 197.0])
 def test_above_one_keep_is_a_count(keep: float) -> None:
-    assert kept_tokens(keep, 197, 1) == keep
+    assert kept_tokens(TokensConfig(keep=keep), 197, 1) == keep
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.5, 25), (0.3, 15), (0.001, 1), (0.99, 49)])
+def test_training_keep_is_a_fraction_of_the_patch_tokens(fraction: float, kept: int) -> None:
+    assert kept_tokens(TokensConfig(training_keep=fraction), 51, 2) == 2 + kept
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -157,7 +164,7 @@ def test_noise_comes_from_the_given_generator_or_torchs_own() -> None:
 
 
 def test_the_temperature_falls_on_a_line() -> None:
-    selector = TokenSelector(8, 5, 1, temperature=10.0, final_temperature=0.1)
+    selector = PaperSelector(8, 5, 1, temperature=10.0, final_temperature=0.1)
     assert selector.temperature == 10.0
     for progress, expected in ((0.0, 10.0), (0.25, 7.525), (0.5, 5.05), (1.0, 0.1)):
         selector.anneal(progress)
@@ -167,14 +174,14 @@ def test_the_temperature_falls_on_a_line() -> None:
 @pytest.mark.parametrize("progress", [-0.1, 1.01, 100, float("nan")])
 def test_a_progress_outside_training_is_refused(progress: float) -> None:
     """A number of steps, say."""
-    selector = TokenSelector(8, 5, 1)
+    selector = PaperSelector(8, 5, 1)
     with pytest.raises(OptionError, match=r"^progress = .*: is outside 0 to 1; give the fraction of training that is done$"):
         selector.anneal(progress)
     assert selector.temperature == 10.0
 
 
 def test_the_temperature_is_in_no_state_and_no_cast_rounds_it() -> None:
-    selector = TokenSelector(8, 5, 1)
+    selector = PaperSelector(8, 5, 1)
     assert list(selector.state_dict()) == ["weight"]
     assert not list(selector.buffers())
     selector.anneal(1.0)
@@ -183,7 +190,7 @@ def test_the_temperature_is_in_no_state_and_no_cast_rounds_it() -> None:
 
 def test_scores_are_fp32_for_bf16_tokens() -> None:
     """Scores that bf16 can't tell apart decide."""
-    selector = TokenSelector(2, 2, 0).eval().bfloat16()
+    selector = PaperSelector(2, 2, 0).eval().bfloat16()
     selector.weight.detach().copy_(torch.tensor([[1.0, 2.0**-10]]))
     x = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]]).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -192,8 +199,8 @@ def test_scores_are_fp32_for_bf16_tokens() -> None:
 
 def test_programmers_mistakes() -> None:
     with pytest.raises(ValueError, match="2 tokens leave no patch token beside 2 prefix tokens"):
-        TokenSelector(8, 2, 2)
+        PaperSelector(8, 2, 2)
     with pytest.raises(ValueError, match="mode 'drop' is neither"):
-        TokenSelector(8, 3, 2, mode="drop")
+        PaperSelector(8, 3, 2, mode="drop")
     with pytest.raises(ValueError, match="can't keep 5 of 4 tokens"):
-        TokenSelector(8, 5, 1)(torch.zeros(1, 4, 8))
+        PaperSelector(8, 5, 1)(torch.zeros(1, 4, 8))

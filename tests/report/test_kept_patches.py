@@ -11,7 +11,8 @@ from torch import Tensor
 
 from svite_scale.models.dense import build_dense
 from svite_scale.models.options import ModelConfig
-from svite_scale.models.token_selector import TokenSelector, insert_token_selectors
+from svite_scale.models.token_insertion import insert_token_selectors
+from svite_scale.models.token_selector import ClassifierSelector, PaperSelector, TokenSelector
 from svite_scale.report.patches import compose, kept_patches, named_selectors, tokens_passed
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "image_size": 40, "num_classes": 11, "in_channels": 1}
@@ -27,6 +28,16 @@ def vit(name: str, **tokens: Any) -> VisionTransformer:
     return model.eval()
 
 
+def scores_of(selector: TokenSelector, patches: Tensor) -> Tensor:
+    """The scores of patch tokens ``[B, N, D]``, by the formula of the selector's signal."""
+    if isinstance(selector, PaperSelector):
+        return patches @ selector.weight[0]
+    assert isinstance(selector, ClassifierSelector)
+    tokens = (patches - patches.mean(-1, keepdim=True)) / patches.var(-1, correction=0, keepdim=True).add(1e-5).sqrt()
+    exponential = (tokens @ selector.attention.queries.T).exp()
+    return (exponential / exponential.sum(dim=1, keepdim=True)).sum(dim=-1)
+
+
 def watched(model: VisionTransformer) -> list[list[list[int]]]:
     """By call of a selector, those of the model's forward coming first, and by image: which of the patch tokens that reach it
     have the highest scores, ascending.
@@ -34,7 +45,7 @@ def watched(model: VisionTransformer) -> list[list[list[int]]]:
     found: list[list[list[int]]] = []
 
     def watch(selector: TokenSelector, arguments: tuple[Tensor]) -> None:
-        scores = (arguments[0][:, selector.num_prefix :] @ selector.weight[0]).tolist()
+        scores = scores_of(selector, arguments[0][:, selector.num_prefix :]).tolist()
         order = [sorted(range(len(row)), key=lambda patch, row=row: -row[patch]) for row in scores]
         found.append([sorted(patches[: selector.num_patches]) for patches in order])
 
@@ -63,8 +74,9 @@ def test_kept_patches_of_later_selectors_are_among_those_of_earlier_ones(name: s
     assert len({tuple(row.tolist()) for row in kept[2]}) > 1, "images differ"
 
 
-def test_kept_patches_are_chosen_of_all_patches_when_selectors_mask() -> None:
-    model = vit("vit_tiny_patch16_224", keep=18, blocks=(0, 2), mode="mask")
+@pytest.mark.parametrize("signal", ["classifier", "paper"])
+def test_kept_patches_are_chosen_of_all_patches_when_selectors_mask(signal: str) -> None:
+    model = vit("vit_tiny_patch16_224", keep=18, blocks=(0, 2), mode="mask", signal=signal)
     chosen = watched(model)
     kept = kept_patches(model, torch.randn(5, 1, 40, 40))
     assert kept.sum(dim=-1).tolist() == [[17] * 5] * 2

@@ -14,7 +14,7 @@ import svite_scale
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     *("sparsify", "pack_units", "insert_token_selectors", "attach", "to_dense", "parameter_groups", "count_flops", "Ema"),
-    "load_weights",
+    *("load_weights", "selector_loss"),
     *("Method", "TopologyOptions", "SviteScaleError", "OptionError", "SparsifyError", "TopologyError", "MaskError"),
     "__version__",
 }

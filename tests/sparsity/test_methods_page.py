@@ -63,6 +63,7 @@ def test_the_page_names_every_method_and_every_default() -> None:
         "masks",
         "block",
         "keep_dense",
+        "init",
         "structured",
         "tokens",
     }

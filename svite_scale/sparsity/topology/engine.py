@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svite_scale.errors import TopologyError
 from svite_scale.sparsity import bits
-from svite_scale.sparsity.access import Annealed, ParameterAccess, TrackedTensors
+from svite_scale.sparsity.access import Annealed, ParameterAccess, TrackedTensors, auxiliary_classifiers
 from svite_scale.sparsity.layers.base import SparseLayer, sparse_layers
 from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
@@ -47,6 +47,7 @@ class TopologyEngine:
     Attributes:
         layers: the sparse layers, by their names in the model, without what engines' wrappers add to names.
         annealed: modules that each step anneals: token selectors.
+        classifiers: modules that learn from a loss of their own: the classifiers of token selectors.
         steps: optimizer steps so far.
         last_update: the step after which weights last moved; 0 before the first time.
         postponed: updates that were postponed or left out, because a gradient wasn't finite or the step not applied.
@@ -78,6 +79,7 @@ class TopologyEngine:
         """
         self.layers = sparse_layers(model)
         self.annealed = [module for module in model.modules() if isinstance(module, Annealed)]
+        self.classifiers = auxiliary_classifiers(model)
         self.access = access
         self.schedule = schedule
         self.options = options or TopologyOptions()
@@ -166,10 +168,13 @@ class TopologyEngine:
         Raises:
             TopologyError: a weight is NaN, no gradient reached a layer that isn't frozen, the optimizer doesn't step a layer
                 that was thawed, or it keeps state that can't follow moving weights (found at the first step already); the
-                message names the layer. Or the engine was detached.
+                message names the layer. Or nobody computed the loss of token selectors that learn from one. Or the engine was
+                detached.
         """
         if not self._detach.alive:
             raise TopologyError("this topology engine was detached; attach another one, and call its step()")
+        for classifier in self.classifiers:
+            classifier.end_step()
         self.access.reshard()
         if applied and not self._state_checked:
             self._check_state()
