@@ -132,7 +132,7 @@ def build_model(run: Run) -> nn.Module:
                 module.weight.mul_(run.gain * math.sqrt(128 / run.width))
     if run.block != "dense":
         rows, columns = map(int, run.block.split("x"))
-        for layer in svite_scale.sparsify(model, run.density, block=(rows, columns), seed=run.seed):
+        for layer in svite_scale.sparsify(model, run.density, block=(rows, columns), seed=run.seed, init="dense"):
             if layer.density < 1:  # ERK keeps small layers dense
                 with torch.no_grad():
                     model.get_submodule(layer.name).values.div_(math.sqrt(layer.density))

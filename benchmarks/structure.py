@@ -24,6 +24,7 @@ from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.evaluation.timing import alternate, ratio
 from svite_scale.models.options import ModelConfig, StructuredConfig, TokensConfig
 from svite_scale.models.sparse import build_sparse
+from svite_scale.models.token_selector import selector_loss, token_selectors
 from svite_scale.train.optimizer import build_optimizer
 from svite_scale.train.options import OptimizerConfig
 from tests.cost.costs import count
@@ -46,13 +47,15 @@ class Twin:
         self.model = build_sparse(model, sparsity, seed=0)[0].to(device)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.device = device
+        for selector in token_selectors(self.model):
+            selector.anneal(0.5)  # as few tokens as in most of training
 
     def train(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
         self.optimizer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
             loss = F.cross_entropy(self.model(images).float(), labels)
-        loss.backward()
+        (loss + selector_loss(self.model, labels)).backward()
         self.optimizer.step()
 
     def infer(self, images: Tensor) -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def prune_and_grow(active: Sequence[bool], drop: Sequence[float], grow: Sequence[float], count: int) -> list[bool]:
-    """The decision by two sorts of (score, index) pairs."""
+def prune_and_grow(
+    active: Sequence[bool], drop: Sequence[float], grow: Sequence[float], count: int, protected: Collection[int] = ()
+) -> list[bool]:
+    """The decision by two sorts of (score, index) pairs. Indices in ``protected`` are dropped after all others."""
     everything = range(len(active))
-    by_drop = sorted((index for index in everything if active[index]), key=lambda index: (drop[index], index))
+    eligible = (index for index in everything if active[index])
+    by_drop = sorted(eligible, key=lambda index: (index in protected, drop[index], index))
     survivors = set(by_drop[count:])
     by_grow = sorted((index for index in everything if index not in survivors), key=lambda index: (-grow[index], index))
     topology = survivors | set(by_grow[:count])
@@ -38,6 +41,13 @@ def hashed_uniform(seed: int, step: int, name: str, positions: Sequence[int]) ->
     """The first 24 of 64 hashed bits as a number in [0, 1), for each position."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()[:8], "little")
     return [(splitmix64(key, position) >> 40) / 2**24 for position in positions]
+
+
+def num_units_moved(fraction: float, num_active: int, name: str, step: int, seed: int) -> int:
+    """Neurons that an update moves in the layer ``name``, and heads too, of which it moves one at most."""
+    (uniform,) = hashed_uniform(seed, step, f"{name}/moved", [0])
+    count = math.floor(fraction * num_active + uniform)
+    return min(count, 1) if name.endswith("heads") else count
 
 
 def cosine_rate(initial: float, final: float, step: int, stop_step: int) -> float:
@@ -155,14 +165,19 @@ class MaskedTrainer:
         return [math.hypot(*(elements[position] for position in positions)) for positions in self.units[name]]
 
     def update(
-        self, name: str, count: int, grown_moments: str, grow: Sequence[float] | None = None
+        self,
+        name: str,
+        count: int,
+        grown_moments: str,
+        grow: Sequence[float] | None = None,
+        protected: Collection[int] = (),
     ) -> tuple[set[int], set[int]]:
-        """Prunes and grows one parameter by the norms of the last step's gradient, or by the scores ``grow``; returns the units
-        dropped and those grown.
+        """Prunes and grows one parameter by the norms of the last step's gradient, or by the scores ``grow``, and drops
+        ``protected`` units last; returns the units dropped and those grown.
         """
         old = self.active_units(name)
         scores = self.norms(name, self.gradients[name]) if grow is None else grow
-        new = prune_and_grow(old, self.norms(name, self.weights[name]), scores, count)
+        new = prune_and_grow(old, self.norms(name, self.weights[name]), scores, count, protected)
         weight = self.weights[name].flatten().clone()
         first, second = (moment.flatten().clone() for moment in self.moments[name])
         start = float(second[self.masks[name].flatten()].mean()) if grown_moments == "mean" else 0.0

@@ -35,8 +35,8 @@ FIXED_FIELDS = (
 )
 """Config fields and sections (with a dot at the end) that define what is computed. A resumed run must not change them."""
 
-FREE_FIELDS = ("model.activation_checkpointing", "model.weights", "sparsity.masks")
-"""Fields of those sections that change no number: what is kept for backward, and the files of the first weights and masks. A
+FREE_FIELDS = ("model.activation_checkpointing", "model.weights", "model.init_gain", "sparsity.masks", "sparsity.init")
+"""Fields of those sections that change no number: what is kept for backward, and where the first weights and masks come from. A
 checkpoint replaces these."""
 
 RENAMED_TENSORS = ("topology/recently_grown/", "topology/newcomers/")

@@ -22,11 +22,21 @@ class Earlier(NamedTuple):
     """Returns whether a config of these values may have the field. All other fields are among them."""
 
 
+def _packs_units(values: Values) -> bool:
+    return values["sparsity.structured.heads"] != 1.0 or values["sparsity.structured.neurons"] != 1.0
+
+
 def _keeps_tokens(values: Values) -> bool:
     return values["sparsity.tokens.keep"] is not None
 
 
+def _always(values: Values) -> bool:
+    return True
+
+
 EARLIER: dict[str, Earlier] = {
+    "sparsity.init": Earlier("dense", _always),
+    "sparsity.structured.drop_fraction": Earlier(None, _packs_units),
     "sparsity.tokens.signal": Earlier("paper", _keeps_tokens),
     "sparsity.tokens.keep_warmup": Earlier(0.0, _keeps_tokens),
 }

@@ -97,6 +97,7 @@ class Config:
             total_steps=total_steps,
             update_every=max(1, round(sparsity.update_every * scale)),
             start_step=round(sparsity.update_start * scale),
+            unit_drop_fraction=sparsity.structured.drop_fraction,
             **options_of(DropSchedule, sparsity),
         )
 

@@ -10,8 +10,10 @@ from torch import nn
 from svite_scale.engines.access import Optimizers, access_for
 from svite_scale.engines.torch_access import TorchAccess, check_placement
 from svite_scale.errors import OptionError, TopologyError
+from svite_scale.options import refuse_unused
 from svite_scale.sparsity.access import Annealed
 from svite_scale.sparsity.layers.base import sparse_layers
+from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.topology.checks import check_stepped, refuse_attached
 from svite_scale.sparsity.topology.engine import TopologyEngine
@@ -60,6 +62,8 @@ def attach(
     schedule = schedule or UpdateSchedule(**when)
     if layers and options is not None and options.method == "dense":
         raise TopologyError("method dense has no sparse layers, but the model has; leave sparsify() out, or use method static")
+    if layers and not any(isinstance(layer, UnitLayer) for layer in layers.values()):
+        refuse_unused(schedule, "unit_drop_fraction", "isn't used, because the model has no packed heads or neurons")
     refuse_attached(layers)
     access = access_for(model, optimizer)
     if isinstance(access, TorchAccess):

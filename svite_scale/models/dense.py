@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from copy import deepcopy
 from functools import cache
 from typing import Any, cast
@@ -48,6 +49,8 @@ def build_dense(config: ModelConfig) -> nn.Module:
     """
     options, _ = check_model(config)
     model = create("model.name", config.name, options, REMEDY)
+    if config.init_gain is not None:
+        draw_linear_layers(model, config.init_gain)
     if config.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(True)
     return model
@@ -65,6 +68,20 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     items = [item for item in model if _has_layers(item)]
     others = [item for item in model if not (_has_layers(item) or isinstance(item, TokenSelector))]
     return items if len(items) > 1 or not others else []
+
+
+def draw_linear_layers(model: nn.Module, gain: float) -> None:
+    """Draws the weights of :func:`linear_layers` again, with standard deviation ``gain / sqrt(inputs)``, from torch's global
+    generator. Weights that are all zeros stay, because they make a layer start without effect.
+    """
+    for layer in linear_layers(model):
+        if layer.weight.any():
+            nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Returns the dense linear layers in the model's blocks: of a ViT, those of attention and MLP."""
+    return [layer for block in blocks(model) for layer in block.modules() if type(layer) is nn.Linear]
 
 
 def _has_layers(item: nn.Module) -> bool:
@@ -93,6 +110,9 @@ def check_model(config: ModelConfig) -> tuple[dict[str, Any], nn.Module]:
         options, model = _create_with_options(config)
     _check_sizes(config, model)
     _check_layers(config.name, model)
+    if config.init_gain is not None and not linear_layers(model):
+        problem = f"draws the linear layers of blocks, but {config.name} has none"
+        raise ConfigError("model.init_gain", config.init_gain, problem, "leave it null")
     forwarded = deepcopy(model)  # counting freezes the model that it counts
     _check_products(config, forwarded)
     if config.activation_checkpointing:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from svite_scale.errors import OptionError
 from svite_scale.options import options, refuse_unused, whole_choice
-from svite_scale.sparsity.options import Allocation, Density, Fraction, MethodOptions
+from svite_scale.sparsity.options import UNIT_DROP_FRACTION, Allocation, Density, Fraction, MethodOptions
 
 Size = Annotated[int | None, Field(ge=1)]
 PositiveList = tuple[Annotated[float, Field(gt=0.0)], ...]
@@ -38,10 +38,17 @@ class ModelConfig:
     """Number of blocks."""
     num_heads: Size = None
     """Attention heads of each block."""
+    init_gain: Annotated[float | None, Field(gt=0.0)] = None
+    """First weights of the linear layers in the blocks: their standard deviation is init_gain / sqrt(inputs of the layer). Null
+    keeps timm's, which is 0.02 in a ViT of any width."""
     drop_path: Annotated[float, Field(ge=0.0, le=0.99)] = 0.0
     """Stochastic depth rate of the last block; earlier blocks ramp up to it."""
     activation_checkpointing: bool = False
     """Keeps only the inputs of blocks for backward, and computes the rest again: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            refuse_unused(self, "init_gain", "isn't used where weights is given")
 
 
 @options
@@ -54,10 +61,15 @@ class StructuredConfig:
     """The same of the hidden neurons of each block's MLP."""
     grow: Literal["candidate", "paper"] = "candidate"
     """Score of an absent head or neuron: ``candidate`` tries one with weights of its own; ``paper`` is the reference's."""
+    drop_fraction: Annotated[float | None, Field(ge=0.0, le=1.0)] = UNIT_DROP_FRACTION
+    """Fraction of the active heads and neurons dropped at an update, at the start, in expectation. It ends at
+    ``sparsity.final_drop_fraction``, or stays where it starts if that is lower. Null drops as large a fraction of them as of
+    the weights."""
 
     def __post_init__(self) -> None:
         if self.heads == self.neurons == 1.0:
-            refuse_unused(self, "grow", "isn't used where all heads and neurons are active")
+            for name in ("grow", "drop_fraction"):
+                refuse_unused(self, name, "isn't used where all heads and neurons are active")
 
 
 @options

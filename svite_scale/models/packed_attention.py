@@ -34,6 +34,7 @@ class PackedAttention(UnitLayer):
     """
 
     unit = "heads"
+    max_moved = 1  # of few heads, two are much
 
     def __init__(self, dense: Attention, active: Tensor, name: str, *, seed: int, grow: str) -> None:
         """Replaces ``dense``, with its weights.
@@ -55,6 +56,10 @@ class PackedAttention(UnitLayer):
         columns = dense.proj.weight.detach().t().view(active.numel(), dense.head_dim, -1)
         self.proj = TransposedLinear((columns if self.keeps_columns else columns[heads]).flatten(0, 1), dense.proj.bias)
         self.train(dense.training)
+
+    @property
+    def outgoing(self) -> TransposedLinear:
+        return self.proj
 
     @property
     def keeps_columns(self) -> bool:

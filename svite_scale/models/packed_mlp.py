@@ -47,6 +47,10 @@ class PackedMlp(UnitLayer, Mlp):
         self.act, self.drop1, self.norm, self.drop2 = dense.act, dense.drop1, dense.norm, dense.drop2
         self.train(dense.training)
 
+    @property
+    def outgoing(self) -> TransposedLinear:
+        return self.fc2
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         return self.recorded(super().forward(x), x)

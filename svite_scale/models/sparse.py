@@ -11,7 +11,7 @@ from torch import nn
 
 from svite_scale.errors import ConfigError
 from svite_scale.models.dense import build_dense, check_model
-from svite_scale.models.options import ModelConfig, SparseModelOptions, StructuredConfig, TokensConfig
+from svite_scale.models.options import ModelConfig, SparseModelOptions, TokensConfig
 from svite_scale.models.structure import pack_units
 from svite_scale.models.token_insertion import insert_token_selectors
 from svite_scale.models.weights import FittedWeights, fit, open_weights
@@ -113,9 +113,17 @@ def _make_sparse(
     elif weights is not None and sparsity.masks == FROM_WEIGHTS:
         masks = NonzeroWeights(weights.active)
     order, by_magnitude = list(prunable_layers(model)), weights is not None
+    units = sparsity.structured
     with in_section("sparsity.structured"):
-        structured = options_of(StructuredConfig, sparsity.structured)
-        in_units = pack_units(model, **structured, seed=seed, by_magnitude=by_magnitude)
+        in_units = pack_units(
+            model,
+            heads=units.heads,
+            neurons=units.neurons,
+            grow=units.grow,
+            init=sparsity.init,
+            seed=seed,
+            by_magnitude=by_magnitude,
+        )
     with in_section("sparsity"):
         packed_otherwise = {entry.name for entry in in_units}
         rest = pack_weights(model, sparsity, seed, packed_otherwise, masks=masks, by_magnitude=by_magnitude)

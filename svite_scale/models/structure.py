@@ -17,6 +17,7 @@ from svite_scale.models.token_selector import TokenSelector
 from svite_scale.sparsity.allocation.layer_plan import LayerPlan
 from svite_scale.sparsity.layers.packed import PackedLayer
 from svite_scale.sparsity.layers.plain_layer import changed_call, lost_in_packing
+from svite_scale.sparsity.options import Allocation
 from svite_scale.sparsity.packing import largest, random_mask, refuse_shared, replace_module
 
 PARTS = {"heads": "attn", "neurons": "mlp"}
@@ -32,6 +33,7 @@ def pack_units(
     heads: float = StructuredConfig.heads,
     neurons: float = StructuredConfig.neurons,
     grow: str = StructuredConfig.grow,
+    init: str = Allocation.init,
     seed: int = 0,
     by_magnitude: bool = False,
 ) -> list[LayerPlan]:
@@ -39,13 +41,17 @@ def pack_units(
 
     Call it before any engine wraps the model, on every rank with the same arguments: the active units then agree without
     communication, since they are a function of (seed, layer name), or of the weights. Absent units have no weights and no
-    biases. Active units keep their values. ``sparsify`` and ``insert_token_selectors`` may come before it or after it.
+    biases. Active units keep their values, those of outgoing weights times a factor that ``init`` chooses. ``sparsify`` and
+    ``insert_token_selectors`` may come before it or after it.
 
     Args:
         model: timm's VisionTransformer; on the meta device only shapes are planned and packed.
         heads: fraction of each block's heads that is active, in (0, 1]: ``int(heads * number of heads)`` of them.
         neurons: the same of the hidden neurons of each block's MLP.
         grow: score of an absent unit: ``candidate`` tries one with weights of its own; ``paper`` is the reference's.
+        init: ``fan_in`` multiplies the outgoing weights of units (``proj`` and ``fc2``) by the root of all units over active
+            ones, so that the layer's outputs keep their spread. ``dense`` keeps the values, for a model that is trained
+            already. So does ``by_magnitude``, whatever ``init`` is.
         seed: of the first active units, if they are drawn, and of candidates.
         by_magnitude: the units of largest :func:`magnitudes` are active at first, for a model that is trained already; units
             that are pruned already, whose weights are 0, come last. False draws them.
@@ -59,6 +65,7 @@ def pack_units(
         TopologyError: an engine has wrapped the model already, or a weight is shared.
     """
     options = StructuredConfig(heads=heads, neurons=neurons, grow=grow)  # type: ignore[arg-type]
+    by_fan_in = Allocation(init=init).init == "fan_in" and not by_magnitude  # type: ignore[arg-type]
     densities = {field: getattr(options, field) for field in PARTS if getattr(options, field) < 1.0}
     chosen: list[tuple[str, str, Any, Tensor]] = []
     for field, density in densities.items():
@@ -80,7 +87,10 @@ def pack_units(
     # Nothing can fail any more, and nothing was changed yet.
     for field, name, dense, active in chosen:
         packed_type = PackedAttention if field == "heads" else PackedMlp
-        replace_module(model, name, packed_type(dense, active, f"{name}.{field}", seed=seed, grow=options.grow))
+        layer = packed_type(dense, active, f"{name}.{field}", seed=seed, grow=options.grow)
+        if by_fan_in:
+            layer.scale_by_fan_in()
+        replace_module(model, name, layer)
     return plan
 
 

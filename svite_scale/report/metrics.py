@@ -52,7 +52,7 @@ MOVES = (
     Chart("Ever active", {f"{unit}ever_active": label for unit, label in UNITS.items()}, numbers.percent),
     Chart("Active since the start", {f"{unit}initial_survival": label for unit, label in UNITS.items()}, numbers.percent),
     Chart("Survival of the grown", {f"{unit}grown_survival": label for unit, label in UNITS.items()}, numbers.percent),
-    Chart("Drop fraction", {"drop_fraction": "last"}, numbers.percent, from_zero=True),
+    Chart("Drop fraction", {f"{unit}drop_fraction": label for unit, label in UNITS.items()}, numbers.percent, from_zero=True),
     *(
         Chart(
             f"{label.capitalize()} moved",

@@ -17,6 +17,9 @@ Density = Annotated[float, Field(gt=0.0, le=1.0)]
 FROM_WEIGHTS = "from_weights"
 """The value of ``masks`` that takes the zeros of the weights."""
 
+UNIT_DROP_FRACTION = 0.05
+"""Default of the drop fraction of heads and neurons, at the start: that of Chase (arXiv:2305.19454) for channels."""
+
 METHODS = ("svite", "set", "mixed", "static", "dense")
 """The built-in methods; :mod:`svite_scale.sparsity.topology.methods` has their scores."""
 
@@ -27,7 +30,7 @@ squares or magnitudes; another copy of the weight, where an average of weights b
 
 @options
 class Allocation:
-    """The number and places of active weights, given by one of ``density``, ``densities`` and ``masks``."""
+    """The active weights: number and places, given by one of ``density``, ``densities`` and ``masks``, and first values."""
 
     density: Density = 1.0
     """Fraction of the prunable weights that is active; 1.0 trains the ordinary dense model."""
@@ -45,6 +48,10 @@ class Allocation:
     falls with density. Layers that they don't divide keep single weights, as [1, 1] does everywhere."""
     keep_dense: tuple[str, ...] = ()
     """Patterns of layers that aren't made sparse and don't count in ``density``."""
+    init: Literal["fan_in", "dense"] = "fan_in"
+    """First values of active weights that are drawn. ``fan_in`` multiplies the dense model's values by the root of a layer's
+    inputs over its active inputs, so that outputs keep their spread; ``dense`` takes the values as they are. Weights from a
+    file aren't changed."""
 
     def __post_init__(self) -> None:
         if self.densities and self.masks is not None:
@@ -110,6 +117,9 @@ class MethodOptions:
     """Second moment of a grown weight: its layer's mean, or zero. First moments start at zero."""
     grown_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps over which the learning rate of grown weights rises to the others'; 0 is off."""
+    protect_grown: bool = False
+    """Whether weights, blocks, heads and neurons that an update has grown can't be dropped at the next one, as long as enough
+    others are active."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS and ":" not in self.method:

@@ -39,6 +39,7 @@ def sparsify(
     masks: str | PathLike[str] | None = None,
     block: tuple[int, int] = Allocation.block,
     keep_dense: Sequence[str] = (),
+    init: str = Allocation.init,
     seed: int = 0,
     by_magnitude: bool = False,
 ) -> list[LayerPlan]:
@@ -46,7 +47,7 @@ def sparsify(
 
     Call it before any engine wraps the model, on every rank with the same arguments: the masks then agree without
     communication, since each is a function of (seed, layer name), of the weights, or comes from a file. Active weights keep
-    their values. Norms, biases, position embeddings and class tokens stay dense.
+    their values, times a factor that ``init`` chooses. Norms, biases, position embeddings and class tokens stay dense.
 
     Where the active weights are is said by exactly one of ``density``, ``densities`` and ``masks``. Counts are exact, and a
     layer whose part of the density is below one weight keeps one, which is logged. Patterns are those of
@@ -65,6 +66,9 @@ def sparsify(
             time of the active blocks only. Linear layers, and convolutions of patches that don't overlap, are in blocks if V
             and U divide their rows and columns; all others keep single weights, which is logged.
         keep_dense: patterns of layers that aren't made sparse, and don't count in ``density``.
+        init: ``fan_in`` multiplies active weights by the root of a layer's inputs over its active inputs, so that its outputs
+            keep their spread; in blocks, each row of blocks by its own. ``dense`` keeps the values, for a model that is trained
+            already. So do ``by_magnitude`` and ``masks="from_weights"``, whatever ``init`` is.
         seed: of the masks that are drawn.
         by_magnitude: the weights of largest magnitude are active at first, in each layer as many as its density says: for a
             model that is trained already. False draws them.
@@ -93,6 +97,7 @@ def sparsify(
         masks=None if masks is None else fspath(masks),
         block=block,
         keep_dense=tuple(keep_dense),
+        init=init,  # type: ignore[arg-type]
     )
     return pack_weights(model, allocation, seed, by_magnitude=by_magnitude)
 
@@ -130,7 +135,9 @@ def pack_weights(
             return largest(entry.grid.norms(weight.detach()), num_active)
         return random_mask(entry.grid.num_blocks, num_active, seed, entry.name, weight.device)
 
-    packed = {entry.name: _packed(layers[entry.name], entry, first_mask) for entry in plan if entry.is_packed}
+    are_trained = by_magnitude or allocation.masks == FROM_WEIGHTS
+    by_fan_in = allocation.init == "fan_in" and not are_trained
+    packed = {entry.name: _packed(layers[entry.name], entry, first_mask, by_fan_in) for entry in plan if entry.is_packed}
     # Nothing can fail any more, and nothing was changed yet.
     for name, module in packed.items():
         replace_module(model, name, module)
@@ -225,7 +232,9 @@ def _grids(layers: Mapping[str, nn.Linear | nn.Conv2d], block: tuple[int, int]) 
     return grids
 
 
-def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[[LayerPlan], Tensor]) -> PackedLayer:
+def _packed(
+    dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[[LayerPlan], Tensor], by_fan_in: bool
+) -> PackedLayer:
     """Returns the packed layer for a dense one, which isn't changed."""
     weight = dense.weight
     lost = lost_in_packing(dense)
@@ -240,6 +249,8 @@ def _packed(dense: nn.Linear | nn.Conv2d, plan: LayerPlan, first_mask: Callable[
     _copy_attributes(dense, layer, plan.name)
     if not weight.is_meta:
         layer.set_weight(weight, first_mask(plan))
+        if by_fan_in:
+            layer.scale_by_fan_in()
     return layer
 
 

@@ -23,14 +23,16 @@ class Selection(NamedTuple):
 
     Attributes:
         active: bool ``[units]``, afterwards.
-        threshold: the last score that was dropped or grown; None where ``count`` was 0.
+        threshold: the largest score that was dropped, or the smallest that was grown; None where ``count`` was 0.
     """
 
     active: Tensor
     threshold: float | None
 
 
-def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count: int) -> Tensor:
+def prune_and_grow(
+    active: Tensor, drop_score: Tensor, grow_score: Tensor, count: int, protected: Tensor | None = None
+) -> Tensor:
     """Drops ``count`` active units, then grows ``count`` inactive ones, those just dropped included.
 
     The active units with the smallest ``drop_score`` are dropped. Of the units inactive after that, those with the largest
@@ -42,6 +44,8 @@ def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count
         drop_score: of any real dtype, ``[units]``; read where ``active``.
         grow_score: the same; read where inactive after the drop.
         count: units to drop and to grow, 0 to the number of active ones.
+        protected: bool, ``[units]``; of these, only as many are dropped as ``count`` exceeds the other active ones. None
+            protects no unit.
 
     Returns:
         bool, ``[units]``, with as many active units as before.
@@ -49,13 +53,24 @@ def prune_and_grow(active: Tensor, drop_score: Tensor, grow_score: Tensor, count
     Raises:
         TopologyError: a score that is read is NaN, scores are of another shape, or ``count`` is out of range.
     """
-    return grow(drop(active, drop_score, count).active, grow_score, count).active
+    return grow(drop(active, drop_score, count, protected).active, grow_score, count).active
 
 
-def drop(active: Tensor, score: Tensor, count: int) -> Selection:
+def drop(active: Tensor, score: Tensor, count: int, protected: Tensor | None = None) -> Selection:
     """Does the first half of :func:`prune_and_grow`: drops the ``count`` active units of smallest ``score``."""
+    if protected is not None:
+        return _drop_protected_last(active, score, count, protected)
     chosen, threshold = choose(active, score, count, "drop")
     return Selection(chosen.logical_xor_(active), threshold)
+
+
+def _drop_protected_last(active: Tensor, score: Tensor, count: int, protected: Tensor) -> Selection:
+    others = active & ~protected
+    num_others = min(count, int(others.count_nonzero()))
+    first = drop(others, score, num_others)
+    last = drop(active & protected, score, count - num_others)
+    dropped = [each.threshold for each in (first, last) if each.threshold is not None]
+    return Selection(first.active.logical_or_(last.active), max(dropped, default=None))
 
 
 def grow(active: Tensor, score: Tensor, count: int) -> Selection:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from svite_scale.checkpoint.compatibility import check_same_run
-from svite_scale.config.load import field_names, to_dict
+from svite_scale.config.earlier import read_saved_config
+from svite_scale.config.load import field_names, to_dict, to_yaml
 from svite_scale.config.schema import Config
 from svite_scale.errors import CheckpointError
 from tests.command_line import run_here
@@ -22,7 +23,9 @@ MAY_CHANGE = {
     "run_dir",
     "model.activation_checkpointing",
     "model.weights",
+    "model.init_gain",
     "sparsity.masks",
+    "sparsity.init",
     *(f"data.{name}" for name in ("train", "val", "verify_checksums", "cache_dir", "cache_gb", "fetch_attempts", "workers")),
     *("data.max_damaged", "data.eval_crop"),
     *(f"train.{name}" for name in ("max_steps", "accumulation_steps", "precision", "compile", "clip_grad_norm")),
@@ -37,12 +40,12 @@ MUST_STAY = {
     *(f"model.{name}" for name in ("name", "num_classes", "image_size", "in_channels", "patch_size", "embed_dim", "depth")),
     *("model.num_heads", "model.drop_path"),
     *(f"sparsity.{name}" for name in ("density", "distribution", "power_scale", "densities", "block", "keep_dense", "method")),
-    *(f"sparsity.structured.{name}" for name in ("heads", "neurons", "grow")),
+    *(f"sparsity.structured.{name}" for name in ("heads", "neurons", "grow", "drop_fraction")),
     *(f"sparsity.tokens.{name}" for name in ("keep", "training_keep", "training_keep_until", "signal", "blocks", "mode")),
     *(f"sparsity.tokens.{name}" for name in ("keep_warmup", "temperature", "final_temperature")),
     *(f"sparsity.{name}" for name in ("random_share", "update_unit", "update_every", "update_start", "update_batch_size")),
     *(f"sparsity.{name}" for name in ("stop_fraction", "drop_schedule", "drop_fraction", "final_drop_fraction")),
-    *(f"sparsity.{name}" for name in ("grow_window", "grow_by", "grown_moments", "grown_warmup_steps")),
+    *(f"sparsity.{name}" for name in ("grow_window", "grow_by", "grown_moments", "grown_warmup_steps", "protect_grown")),
     *(f"distillation.{name}" for name in ("teacher", "checkpoint", "kind", "alpha", "temperature", "mean", "std")),
     *(f"optimizer.{name}" for name in ("name", "lr", "lr_batch_size", "weight_decay", "betas", "eps", "warmup_epochs")),
     *("optimizer.warmup_lr", "optimizer.min_lr", "train.epochs", "train.global_batch_size", "train.ema_decay"),
@@ -89,6 +92,13 @@ def test_a_field_that_the_saved_run_did_not_have_counts_as_its_default() -> None
     check_same_run(saved, other, Path("step-1"))
     with pytest.raises(CheckpointError, match=r"saved with seed = 0, not 3"):
         check_same_run(saved, Config(run_dir="runs/a", seed=3), Path("step-1"))
+
+
+def test_a_run_saved_before_init_was_an_option_started_from_dense_values(tmp_path: Path) -> None:
+    text = to_yaml(CONFIG)
+    assert text.count("  init: fan_in\n") == 1
+    (tmp_path / "config.yaml").write_text(text.replace("  init: fan_in\n", ""))
+    assert read_saved_config(tmp_path / "config.yaml").sparsity.init == "dense"
 
 
 @pytest.mark.slow

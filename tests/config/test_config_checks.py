@@ -61,6 +61,10 @@ MISTAKES = [
             ),
             ("structured.grow=paper", "structured.grow = 'paper': isn't used where all heads and neurons are active"),
             (
+                "structured.drop_fraction=0.5",
+                "structured.drop_fraction = 0.5: isn't used where all heads and neurons are active",
+            ),
+            (
                 "drop_schedule=constant final_drop_fraction=0.1",
                 "final_drop_fraction = 0.1: isn't used by drop_schedule=constant",
             ),
@@ -220,7 +224,7 @@ def test_what_depends_on_the_ranks_passes_where_their_number_is_open(tmp_path: P
         "train.global_batch_size=24 train.accumulation_steps=3",
         "sparsity.drop_schedule=constant sparsity.drop_fraction=0.001",
         "sparsity.method=mixed sparsity.random_share=0.2",
-        "sparsity.structured.neurons=0.5 sparsity.structured.grow=paper",
+        "sparsity.structured.neurons=0.5 sparsity.structured.grow=paper sparsity.structured.drop_fraction=null",
         "sparsity.structured.heads=0.5 sparsity.density=0.5",
         "sparsity.density=0.3 sparsity.distribution=uniform",
         "sparsity.tokens.keep=0.9 sparsity.tokens.blocks=[0,3,6]",

@@ -95,7 +95,7 @@ def test_heads_and_neurons_are_those_that_the_name_says(name: str) -> None:
     config, density = config_of(name), UNIT_DENSITIES[name]
     assert config.model.name == f"deit_{name.split('_')[1]}_patch16_224"
     assert name.endswith(f"_s{round(100 * (1 - density))}")
-    assert config.sparsity.structured == StructuredConfig(heads=density, neurons=density)
+    assert config.sparsity.structured == StructuredConfig(heads=density, neurons=density, drop_fraction=0.5)
     assert config.sparsity.density == 1.0
 
 

@@ -11,7 +11,7 @@ import torch
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.config.validate import validate
 from svite_scale.errors import ConfigError, OptionError
-from svite_scale.models.options import ModelConfig
+from svite_scale.models.options import ModelConfig, StructuredConfig
 from svite_scale.models.sparse import build_sparse
 from svite_scale.sparsity.topology.methods import METHODS
 from svite_scale.train.options import TrainConfig
@@ -49,10 +49,13 @@ def test_intervals_in_steps_epochs_and_samples(config: Config, every: int, start
 
 
 def test_the_other_keys_are_handed_on() -> None:
-    config = config_of(stop_fraction=0.6, drop_fraction=0.4, final_drop_fraction=0.1, drop_schedule="linear")
+    units = StructuredConfig(heads=0.5, drop_fraction=0.2)
+    shape = {"stop_fraction": 0.6, "drop_fraction": 0.4, "final_drop_fraction": 0.1, "drop_schedule": "linear"}
+    config = config_of(**shape, structured=units)
     schedule = config.update_schedule(steps_per_epoch=100, total_steps=1000)
     assert schedule.stop_step == 600
     assert schedule.drop_fraction_at(300) == pytest.approx(0.25)
+    assert schedule.unit_drop_fraction_at(300) == pytest.approx(0.15)
 
 
 def test_the_options_are_the_keys_of_the_same_names() -> None:
@@ -63,6 +66,7 @@ def test_the_options_are_the_keys_of_the_same_names() -> None:
         "grow_by": "magnitude",
         "grown_moments": "zero",
         "grown_warmup_steps": 4,
+        "protect_grown": True,
     }
     config = replace(config_of(**given), seed=7)
     assert asdict(config.topology_options()) == given | {"seed": 7, "optimizer_state": {}}

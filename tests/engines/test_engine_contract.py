@@ -171,3 +171,5 @@ def test_attach_takes_a_schedule_in_place_of_its_fields() -> None:
         attach(model, adamw(model), schedule=schedule, update_every=7)
     with pytest.raises(OptionError, match=r"^update_evry = 7: is no option of UpdateSchedule; the nearest is update_every$"):
         attach(model, adamw(model), total_steps=100, update_evry=7)
+    with pytest.raises(OptionError, match=r"^unit_drop_fraction = 0.5: isn't used, because the model has no packed heads or"):
+        attach(model, adamw(model), total_steps=100, update_every=7, unit_drop_fraction=0.5)

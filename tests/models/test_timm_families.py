@@ -91,7 +91,7 @@ def test_a_family_trains_sparse(family: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **options).double()
     twin = copy.deepcopy(model)
-    svite_scale.sparsify(model, density=0.3)
+    svite_scale.sparsify(model, density=0.3, init="dense")
     layers = {f"{name}.weight": layer for name, layer in packed_layers(model).items()}
     assert len(layers) > 3
     masks = {key: mask_of(layer) for key, layer in layers.items()}

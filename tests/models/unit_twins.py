@@ -28,11 +28,16 @@ def build_model() -> VisionTransformer:
 
 
 def packed_vit(
-    build: Build = build_model, *, heads: float = 0.5, neurons: float = 0.6, grow: str = "candidate"
+    build: Build = build_model,
+    *,
+    heads: float = 0.5,
+    neurons: float = 0.6,
+    grow: str = "candidate",
+    init: str = "dense",
 ) -> VisionTransformer:
     torch.manual_seed(SEED)
     model = build()
-    pack_units(model, heads=heads, neurons=neurons, grow=grow, seed=SEED)
+    pack_units(model, heads=heads, neurons=neurons, grow=grow, init=init, seed=SEED)
     return model.double()
 
 
@@ -72,8 +77,11 @@ def set_heads(attn: nn.Module, chosen: Tensor, rows: Tensor | float) -> None:
     attn.proj.weight.view(-1, heads, width)[:, chosen] = 0.0
 
 
-def dense_twin(packed: nn.Module, build: Build = build_model, *, step: int = 1) -> VisionTransformer:
-    """The dense float64 model of the same function, with candidates for the update after ``step`` as absent units."""
+def dense_twin(packed: nn.Module, build: Build = build_model, *, step: int = 1, trained: bool = False) -> VisionTransformer:
+    """The dense float64 model of the same function, with candidates for the update after ``step`` as absent units.
+
+    Its weights are drawn as the packed model's were; if that was ``trained``, they are the packed model's present ones.
+    """
     torch.manual_seed(SEED)
     twin = build()
     stds = {
@@ -82,7 +90,7 @@ def dense_twin(packed: nn.Module, build: Build = build_model, *, step: int = 1) 
         )
         for name, layer in sparse_layers(packed).items()
     }
-    twin = twin.double()
+    twin = dense_of(packed, build) if trained else twin.double()
     for name, layer in sparse_layers(packed).items():
         block, rows = block_of(twin, layer), candidate_rows(layer, step, stds[name])
         if layer.unit == "neurons":
@@ -93,7 +101,7 @@ def dense_twin(packed: nn.Module, build: Build = build_model, *, step: int = 1) 
 
 
 @torch.no_grad()
-def dense_of(packed: nn.Module, build: Build) -> nn.Module:
+def dense_of(packed: nn.Module, build: Build) -> VisionTransformer:
     """A dense model with the packed one's present weights, and zeros for absent units."""
     dense = build().double()
     state = dict(packed.state_dict())

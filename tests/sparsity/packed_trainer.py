@@ -48,7 +48,7 @@ class PackedTrainer:
         # A width that blocks of 16 rows divide: those are multiplied at the size of what is active.
         self.width = 12 if block == SINGLE else 16
         self.model = dense_model(self.width)
-        sparsify(self.model, 0.3, block=block)
+        sparsify(self.model, 0.3, block=block, init="dense")
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LR, weight_decay=WEIGHT_DECAY)
         schedule = UpdateSchedule(total_steps=STEPS, update_every=UPDATE_EVERY)

@@ -129,7 +129,7 @@ def test_a_layer_is_packed_after_the_remedy(what: str) -> None:
     do(net[2])
     undo(net[2])
     weight = net[2].weight.detach().clone()
-    svite_scale.sparsify(net, 0.5, distribution="uniform")
+    svite_scale.sparsify(net, 0.5, distribution="uniform", init="dense")
     assert isinstance(net[2], PackedLinear)
     dense = net[2].dense_weight()
     assert torch.equal(dense, weight * (dense != 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from importlib import import_module
@@ -62,6 +63,7 @@ def test_the_page_names_every_method_and_every_default() -> None:
         "masks",
         "block",
         "keep_dense",
+        "init",
         "structured",
         "tokens",
     }
@@ -128,4 +130,6 @@ def test_every_built_in_method_has_scores_and_no_other_has() -> None:
 
 def written(value: object) -> str:
     """A default as the page writes it."""
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -45,6 +45,7 @@ class Twins:
         self.ever = {name: set(active) for name, active in self.initial.items()}
         self.recently_grown: dict[str, set[int]] = {name: set() for name in self.initial}
         self.came = 0
+        self.survivals: list[float] = []
 
     def step(self, step: int) -> None:
         images, labels = batch(step)
@@ -71,9 +72,10 @@ class Twins:
             count = math.ceil(rate * found.num_active)
             weight = self.naive.norms(f"{name}.weight", self.naive.weights[f"{name}.weight"])
             before = chosen_units(self.naive.active_units(f"{name}.weight"))
-            goes = set(sorted(before, key=lambda unit: (weight[unit], unit))[:count])
+            protected = self.recently_grown[name] if self.options.protect_grown else set()
+            goes = set(sorted(before, key=lambda unit: (unit in protected, weight[unit], unit))[:count])
             scores = self.grow_scores(name, update.step, count, set(range(len(weight))) - (before - goes))
-            left, came = self.naive.update(f"{name}.weight", count, self.options.grown_moments, scores)
+            left, came = self.naive.update(f"{name}.weight", count, self.options.grown_moments, scores, protected)
             after = chosen_units(self.naive.active_units(f"{name}.weight"))
             chosen = after - (before - goes)
             self.check_layer(name, found, count, left, came, after)
@@ -94,6 +96,7 @@ class Twins:
         self.initial[name] -= left
         stayed = len(self.recently_grown[name] & after) / len(self.recently_grown[name]) if self.recently_grown[name] else None
         assert found.grown_survival == stayed
+        self.survivals += [] if stayed is None else [stayed]
         self.recently_grown[name], self.ever[name] = came, self.ever[name] | after
 
     def grow_scores(self, name: str, step: int, count: int, inactive: set[int]) -> list[float]:
@@ -141,8 +144,15 @@ OPTIONS = {
     "magnitudes over a window": TopologyOptions(grow_window=3, grow_by="magnitude"),
     "warm-up": TopologyOptions(grown_warmup_steps=3),
     "warm-up from update to update": TopologyOptions(grown_warmup_steps=UPDATE_EVERY, grown_moments="zero"),
+    "protection": TopologyOptions(protect_grown=True),
     "all at once": TopologyOptions(
-        method="mixed", seed=SEED, random_share=SHARE, grow_window=2, grow_by="magnitude", grown_warmup_steps=2
+        method="mixed",
+        seed=SEED,
+        random_share=SHARE,
+        grow_window=2,
+        grow_by="magnitude",
+        grown_warmup_steps=2,
+        protect_grown=True,
     ),
 }
 
@@ -154,6 +164,8 @@ def test_training_and_statistics_are_those_of_the_naive_twin(name: str) -> None:
         twins.step(step)
     assert twins.came > 50, "weights came that were elsewhere before"
     assert all(len(twins.initial[layer]) < twins.packed.topology.layers[layer].num_active for layer in twins.initial)
+    assert len(twins.survivals) > 20
+    assert (min(twins.survivals) == 1.0) == OPTIONS[name].protect_grown, "what was grown survives where it is protected"
 
 
 @pytest.mark.parametrize(("name", "block"), [("set", (4, 2)), ("magnitudes over a window", (4, 2)), ("all at once", (16, 1))])

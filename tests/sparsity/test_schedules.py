@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from svite_scale.models.packed_attention import PackedAttention
+from svite_scale.models.packed_mlp import PackedMlp
+from svite_scale.sparsity.layers.base import SparseLayer
+from svite_scale.sparsity.layers.packed import PackedLayer
+from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.topology.decision import num_moved
 from svite_scale.sparsity.topology.schedule import UpdateSchedule, constant, cosine, linear
 from tests import reference
+
+Layer = TypeVar("Layer", bound=SparseLayer)
 
 
 def is_update(schedule: UpdateSchedule, step: int) -> bool:
@@ -133,5 +144,50 @@ def test_a_constant_schedule_has_no_final_fraction() -> None:
 @pytest.mark.parametrize(
     ("num_active", "rate", "moved"), [(10, 0.5, 5), (11, 0.5, 6), (1, 0.005, 1), (7, 1.0, 7), (7, 0.0, 0), (1000, 0.0051, 6)]
 )
-def test_the_number_moved_is_rounded_up(num_active: int, rate: float, moved: int) -> None:
-    assert num_moved(num_active, rate) == moved
+def test_the_number_of_weights_moved_is_rounded_up(num_active: int, rate: float, moved: int) -> None:
+    assert num_moved(layer_of(PackedLayer, num_active), rate, step=1, seed=0) == moved
+
+
+@pytest.mark.parametrize("kind", [PackedMlp, PackedAttention])
+@pytest.mark.parametrize(("num_active", "fraction"), [(3, 0.05), (3, 0.5), (3, 1.0), (40, 0.005), (40, 0.31), (40, 0.0)])
+def test_the_number_of_units_moved_is_the_fraction_in_expectation(
+    kind: type[UnitLayer], num_active: int, fraction: float
+) -> None:
+    layer = layer_of(kind, num_active)
+    counts = [num_moved(layer, fraction, step, seed) for seed in range(20) for step in range(1, 101)]
+    assert counts == [
+        reference.num_units_moved(fraction, num_active, layer.name, step, seed) for seed in range(20) for step in range(1, 101)
+    ]
+    mean = fraction * num_active if kind is PackedMlp else min(fraction * num_active, 1.0)
+    remainder = mean - math.floor(mean)
+    deviation = math.sqrt(remainder * (1 - remainder) / len(counts))
+    assert sum(counts) / len(counts) == pytest.approx(mean, abs=4 * deviation + 1e-12)
+    assert max(counts) - min(counts) <= 1
+    assert kind is PackedMlp or max(counts) <= 1
+
+
+def test_layers_round_the_number_of_units_moved_by_their_names() -> None:
+    layers = [layer_of(PackedMlp, 10, f"blocks.{index}.mlp.neurons") for index in range(400)]
+    counts = [num_moved(layer, 0.05, step=1, seed=0) for layer in layers]
+    assert set(counts) == {0, 1}
+    assert sum(counts) == pytest.approx(200, abs=4 * 10)
+
+
+def test_the_number_of_units_moved_falls_to_the_final_fraction() -> None:
+    options = {"total_steps": 100, "update_every": 1, "drop_fraction": 0.4, "final_drop_fraction": 0.1}
+    own = UpdateSchedule(**options, unit_drop_fraction=0.3)  # type: ignore[arg-type]
+    assert [own.unit_drop_fraction_at(step) for step in (0, 40, 80)] == pytest.approx([0.3, 0.2, 0.1])
+    lower = UpdateSchedule(**options, unit_drop_fraction=0.05)  # type: ignore[arg-type]
+    assert [lower.unit_drop_fraction_at(step) for step in (0, 40, 80)] == pytest.approx([0.05] * 3)
+    as_weights = UpdateSchedule(**options, unit_drop_fraction=None)  # type: ignore[arg-type]
+    assert [as_weights.unit_drop_fraction_at(step) for step in (0, 40, 80)] == pytest.approx([0.4, 0.25, 0.1])
+    still = UpdateSchedule(total_steps=100, update_every=1, drop_fraction=0.0, final_drop_fraction=0.0, unit_drop_fraction=0.2)
+    assert [still.unit_drop_fraction_at(step) for step in (0, 40, 80)] == pytest.approx([0.2, 0.1, 0.0])
+
+
+def layer_of(kind: type[Layer], num_active: int, name: str = "blocks.0.mlp.neurons") -> Layer:
+    """A layer of which only these are known; of heads it gets their name."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.num_active, layer.name = num_active, "blocks.0.attn.heads" if kind is PackedAttention else name
+    return layer

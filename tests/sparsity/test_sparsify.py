@@ -48,7 +48,7 @@ def built(name: str, seed: int = 0) -> VisionTransformer:
 def test_any_vision_transformer_is_packed(name: str) -> None:
     dense = built(name)
     model = copy.deepcopy(dense)
-    plan = sparsify(model, 0.3)
+    plan = sparsify(model, 0.3, init="dense")
     prunable = {name: module for name, module in dense.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
     assert [entry.name for entry in plan] == list(prunable)
     expected = counts(shapes := {name: module.weight.shape for name, module in prunable.items()}, erk(shapes, 0.3))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from svite_scale import sparsity
 from svite_scale.errors import TopologyError
-from svite_scale.sparsity.update import prune_and_grow
+from svite_scale.sparsity.update import drop, prune_and_grow
 from tests import reference
 
 INF, NAN = float("inf"), float("nan")
@@ -42,6 +42,19 @@ TABLE = [
 ]
 
 
+PROTECTED = [
+    # active, protected, drop scores, count, the largest score that is dropped, what stays active
+    ("1110", "1000", [1, 3, 2, 0], 1, 2.0, "1100"),
+    ("1110", "1000", [1, 3, 2, 0], 2, 3.0, "1000"),
+    # too few others: of the protected ones those of smallest score
+    ("1111", "1110", [3, 2, 1, 9], 2, 9.0, "1100"),
+    ("1111", "1111", [2, 2, 1, 3], 2, 2.0, "0101"),
+    # an inactive unit has no need of it
+    ("1100", "0011", [2, 1, 0, 0], 1, 1.0, "1000"),
+    ("1100", "1100", [2, 1, 0, 0], 0, None, "1100"),
+]
+
+
 def bools(text: str) -> torch.Tensor:
     return torch.tensor([digit == "1" for digit in text])
 
@@ -54,6 +67,15 @@ def test_scores_to_topology(
     new = prune_and_grow(bools(active), torch.tensor(drop, dtype=dtype), torch.tensor(grow, dtype=dtype), count)
     assert new.dtype == torch.bool
     assert new.tolist() == bools(topology).tolist()
+
+
+@pytest.mark.parametrize(("active", "protected", "score", "count", "threshold", "left"), PROTECTED)
+def test_protected_units_are_dropped_last(
+    active: str, protected: str, score: list[float], count: int, threshold: float | None, left: str
+) -> None:
+    found = drop(bools(active), torch.tensor(score), count, bools(protected))
+    assert found.active.tolist() == bools(left).tolist()
+    assert found.threshold == threshold
 
 
 @pytest.mark.slow  # Triton starts a compiler
@@ -93,8 +115,14 @@ def test_the_decision_is_that_of_sorting(
     active, drop, grow = map(list, zip(*units, strict=True))
     count = data.draw(st.integers(0, sum(active)))
     given_active = torch.tensor(active)
-    new = prune_and_grow(given_active, torch.tensor(drop, dtype=dtype), torch.tensor(grow, dtype=dtype), count)
+    scores = torch.tensor(drop, dtype=dtype), torch.tensor(grow, dtype=dtype)
+    new = prune_and_grow(given_active, *scores, count)
     assert new.tolist() == reference.prune_and_grow(active, drop, grow, count)
+    assert int(new.sum()) == sum(active)
+    protected = data.draw(st.lists(st.booleans(), min_size=len(units), max_size=len(units)))
+    new = prune_and_grow(given_active, *scores, count, torch.tensor(protected))
+    indices = {index for index, is_protected in enumerate(protected) if is_protected}
+    assert new.tolist() == reference.prune_and_grow(active, drop, grow, count, indices)
     assert int(new.sum()) == sum(active)
     assert given_active.tolist() == active, "the argument is left as it was"
 

@@ -41,6 +41,12 @@ class BlockLayer(PackedLayer):
         height, width = self.grid.block
         return width, height
 
+    def fan_in_factor(self) -> Tensor:
+        """Returns the root of the layer's inputs over the active ones of a block's own row of blocks, fp32 ``[k, 1, 1]``."""
+        active = bits.unpack(self.mask, self.grid.num_blocks).view(self.grid.grid)
+        of_rows = active.float().mean(dim=1).rsqrt()
+        return of_rows[active.nonzero()[:, 0]].view(-1, 1, 1)
+
     def read_dense(self, values: Tensor, mask: Tensor) -> Tensor:
         dense = block_products.expand(values.view(-1, *self.value_shape), mask, self.grid)
         return cast(Tensor, RecordedWeight.apply(dense, self.handle)) if torch.is_grad_enabled() else dense

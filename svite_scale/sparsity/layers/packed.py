@@ -7,6 +7,7 @@ A packed weight of N elements with k active ones is ``values`` (float ``[k]``, a
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -79,6 +80,15 @@ class PackedLayer(SparseLayer):
             raise TopologyError(f"{self.name}: the mask has {found} active {self.unit}, the layer {self.num_active}")
         self.mask.copy_(bits.pack(active))
         self.take_active(dense)
+
+    @torch.no_grad()
+    def scale_by_fan_in(self) -> None:
+        """Multiplies the values, so that the layer's outputs have the spread that the dense weight's have."""
+        self.values.mul_(self.fan_in_factor())
+
+    def fan_in_factor(self) -> float | Tensor:
+        """Returns the root of the layer's inputs over the active ones of an output, on average."""
+        return math.sqrt(self.grid.num_blocks / self.num_active)
 
     @property
     def value_shape(self) -> tuple[int, ...]:

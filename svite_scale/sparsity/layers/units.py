@@ -9,7 +9,8 @@ in the next step, and its incoming weights in the step after.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,10 @@ class UnitLayer(SparseLayer):
         candidate_std: standard deviation of candidates' incoming weights.
         candidate_numel: incoming weights of one unit.
         out_features: of the layer.
+        max_moved: most units that an update may move; None for any number.
     """
 
+    max_moved: ClassVar[int | None] = None
     seed: int
     candidate_std: float
     candidate_numel: int
@@ -52,6 +55,18 @@ class UnitLayer(SparseLayer):
         self.candidate_numel = incoming.numel() // active.numel()
         self.candidate_std = 1.0 if incoming.is_meta else float(incoming.detach().float().std())
         self.mask = Mask(bits.pack(active).to(incoming.device))
+
+    @property
+    def outgoing(self) -> TransposedLinear:
+        """The layer whose rows are the outgoing weights of units."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scale_by_fan_in(self) -> None:
+        """Multiplies the outgoing weights by the root of all units over the active ones, so that the layer's outputs have the
+        spread that they have with all units.
+        """
+        self.outgoing.weight.mul_(math.sqrt(self.shape.numel() / self.num_active))
 
     def name_at(self, path: str) -> str:
         return f"{path}.{self.unit}" if path else self.name

@@ -20,7 +20,7 @@ from svite_scale.sparsity.layers.units import UnitLayer
 from svite_scale.sparsity.options import TopologyOptions
 from svite_scale.sparsity.sharding import own_chunk, sharded_tensors
 from svite_scale.sparsity.topology.checks import check_state, check_stepped
-from svite_scale.sparsity.topology.decision import decide, write_topology
+from svite_scale.sparsity.topology.decision import decide, num_moved, write_topology
 from svite_scale.sparsity.topology.growth import GrowthScores
 from svite_scale.sparsity.topology.methods import Method, find_method
 from svite_scale.sparsity.topology.schedule import UpdateSchedule
@@ -118,7 +118,12 @@ class TopologyEngine:
     @property
     def drop_fraction(self) -> float:
         """Fraction of the active weights that an update now would drop and grow; 0 where no weight moves any more."""
-        return self.schedule.drop_fraction_at(self.steps) if self._moves and self.steps <= self.schedule.stop_step else 0.0
+        return self.schedule.drop_fraction_at(self.steps) if self._may_move_now else 0.0
+
+    @property
+    def unit_drop_fraction(self) -> float:
+        """The same of the heads and neurons."""
+        return self.schedule.unit_drop_fraction_at(self.steps) if self._may_move_now else 0.0
 
     @property
     def next_update(self) -> int | None:
@@ -269,6 +274,10 @@ class TopologyEngine:
     def _moves(self) -> bool:
         return bool(self.layers) and self.method is not None
 
+    @property
+    def _may_move_now(self) -> bool:
+        return self._moves and self.steps <= self.schedule.stop_step
+
     def _prepare_step(self) -> None:
         """Records gradients during the next step if it lies in a growth window, and anneals token selectors."""
         for module in self.annealed:
@@ -311,24 +320,26 @@ class TopologyEngine:
         for layer in moving:
             check_stepped(layer.name, layer, self.access, "give it what is thawed later too, or add_param_group() when thawing")
         check_state(moving, self.access, self.options, stepped=True)
-        drop_fraction = self.drop_fraction
         self.last_update = self.steps
         layers = {
-            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method, drop_fraction)
+            name: self._keep_layer(layer) if name in frozen else self._update_layer(layer, method)
             for name, layer in self.layers.items()
         }
         for name, (ever_active, initial_survivors) in self.statistics.count_history().items():
             layers[name] = replace(layers[name], ever_active=ever_active, initial_survivors=initial_survivors)
-        return TopologyUpdate(self.steps, drop_fraction, layers, self.unit_masks())
+        return TopologyUpdate(self.steps, self.drop_fraction, layers, self.unit_masks())
 
     def _check_state(self) -> None:
         """Refuses an optimizer whose state can't follow moving weights, as soon as that can be known."""
         if self._moves:
             check_state(self.layers.values(), self.access, self.options, stepped=False)
 
-    def _update_layer(self, layer: SparseLayer, method: Method, drop_fraction: float) -> LayerUpdate:
+    def _update_layer(self, layer: SparseLayer, method: Method) -> LayerUpdate:
         """Updates one layer; its dense tensors live only in here."""
-        decision = decide(layer, method, drop_fraction, self.steps, self.options, self.access, self.growth)
+        drop_fraction = self.unit_drop_fraction if isinstance(layer, UnitLayer) else self.drop_fraction
+        count = num_moved(layer, drop_fraction, self.steps, self.options.seed)
+        protected = self.statistics.read_grown(layer) if self.options.protect_grown else None
+        decision = decide(layer, method, count, self.steps, self.options, self.access, self.growth, protected)
         transition = TopologyTransition(decision.old_mask, decision.new_mask, layer.shape, layer.num_active)
         write_topology(layer, transition, self.access, self.options, self._tracked)
         grown_survival = self.statistics.apply(layer, transition)
@@ -338,6 +349,7 @@ class TopologyEngine:
             unit=layer.unit,
             numel=layer.shape.numel(),
             num_active=layer.num_active,
+            drop_fraction=drop_fraction,
             dropped=decision.count,
             regrown=decision.count - int((~transition.kept).count_nonzero()),
             grown_survival=grown_survival,

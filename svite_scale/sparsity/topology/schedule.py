@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from svite_scale.options import options
-from svite_scale.sparsity.options import DropSchedule
+from svite_scale.sparsity.options import UNIT_DROP_FRACTION, DropSchedule
 
 
 def cosine(initial: float, step: int, total: int, final: float = 0.005) -> float:
@@ -54,6 +54,9 @@ class UpdateSchedule(DropSchedule):
     """Optimizer steps between two updates."""
     start_step: Annotated[int, Field(ge=0)] = 0
     """No update comes before this step, from which the drop fraction falls."""
+    unit_drop_fraction: Annotated[float | None, Field(ge=0.0, le=1.0)] = UNIT_DROP_FRACTION
+    """``drop_fraction`` of heads and neurons. Theirs ends at ``final_drop_fraction`` too, or stays where it starts if that is
+    lower. None moves as large a fraction of them as of the weights."""
 
     @property
     def stop_step(self) -> int:
@@ -74,5 +77,14 @@ class UpdateSchedule(DropSchedule):
 
     def drop_fraction_at(self, step: int) -> float:
         """Returns the fraction of the active weights that an update at ``step`` drops and grows."""
+        return self._fraction_at(step, self.drop_fraction, self.final_drop_fraction)
+
+    def unit_drop_fraction_at(self, step: int) -> float:
+        """Returns the same of heads and neurons, of which it is an expectation."""
+        if self.unit_drop_fraction is None:
+            return self.drop_fraction_at(step)
+        return self._fraction_at(step, self.unit_drop_fraction, min(self.final_drop_fraction, self.unit_drop_fraction))
+
+    def _fraction_at(self, step: int, initial: float, final: float) -> float:
         schedule = DROP_SCHEDULES[self.drop_schedule]
-        return schedule(self.drop_fraction, step - self.start_step, self.stop_step - self.start_step, self.final_drop_fraction)
+        return schedule(initial, step - self.start_step, self.stop_step - self.start_step, final)

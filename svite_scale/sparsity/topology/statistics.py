@@ -27,6 +27,7 @@ class LayerUpdate:
         unit: what N and the figures below count: ``weights``, ``blocks``, ``neurons`` or ``heads``.
         numel: all units, N.
         num_active: active units, k.
+        drop_fraction: fraction of them to drop and grow, of heads and neurons in expectation; 0 where the layer is frozen.
         dropped: units dropped, those that were grown again at once included.
         regrown: units dropped and grown by the same update; they never left.
         grown_survival: fraction of the units grown by the previous update that are still active; None where there were none.
@@ -39,6 +40,7 @@ class LayerUpdate:
     unit: str
     numel: int
     num_active: int
+    drop_fraction: float = 0.0
     dropped: int = 0
     regrown: int = 0
     grown_survival: float | None = None
@@ -75,7 +77,8 @@ class TopologyUpdate:
 
     Attributes:
         step: the optimizer step after which it came.
-        drop_fraction: fraction of each layer's active weights that was dropped and grown.
+        drop_fraction: fraction of the active weights, and blocks, that was dropped and grown; see :class:`LayerUpdate` for that
+            of heads and neurons.
         layers: by layer name.
         unit_masks: of heads and neurons after it; see :meth:`~svite_scale.sparsity.topology.engine.TopologyEngine.unit_masks`.
     """
@@ -128,6 +131,7 @@ class TopologyUpdate:
     def _totals(self, unit: str) -> Metrics:
         layers = self._layers_of(unit)
         return {
+            "drop_fraction": max(layer.drop_fraction for layer in layers),
             "dropped": sum(layer.dropped for layer in layers),
             "grown": sum(layer.grown for layer in layers),
             "regrown": sum(layer.regrown for layer in layers),
