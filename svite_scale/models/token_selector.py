@@ -27,7 +27,7 @@ VALUE_DIM = 16
 """Numbers that the classifier of a selector keeps of the tokens that a query attends to."""
 
 LEVELS = 8
-"""Numbers of tokens that pass while ``keep`` falls, all and the last among them. Few, because a compiler may compile for each."""
+"""Numbers of tokens that pass while ``keep`` falls, all and the last among them. Few: a compiler may compile for each."""
 
 
 @dataclass(frozen=True)
