@@ -12,7 +12,7 @@ from svite_scale.config.earlier import EARLIER, Earlier, complete, read_saved_co
 from svite_scale.config.load import field_names, flatten_config, to_dict, to_yaml
 from svite_scale.config.schema import Config, SparsityConfig
 from svite_scale.errors import CheckpointError, ConfigError
-from svite_scale.models.options import StructuredConfig
+from svite_scale.models.options import StructuredConfig, TokensConfig
 
 FIELD = "sparsity.structured.grow"
 CONFIG = Config(run_dir="runs/a", sparsity=SparsityConfig(structured=StructuredConfig(heads=0.5)))
@@ -71,3 +71,12 @@ def test_every_entry_is_of_a_field_and_differs_from_its_default() -> None:
     defaults = flatten_config(to_dict(DENSE))
     assert EARLIER.keys() <= field_names()
     assert all(entry.value != defaults[name] for name, entry in EARLIER.items())
+
+
+def test_a_run_without_a_signal_of_its_tokens_has_that_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(earlier, "EARLIER", EARLIER)
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: runs/a\nsparsity: {tokens: {keep: 0.5}}\n")
+    assert read_saved_config(path).sparsity.tokens == TokensConfig(keep=0.5, signal="paper", keep_warmup=0.0)
+    path.write_text("run_dir: runs/a\n")
+    assert read_saved_config(path).sparsity.tokens == TokensConfig()
