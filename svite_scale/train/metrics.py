@@ -112,8 +112,10 @@ def selector_metrics(selectors: Sequence[TokenSelector], progress: float) -> dic
     if not selectors:
         return {}
     last = selectors[-1]  # all have the same temperature
-    tokens = {"tokens": last.tokens_at(progress)}
-    return tokens | {"temperature": last.temperature_at(progress)} if isinstance(last, PaperSelector) else tokens
+    metrics: dict[str, float] = {"tokens": last.tokens_at(progress)}
+    if isinstance(last, PaperSelector):
+        metrics["temperature"] = last.temperature_at(progress)
+    return metrics
 
 
 def sum_over_ranks(sums: Tensor) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from unittest.mock import patch
 
@@ -113,6 +114,7 @@ def test_a_postponed_update_is_counted_and_happens_after_a_resume(tmp_path: Path
 
 
 TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
+PAPER = ("sparsity.tokens.signal=paper",)
 SINGLE, TALL = "sparsity.block=[1,1]", "sparsity.block=[16,1]"
 
 
@@ -122,21 +124,27 @@ SINGLE, TALL = "sparsity.block=[1,1]", "sparsity.block=[16,1]"
 def test_a_run_resumes_within_a_growth_window_and_a_warm_up_and_draws_the_same_tokens(
     tmp_path: Path, digits: Path, engine: str, world_size: int, block: str
 ) -> None:
-    """And the temperature of the token selector is that of the step."""
+    """And the tokens that pass, and the temperature of the paper's selector, are those of the step."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    options = (*WINDOW, *TOKENS, block)
+    options = (*WINDOW, *TOKENS, block, *(PAPER if engine == "fsdp2" else ()))
     ended = run_on_ranks(world_size, run, config_of(digits, straight, engine, END, *options))
     saved = run_on_ranks(world_size, run, config_of(digits, stopped, engine, STOP, *options))
     assert any(name.startswith("growth/") and np.abs(value).max() > 0 for name, value in saved[0].statistics.items())
     resumed = run_on_ranks(world_size, resumed_run, config_of(digits, stopped, engine, END, *options))
     assert_same_state(ended, resumed)
     assert losses_of(stopped) == losses_of(straight)
-    assert np.abs(resumed[0].tensors["blocks.selector0.weight:exp_avg"]).max() > 0
+    moments = [np.abs(moment).max() for name, moment in resumed[0].tensors.items() if "selector0" in name]
+    assert min(moments) > 0
     for run_dir in (straight, stopped):
         lines = metrics_of(run_dir)
-        assert [line["tokens"] for line in lines] == [3] * END
-        # 64 samples in batches of 12 are 5 steps per epoch, 20 in all.
-        assert [line["temperature"] for line in lines] == pytest.approx([10 - 9.9 * step / 20 for step in range(END)])
+        # 64 samples in batches of 12 are 5 steps per epoch, 20 in all. So the tokens fall over 0.3 * 20 = 6 steps, of 4 patches
+        # and the class token to 3, by half of 2 patches (1 + cos) at sevenths of the way.
+        ways = [math.floor(7 * min(step / 6, 1.0)) / 7 for step in range(END)]
+        assert [line["tokens"] for line in lines] == [3 + round(1 + math.cos(math.pi * way)) for way in ways]
+        if engine == "fsdp2":
+            assert [line["temperature"] for line in lines] == pytest.approx([10 - 9.9 * step / 20 for step in range(END)])
+        else:
+            assert all(line["selector_loss"] > 0 for line in lines)
 
 
 def noise_seeds(config: Config) -> list[int]:
@@ -151,7 +159,7 @@ def noise_seeds(config: Config) -> list[int]:
 
 
 def test_every_rank_step_and_micro_batch_has_its_own_noise(tmp_path: Path, digits: Path) -> None:
-    ranks = run_on_ranks(2, noise_seeds, config_of(digits, tmp_path / "run", "ddp", 3, *TOKENS))
+    ranks = run_on_ranks(2, noise_seeds, config_of(digits, tmp_path / "run", "ddp", 3, *TOKENS, *PAPER))
     assert [len(seeds) for seeds in ranks] == [3 * 2, 3 * 2], "3 steps of 2 micro-batches"
     assert len({seed for seeds in ranks for seed in seeds}) == 12
 

@@ -64,6 +64,8 @@ def test_only_active_units_are_in_the_file(tmp_path: Path) -> None:
 def test_dense_state_dict_is_that_of_the_dense_model(name: str, tmp_path: Path) -> None:
     model, _ = sparse_model(name)
     state, expected = dense_state_dict(write(name, tmp_path)), to_dense(model).state_dict()
+    # The classifiers of token selectors are for training only.
+    expected = {name: tensor for name, tensor in expected.items() if ".classifier." not in name}
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 

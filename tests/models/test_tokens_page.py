@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import torch.nn.functional as F
 
 from svite_scale.config.load import to_dict
 from svite_scale.config.schema import Config, SparsityConfig
@@ -40,8 +40,12 @@ def test_the_saving_of_the_page_is_what_is_counted() -> None:
 def test_the_loop_of_the_page_runs_and_anneals() -> None:
     sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "num_heads": 2}
     model = build_dense(ModelConfig(name="vit_tiny_patch16_224", **sizes))  # type: ignore[arg-type]
-    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "F": F}
+    names |= {"images": torch.randn(2, 3, 32, 32), "labels": torch.tensor([3, 999])}
     exec(PAGE.split("```python")[1].split("```")[0], names)
-    assert names["model"](torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+    names["loss"].backward()
     (selector,) = token_selectors(model)
-    assert selector.temperature == pytest.approx(10 - 9.9 / 100_000, rel=1e-12)
+    assert all(parameter.grad is not None for parameter in selector.parameters())
+    names["topology"].steps = 50_000
+    names["topology"]._prepare_step()
+    assert selector.passing == selector.num_patches == round(0.9 * 65) - 1, "keep has fallen"
