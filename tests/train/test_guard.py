@@ -54,9 +54,9 @@ def trained(config: Config, spoil: Callable[[int, Tensor], Tensor]) -> Seen:
         logits = forward(images)
         return spoil(trainer.step, logits) if world.rank == world.size - 1 and logits.requires_grad else logits
 
-    def noted(self: MetricsAverage, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+    def noted(self: MetricsAverage, loss: Tensor, selector_loss: Tensor, logits: Tensor, batch: Batch) -> None:
         seen.labels.append(batch.labels.tolist())
-        add(self, loss, logits, batch)
+        add(self, loss, selector_loss, logits, batch)
 
     with patch.object(trainer.backend, "forward", spoiled), patch.object(MetricsAverage, "add", noted):
         trainer.run()
