@@ -141,13 +141,13 @@ def ink_kept(run_dir: Path) -> float | None:
     return round(int((inked & kept).sum()) / int(inked.sum()), 4)
 
 
-def run_missing(names: Iterable[str], texts: Sequence[str], seeds: Sequence[int], shards: Path, processes: int) -> None:
-    """Trains the runs of some tables that have no result yet, of the rows whose label has one of the texts."""
+def run_missing(names: Iterable[str], labels: Sequence[str], seeds: Sequence[int], shards: Path, processes: int) -> None:
+    """Trains the runs of some tables that have no result yet, of the rows of these labels, or of all if there are none."""
     results = Results()
     wanted: dict[Key, tuple[Table, Row, int]] = {}
     for seed, name in product(seeds, names):
         table = TABLES[name]
-        for row in (row for row in table.rows if any(text in row.label for text in texts)):
+        for row in (row for row in table.rows if row.label in labels or not labels):
             wanted[key_of(table, row, seed)] = (table, row, seed)
     missing = [run for key, run in wanted.items() if key not in results.runs]
     with ThreadPoolExecutor(processes) as pool:
@@ -280,7 +280,7 @@ def is_dense(row: Row) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=[], help="train the runs that these lack")
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only rows whose label has one of these")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="LABEL", help="only these rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shards", type=Path, default=Path("data"), help="folder of glyphs and glyphs42")
     parser.add_argument("--processes", type=int, default=2)

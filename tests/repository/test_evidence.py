@@ -53,14 +53,14 @@ def test_finished_runs_are_not_run_again(digits: Path, tmp_path: Path, monkeypat
     )
     monkeypatch.setattr(evidence, "TABLES", {"tiny": Table(rows, config=str(config), shards="tiny")})
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "evidence.json")
-    run_missing(["tiny"], [""], [0], tmp_path, processes=2)
+    run_missing(["tiny"], [], [0], tmp_path, processes=2)
     found = [Results().of(evidence.TABLES["tiny"], row) for row in rows]
     assert [len(runs) for runs in found] == [1, 1]
     assert found[0][0].ink_kept is None
     assert 0 <= found[1][0].ink_kept <= 1
 
     monkeypatch.setattr(evidence, "train", lambda *_: pytest.fail("run again"))
-    run_missing(["tiny"], [""], [0], tmp_path, processes=2)
+    run_missing(["tiny"], [], [0], tmp_path, processes=2)
 
 
 def test_page_without_a_place_for_a_table_is_refused() -> None:
