@@ -66,7 +66,7 @@ def paper_row(name: str) -> Row:
 
 
 def test_the_folder_holds_the_named_set() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*DEITS, FINETUNE, "quickstart"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*DEITS, FINETUNE, "quickstart", "glyphs"}
 
 
 @pytest.mark.parametrize("name", [*DEITS, "quickstart"])
