@@ -38,7 +38,6 @@ EARLIER: dict[str, Earlier] = {
     "sparsity.init": Earlier("dense", _always),
     "sparsity.structured.drop_fraction": Earlier(None, _packs_units),
     "sparsity.tokens.signal": Earlier("paper", _keeps_tokens),
-    "sparsity.tokens.keep_warmup": Earlier(0.0, _keeps_tokens),
 }
 """By dotted name of a field. A field whose default does what earlier versions did needs no entry."""
 

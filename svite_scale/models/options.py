@@ -92,7 +92,7 @@ class TokensConfig:
     """A selector stands before each of these blocks; 0 is after the embedding."""
     mode: Literal["gather", "mask"] = "gather"
     """``gather`` shortens the sequence; ``mask`` multiplies by zero instead, as the paper's code does, and saves nothing."""
-    keep_warmup: Fraction = 0.3
+    keep_warmup: Fraction = 0.0
     """Fraction of training in which the tokens that pass in training fall from all to ``keep``, by a cosine in 8 levels."""
     temperature: Annotated[float, Field(gt=0.0)] = 10.0
     """Temperature of the Gumbel softmax at the start of training, for ``signal: paper``."""

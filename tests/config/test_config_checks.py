@@ -72,7 +72,7 @@ MISTAKES = [
                 (f"tokens.{given}", f"tokens.{message}: isn't used where keep and training_keep are null")
                 for given, message in (
                     ("signal=paper", "signal = 'paper'"),
-                    ("keep_warmup=0", "keep_warmup = 0.0"),
+                    ("keep_warmup=0.3", "keep_warmup = 0.3"),
                     ("training_keep_until=1", "training_keep_until = 1.0"),
                     ("blocks=[0,3]", "blocks = [0, 3]"),
                     ("mode=mask", "mode = 'mask'"),
@@ -85,7 +85,7 @@ MISTAKES = [
                 for choice, given, message in (
                     ("keep=0.5", "temperature=5.0", "temperature = 5.0: isn't used by the signal classifier"),
                     ("keep=0.5", "training_keep_until=1", "training_keep_until = 1.0: isn't used where training_keep is null"),
-                    ("training_keep=0.5", "keep_warmup=0", "keep_warmup = 0.0: isn't used where keep is null"),
+                    ("training_keep=0.5", "keep_warmup=0.3", "keep_warmup = 0.3: isn't used where keep is null"),
                     ("training_keep=0.5", "mode=mask", "mode = 'mask': saves nothing, which is all that training_keep is for"),
                     (
                         "training_keep=0.5",
@@ -231,7 +231,7 @@ def test_what_depends_on_the_ranks_passes_where_their_number_is_open(tmp_path: P
         "sparsity.tokens.keep=99 sparsity.tokens.blocks=[3]",
         "sparsity.tokens.keep=99 sparsity.tokens.blocks=[0,3] sparsity.tokens.mode=mask",
         "sparsity.tokens.keep=1.0 sparsity.tokens.signal=paper sparsity.tokens.temperature=1.0",
-        "sparsity.tokens.keep=0.5 sparsity.tokens.keep_warmup=0.0",
+        "sparsity.tokens.keep=0.5 sparsity.tokens.keep_warmup=0.3",
         "sparsity.tokens.training_keep=0.5 sparsity.tokens.training_keep_until=1.0 sparsity.tokens.signal=random",
     ],
 )

@@ -77,6 +77,6 @@ def test_a_run_without_a_signal_of_its_tokens_has_that_of_the_paper(tmp_path: Pa
     monkeypatch.setattr(earlier, "EARLIER", EARLIER)
     path = tmp_path / "config.yaml"
     path.write_text("run_dir: runs/a\nsparsity: {tokens: {keep: 0.5}}\n")
-    assert read_saved_config(path).sparsity.tokens == TokensConfig(keep=0.5, signal="paper", keep_warmup=0.0)
+    assert read_saved_config(path).sparsity.tokens == TokensConfig(keep=0.5, signal="paper")
     path.write_text("run_dir: runs/a\n")
     assert read_saved_config(path).sparsity.tokens == TokensConfig()

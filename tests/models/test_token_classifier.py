@@ -113,7 +113,7 @@ def test_the_model_has_the_gradient_of_its_own_loss_alone() -> None:
     """And the selectors that of theirs alone."""
     torch.manual_seed(0)
     model = build_dense(MODEL).train()
-    insert_token_selectors(model, keep=0.5, blocks=(0, 1), keep_warmup=0.0)
+    insert_token_selectors(model, keep=0.5, blocks=(0, 1))
     images, labels = torch.randn(4, 1, 32, 32), torch.arange(4)
     gradients = []
     for weights in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
@@ -278,7 +278,7 @@ def test_it_learns_to_keep_the_patches_that_tell_the_class() -> None:
     """Each image has its class in one patch, at a random place, and noise of the same size in the 15 others."""
     torch.manual_seed(0)
     model = build_dense(MODEL)
-    (selector,) = insert_token_selectors(model, keep=5, keep_warmup=0.0)
+    (selector,) = insert_token_selectors(model, keep=5)
     patterns = torch.randn(6, 8, 8)
     optimizer = torch.optim.AdamW(svite_scale.parameter_groups(model, 0.01), lr=3e-3)
 

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 def test_a_compiled_model_evaluates_alike_and_trains_without_compiling_again() -> None:
     torch.manual_seed(0)
     model = build_dense(MODEL)
-    (selector,) = insert_token_selectors(model, keep=0.6, signal="paper", keep_warmup=0.0)
+    (selector,) = insert_token_selectors(model, keep=0.6, signal="paper")
     start = selector.weight.detach().clone()
     graphs = 0
 
@@ -103,7 +103,7 @@ def test_the_temperature_reaches_the_compiled_gradient() -> None:
     """A number taken in at compilation would be that of the first step."""
     torch.manual_seed(0)
     model = build_dense(MODEL)
-    (selector,) = insert_token_selectors(model, keep=0.6, signal="paper", keep_warmup=0.0)
+    (selector,) = insert_token_selectors(model, keep=0.6, signal="paper")
     selector.weight.detach().mul_(10)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     images = torch.randn(8, 1, 16, 16)

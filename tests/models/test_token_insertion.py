@@ -113,7 +113,7 @@ def test_a_second_call_is_refused() -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str, training: bool, checkpointing: bool) -> None:
     config, num_prefix = MODELS[name]
-    sparsity = sparsity_of(blocks=(0, 2), keep_warmup=0.0)
+    sparsity = sparsity_of(blocks=(0, 2))
     model, _ = build_sparse(replace(config, activation_checkpointing=checkpointing), sparsity, seed=0)
     model.train(training)
     total = 25 + num_prefix
@@ -134,7 +134,7 @@ def test_blocks_get_the_kept_tokens_and_prefix_tokens_are_always_there(name: str
 @pytest.mark.parametrize("signal", ["classifier", "paper"])
 def test_activation_checkpointing_changes_no_gradient(signal: str) -> None:
     gradients = []
-    sparsity = sparsity_of(blocks=(0, 1), signal=signal, keep_warmup=0.0)
+    sparsity = sparsity_of(blocks=(0, 1), signal=signal)
     for checkpointing in (False, True):
         model, _ = build_sparse(replace(MODEL, activation_checkpointing=checkpointing), sparsity, seed=0)
         torch.manual_seed(1)

@@ -56,7 +56,7 @@ def test_an_export_of_an_earlier_version_has_the_selectors_of_the_paper(plain_ru
         del description["tokens"][name]
     (tmp_path / DESCRIPTION).write_text(json.dumps(description))
     found = read_description(tmp_path)
-    assert found.tokens == TokensConfig(keep=0.5, signal="paper", keep_warmup=0.0)
+    assert found.tokens == TokensConfig(keep=0.5, signal="paper")
     write_description(found, tmp_path)
     assert read_description(tmp_path) == found
 
