@@ -102,11 +102,11 @@ def test_each_kind_costs_what_arithmetic_says(kind: str) -> None:
 
 
 def test_attention_pooling_gets_the_tokens_that_pass_last() -> None:
-    """Half of 25 patches from the second block on, there being no class token."""
+    """Half of 25 patches from the second block on, there being no class token. The selector has 4 queries."""
     sparsity = SparsityConfig(tokens=TokensConfig(keep=0.5, blocks=(1,)))
     cost = count(Config(run_dir="unused", model=KINDS["attention pooling"].model, sparsity=sparsity))
     layers = 25 * 192 * D + (25 + 13 + 13) * PLAIN + 13 * 2 * D**2 + 10 * D**2 + 11 * D
-    assert cost.sparse_macs == layers + 2 * (25**2 + 2 * 13**2) * D + 2 * 13 * D
+    assert cost.sparse_macs == layers + 2 * (25**2 + 2 * 13**2) * D + 2 * 13 * D + 4 * 25 * D
     assert cost.dense_macs == KINDS["attention pooling"].layers + KINDS["attention pooling"].others
 
 
