@@ -1,7 +1,7 @@
 """Test accuracy on glyphs by size of the blocks in which weights are active, density and method: mean and spread over seeds.
 
-    python launch/make_shards.py --source glyphs --out shards/glyphs
-    python benchmarks/block_accuracy.py --shards shards/glyphs --results results.jsonl [--widths 128 384] [--epochs 2] ...
+    python launch/make_shards.py --source glyphs --out data/glyphs
+    python benchmarks/block_accuracy.py --shards data/glyphs --results results.jsonl [--widths 128 384] [--epochs 2] ...
 
 A ViT of depth 4 with patches of 7 pixels trains on one thread; ``--processes`` runs train at a time. Each finished run is a
 line of the results; a run that is there already isn't run again, so that the same command goes on after an interruption.

@@ -152,8 +152,8 @@ def test_readme_figures_are_those_of_the_pages() -> None:
     step = [float(row[3]) for row in rows("benchmarks.md", "DeiT-Small at 224 px, batch", cells=4)]
     (in_blocks,) = rows("blocks.md", "[32, 1]", cells=7)
     gpu = [row for row in rows("benchmarks.md", "DeiT-Base", cells=10) if row[2] == "0.3"]
-    accuracy = {row[0]: float(row[2]) for row in rows("accuracy.md", "dense", "weights", "heads", cells=5)}
-    units = [accuracy["heads and neurons 40%, `grow: paper`"], accuracy["heads and neurons 40%"]]
+    accuracy = {row[0]: float(row[5]) for row in rows("accuracy.md", "dense", "90%", cells=8)}
+    tokens = {row[0]: float(row[5]) for row in rows("accuracy.md", "50%", cells=9)}
     for row, figure in (
         ("memory: training state", ends(min(state), max(state))),
         ("peak of a step, above", f"{peak['FSDP2']:.2f}, {peak['ZeRO-3']:.2f}"),
@@ -162,8 +162,8 @@ def test_readme_figures_are_those_of_the_pages() -> None:
         ("time of a step on the CPU", f"{step[0]:.2f}, {step[1]:.2f}"),
         ("time of a step in blocks", in_blocks[2]),
         ("time of a step on a GPU", ends(float(gpu[0][5]), float(gpu[-1][5]))),
-        ("accuracy on 1,000", f"{accuracy['weights 70%']:.1f}% / {accuracy['dense']:.1f}%"),
-        ("accuracy on MNIST", f"{units[0]:.1f}% | {units[1]:.1f}%"),
+        ("accuracy at density", f"{accuracy['90% absent, moving, drop fraction 0.1']:.1f}% / {accuracy['dense']:.1f}%"),
+        ("accuracy on letters", f"{tokens['50%, `signal: paper`']:.1f}% | {tokens['50% of the tokens']:.1f}%"),
     ):
         (line,) = (line for line in table if line.startswith(f"| {row}"))
         assert f"| {figure} |" in line
