@@ -113,7 +113,7 @@ def test_a_postponed_update_is_counted_and_happens_after_a_resume(tmp_path: Path
         assert [line["postponed_updates"] for line in lines] == [0] * 3 + [1] * (END - 3)
 
 
-TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6")
+TOKENS = ("model.depth=3", "sparsity.tokens.keep=0.6", "sparsity.tokens.keep_warmup=0.3")
 PAPER = ("sparsity.tokens.signal=paper",)
 SINGLE, TALL = "sparsity.block=[1,1]", "sparsity.block=[16,1]"
 

@@ -43,7 +43,8 @@ class Loop:
         self.model = DistributedDataParallel(model) if kind == "ddp" else model
         groups = svite_scale.parameter_groups(self.model, weight_decay=0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
-        self.topology = svite_scale.attach(self.model, self.optimizer, total_steps=40, update_every=6, options=OPTIONS)
+        schedule = {"total_steps": 40, "update_every": 6, "unit_drop_fraction": 0.5}
+        self.topology = svite_scale.attach(self.model, self.optimizer, options=OPTIONS, **schedule)
         self.ema = svite_scale.Ema(self.model, self.topology, decay=0.9)
 
     def train(self, last: int) -> list[float]:

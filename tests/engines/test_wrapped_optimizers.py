@@ -175,7 +175,7 @@ def test_on_ranks_lookahead_follows_or_is_refused() -> None:
 def test_slow_weights_of_a_grown_unit_start_at_its_initial_rows() -> None:
     model = units_vit()
     optimizer: Any = lookahead(model)
-    topology = svite_scale.attach(model, optimizer, total_steps=100, update_every=UPDATE_EVERY)
+    topology = svite_scale.attach(model, optimizer, total_steps=100, update_every=UPDATE_EVERY, unit_drop_fraction=0.5)
     before: dict[str, Tensor] = {}
     for number in range(UPDATE_EVERY):
         inputs = torch.randn(8, 1, 14, 14, generator=torch.Generator().manual_seed(number))

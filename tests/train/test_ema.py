@@ -36,9 +36,13 @@ def train_step(backend: Backend, inputs: Tensor) -> None:
     backend.step()
 
 
-def topology_of(backend: Backend, update_every: int) -> TopologyEngine:
-    schedule = UpdateSchedule(total_steps=20, update_every=update_every)
-    return TopologyEngine(backend.model, backend.access, schedule, group=dist.group.WORLD)
+def topology_of(backend: Backend, **schedule: float) -> TopologyEngine:
+    return TopologyEngine(
+        backend.model,
+        backend.access,
+        UpdateSchedule(total_steps=20, **schedule),
+        group=dist.group.WORLD,  # type: ignore[arg-type]
+    )
 
 
 @torch.no_grad()
@@ -92,7 +96,7 @@ class Averages:
 
 def averaged(kind: str, bf16: bool) -> Averages:
     backend = build_backend(kind, small_vit(), lambda module: adamw(module, lr=1e-2), micro_batch_size=BATCH, bf16=bf16)
-    topology = topology_of(backend, UPDATE_EVERY)
+    topology = topology_of(backend, update_every=UPDATE_EVERY)
     ema = Ema(backend.wrapped, topology, DECAY)
     twin = Twin(dense_weights(backend)[0])
     timms = ModelEmaV3(twin, decay=DECAY)
@@ -165,7 +169,7 @@ def grown_units(kind: str) -> set[str]:
     """What came at updates; checks the averages after each. Runs on every rank."""
     model = units_vit()
     backend = build_backend(kind, model, lambda module: adamw(module, lr=1e-2), micro_batch_size=BATCH)
-    topology = topology_of(backend, update_every=1)
+    topology = topology_of(backend, update_every=1, unit_drop_fraction=0.5)
     ema = Ema(model, topology, DECAY)
     came: set[str] = set()
     for step in range(1, 9):

@@ -28,7 +28,7 @@ def averages(micro_batches: list[list[tuple[float, list[int]]]]) -> list[dict[st
             loss, labels = step
             # Samples of class 2 count as damaged.
             batch = Batch(torch.empty(0), torch.tensor(labels), torch.ones(4, dtype=torch.bool), torch.tensor(labels) == 2)
-            average.add(torch.tensor(loss), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
+            average.add(torch.tensor(loss), torch.tensor(0.0), torch.tensor([[0.0, 1.0, 0.5]] * len(labels)), batch)
             average.end_step(StepResult(torch.tensor(loss * 10) if first else None, applied=True))
         found.append({**average.reduce(global_batch_size=8), "samples": average.samples, "damaged": average.damaged})
         average.restart()
@@ -60,7 +60,7 @@ def averages_with_skipped_steps() -> list[dict[str, float]]:
     found = []
     for losses in ((torch.nan, 2.0, torch.inf), (torch.nan,)):
         for loss in losses:
-            average.add(torch.tensor(loss), torch.tensor([[0.0, loss]]), batch)
+            average.add(torch.tensor(loss), torch.tensor(0.0), torch.tensor([[0.0, loss]]), batch)
             average.end_step(StepResult(torch.tensor(7.0 if loss == 2 else torch.nan), applied=loss == 2))
         found.append(average.reduce(global_batch_size=2))
         average.restart()
