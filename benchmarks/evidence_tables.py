@@ -141,16 +141,5 @@ TABLES: dict[str, Table] = {
         columns={"patches with ink kept": lambda found: fraction([run.ink_kept for run in found])},
     ),
     "init": Table(tuple(row for width, lr in ((128, 1.5e-3), (192, 1.2e-3), (384, 7.5e-4)) for row in inits(width, lr))),
-    "paper": Table(
-        (
-            Row("all tokens"),
-            Row(
-                "5% of the tokens, 50% of the weights absent",
-                ("sparsity.density=0.5", f"{TOKENS}.keep=0.95", "sparsity.update_every=282"),
-            ),
-        ),
-        shared=CANVAS,
-        shards="glyphs42",
-    ),
 }
 """By name, which the page's marks have too."""
