@@ -32,7 +32,8 @@ def describe(config: Config, world_size: int, sparse: SparseModel) -> str:
     # On both, since a run is often looked at on another machine than it will train on.
     size = config.model.image_size
     costs = [count_flops(sparse.model, size, device=device) for device in ("cpu", "cuda")]
-    training = count_flops(sparse.model, size, device="cpu", training=True)
+    # Only token selectors make a forward in training another one.
+    training = count_flops(sparse.model, size, device="cpu", training=True) if token_selectors(sparse.model) else costs[0]
     sections = (
         _layers(sparse.layers, config.sparsity.block),
         "\n".join([*_costs(config, costs, training), *_tokens(sparse.model), *_teacher(config)]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess  # noqa: F401  # marks this file as slow: a run is a process
 from pathlib import Path
 
 import pytest
@@ -44,6 +43,7 @@ def test_page_has_the_numbers_of_the_results(name: str) -> None:
             assert line[6] == "-" if len(each) == 1 else float(line[6]) == pytest.approx(statistics.stdev(each), abs=0.0051)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").symlink_to(digits)
     config = write_config_file(digits, tmp_path / "run", tmp_path / "config.yaml")
