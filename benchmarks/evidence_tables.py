@@ -121,6 +121,13 @@ TABLES: dict[str, Table] = {
             Row("50%, `signal: paper`", (f"{TOKENS}.keep=0.5", f"{TOKENS}.signal=paper")),
             Row("all, 50% in training by chance", (f"{TOKENS}.training_keep=0.5", f"{TOKENS}.signal=random")),
             Row("all, 50% in training by score", (f"{TOKENS}.training_keep=0.5",)),
+            *(
+                Row(
+                    f"95% of the tokens, 50% of the weights absent, {kind}",
+                    (f"{TOKENS}.keep=0.95", "sparsity.density=0.5", override),
+                )
+                for kind, override in (("fixed", "sparsity.method=static"), ("moving", "sparsity.update_every=282"))
+            ),
             Row("all tokens, width 44", ("model.embed_dim=44",)),
         ),
         shared=CANVAS,
