@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for a run as a script
 from benchmarks.evidence_tables import TABLES, Row, Table
 from benchmarks.machine import describe_machine
 from benchmarks.structure import Twin
-from svite_scale.config.load import read_config
+from svite_scale.config.load import flatten_config, read_config, to_dict
 from svite_scale.config.schema import Config
 from svite_scale.cost.flops import count_flops
 from svite_scale.cost.memory import bytes_per_rank, model_sizes
@@ -75,7 +75,11 @@ class Result:
 
 
 def key_of(table: Table, row: Row, seed: int) -> Key:
-    return (table.config, *sorted(table.overrides(row)), str(seed))
+    """Returns what was run: the config file, the values that differ from it, and the seed; so tables share runs."""
+    usual = flatten_config(to_dict(read_config(ROOT / table.config)))
+    values = flatten_config(to_dict(read_config(ROOT / table.config, table.overrides(row))))
+    changed = sorted(f"{name}={json.dumps(value)}" for name, value in values.items() if value != usual[name])
+    return (table.config, *changed, str(seed))
 
 
 class Results:

@@ -81,6 +81,19 @@ def inits(width: int, lr: float) -> list[Row]:
     return rows
 
 
+WIDE = "model.embed_dim=384", "model.num_heads=12"
+"""The width of DeiT-Small, whose sides have 24 blocks of 16."""
+
+
+def blocks(density: float, block: str, kind: str, *overrides: str) -> Row:
+    """Returns a row of the table of blocks, of weights that are active in blocks of these rows and columns."""
+    label = f"{100 - 100 * density:g}% absent, {block}, {kind}"
+    return Row(label, (*WIDE, f"sparsity.density={density}", f"sparsity.block={block}", "optimizer.lr=1.5e-3", *overrides))
+
+
+FIXED = ("fixed", "sparsity.method=static")
+GENTLY_MOVING = ("moving, drop fraction 0.1", *MOVING, "sparsity.drop_fraction=0.1")
+
 TABLES: dict[str, Table] = {
     "weights": Table(
         (
@@ -92,6 +105,21 @@ TABLES: dict[str, Table] = {
                 for kind, overrides in (("fixed", ("sparsity.method=static",)), ("moving", MOVING))
             ),
             *(weights(density, "moving, drop fraction 0.1", *MOVING, "sparsity.drop_fraction=0.1") for density in (0.1, 0.01)),
+        )
+    ),
+    "blocks": Table(
+        (
+            Row("dense", (*WIDE, "optimizer.lr=7.5e-4")),
+            Row("dense, width 192", ("model.embed_dim=192", "model.num_heads=6", "optimizer.lr=1.5e-3")),
+            Row("dense, width 128", ("optimizer.lr=1.5e-3",)),
+            blocks(0.1, "[1, 1]", *FIXED),
+            *(
+                blocks(density, block, *kind)
+                for density in (0.3, 0.1)
+                for block in ("[16, 16]", "[32, 1]")
+                for kind in (FIXED, GENTLY_MOVING)
+            ),
+            blocks(0.1, "[16, 16]", "moving", *MOVING),
         )
     ),
     "units": Table(
