@@ -56,6 +56,8 @@ DENSE = "sparsity.density=1.0"
 CANVAS = ("model.image_size=42", "model.patch_size=6", "model.embed_dim=64", "optimizer.lr=3e-3", "train.epochs=3")
 """A small model for 49 patches, of which a glyph covers 13 on average. After one epoch it hasn't learnt to find them."""
 
+LONGER = "train.epochs=8"
+
 FASTER = "optimizer.lr=3e-3"
 """Twice the dense model's rate, which small and sparse models want."""
 
@@ -122,6 +124,15 @@ TABLES: dict[str, Table] = {
             blocks(0.1, "[16, 16]", "moving", *MOVING),
         )
     ),
+    "narrow_blocks": Table(
+        (
+            Row("dense"),
+            *(
+                weights(0.1, f"{block}, fixed", "sparsity.method=static", f"sparsity.block={block}")
+                for block in ("[1, 1]", "[4, 4]", "[8, 8]", "[32, 1]", "[16, 16]")
+            ),
+        )
+    ),
     "units": Table(
         (
             Row("dense"),
@@ -157,6 +168,8 @@ TABLES: dict[str, Table] = {
                 for kind, override in (("fixed", "sparsity.method=static"), ("moving", "sparsity.update_every=282"))
             ),
             Row("all tokens, width 44", ("model.embed_dim=44",)),
+            Row("all tokens, 8 epochs", (LONGER,)),
+            *(Row(f"{keep:.0%} of the tokens, 8 epochs", (f"{TOKENS}.keep={keep}", LONGER)) for keep in (0.5, 0.3)),
         ),
         shared=CANVAS,
         shards="glyphs42",
