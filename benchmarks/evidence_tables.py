@@ -112,6 +112,7 @@ TABLES: dict[str, Table] = {
     "blocks": Table(
         (
             Row("dense", (*WIDE, "optimizer.lr=7.5e-4")),
+            Row("dense, twice the learning rate", (*WIDE, "optimizer.lr=1.5e-3")),
             Row("dense, width 192", ("model.embed_dim=192", "model.num_heads=6", "optimizer.lr=1.5e-3")),
             Row("dense, width 128", ("optimizer.lr=1.5e-3",)),
             blocks(0.1, "[1, 1]", *FIXED),
