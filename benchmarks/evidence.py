@@ -51,7 +51,7 @@ INK = 0.25
 
 COLUMNS = ("multiplications", "with active weights", "time of a step", "state", "accuracy", "deviation", "each seed")
 
-PICTURED = {"weights": "weights", "units": "heads and neurons", "tokens": "tokens"}
+PICTURED = {"weights": "weights", "blocks": "blocks of weights", "units": "heads and neurons", "tokens": "tokens"}
 """The tables in the picture, with their titles."""
 
 MARKERS = "sD^vPX*<>"
@@ -258,17 +258,19 @@ def replace_marked(text: str, name: str, content: str) -> str:
 
 def draw(results: Results) -> None:
     """Draws accuracy against the multiply-accumulates with active weights: a line of dense widths, and a point for each row."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 9), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, name in zip(figure.subplots(1, len(PICTURED)), PICTURED, strict=True):
+    for axes, name in zip(figure.subplots(2, 2).flat, PICTURED, strict=True):
         table = TABLES[name]
         points = [
             (row, Cost(config_of(table, row)).active_macs / 1e6, statistics.mean(run.accuracy for run in found))
             for row in table.rows
             if (found := results.of(table, row))
         ]
-        widths = sorted((macs, accuracy) for row, macs, accuracy in points if is_dense(row))
-        axes.plot(*zip(*widths, strict=True), "o-", color="0.4", label="dense, by width")
+        widths: dict[float, float] = {}
+        for _, macs, accuracy in (point for point in points if is_dense(point[0])):
+            widths[macs] = max(accuracy, widths.get(macs, accuracy))  # of two learning rates, the better one
+        axes.plot(*zip(*sorted(widths.items()), strict=True), "o-", color="0.4", label="dense, by width")
         for number, (row, macs, accuracy) in enumerate(point for point in points if not is_dense(point[0])):
             axes.plot(macs, accuracy, MARKERS[number % len(MARKERS)], label=row.label.replace("`", ""))
         axes.set(title=PICTURED[name], xlabel="million multiply-accumulates per image", ylabel="accuracy in percent")
