@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,14 @@ class Result:
 
 def key_of(table: Table, row: Row, seed: int) -> Key:
     """Returns what was run: the config file, the values that differ from it, and the seed; so tables share runs."""
-    usual = flatten_config(to_dict(read_config(ROOT / table.config)))
-    values = flatten_config(to_dict(read_config(ROOT / table.config, table.overrides(row))))
+    usual, values = values_of(table.config), values_of(table.config, table.overrides(row))
     changed = sorted(f"{name}={json.dumps(value)}" for name, value in values.items() if value != usual[name])
     return (table.config, *changed, str(seed))
+
+
+@cache
+def values_of(config: str, overrides: tuple[str, ...] = ()) -> dict[str, object]:
+    return flatten_config(to_dict(read_config(ROOT / config, overrides)))
 
 
 class Results:

@@ -81,30 +81,26 @@ def inits(width: int, lr: float) -> list[Row]:
     return rows
 
 
+FIXED = ("fixed", "sparsity.method=static")
+MOVES = ("moving", *MOVING)
+MOVES_GENTLY = ("moving, drop fraction 0.1", *MOVING, "sparsity.drop_fraction=0.1")
+"""The end of a row's label, and its overrides."""
+
 WIDE = "model.embed_dim=384", "model.num_heads=12"
 """The width of DeiT-Small, whose sides have 24 blocks of 16."""
 
 
-def blocks(density: float, block: str, kind: str, *overrides: str) -> Row:
-    """Returns a row of the table of blocks, of weights that are active in blocks of these rows and columns."""
-    label = f"{100 - 100 * density:g}% absent, {block}, {kind}"
-    return Row(label, (*WIDE, f"sparsity.density={density}", f"sparsity.block={block}", "optimizer.lr=1.5e-3", *overrides))
+def wide_blocks(density: float, block: str, kind: str, *overrides: str) -> Row:
+    return weights(density, f"{block}, {kind}", *WIDE, f"sparsity.block={block}", "optimizer.lr=1.5e-3", *overrides)
 
-
-FIXED = ("fixed", "sparsity.method=static")
-GENTLY_MOVING = ("moving, drop fraction 0.1", *MOVING, "sparsity.drop_fraction=0.1")
 
 TABLES: dict[str, Table] = {
     "weights": Table(
         (
             Row("dense"),
             *(narrow(width) for width in (72, 48, 32)),
-            *(
-                weights(density, kind, *overrides)
-                for density in (0.3, 0.1, 0.05, 0.02, 0.01)
-                for kind, overrides in (("fixed", ("sparsity.method=static",)), ("moving", MOVING))
-            ),
-            *(weights(density, "moving, drop fraction 0.1", *MOVING, "sparsity.drop_fraction=0.1") for density in (0.1, 0.01)),
+            *(weights(density, *kind) for density in (0.3, 0.1, 0.05, 0.02, 0.01) for kind in (FIXED, MOVES)),
+            *(weights(density, *MOVES_GENTLY) for density in (0.1, 0.01)),
         )
     ),
     "blocks": Table(
@@ -113,14 +109,14 @@ TABLES: dict[str, Table] = {
             Row("dense, twice the learning rate", (*WIDE, "optimizer.lr=1.5e-3")),
             Row("dense, width 192", ("model.embed_dim=192", "model.num_heads=6", "optimizer.lr=1.5e-3")),
             Row("dense, width 128", ("optimizer.lr=1.5e-3",)),
-            blocks(0.1, "[1, 1]", *FIXED),
+            wide_blocks(0.1, "[1, 1]", *FIXED),
             *(
-                blocks(density, block, *kind)
+                wide_blocks(density, block, *kind)
                 for density in (0.3, 0.1)
                 for block in ("[16, 16]", "[32, 1]")
-                for kind in (FIXED, GENTLY_MOVING)
+                for kind in (FIXED, MOVES_GENTLY)
             ),
-            blocks(0.1, "[16, 16]", "moving", *MOVING),
+            wide_blocks(0.1, "[16, 16]", *MOVES),
         )
     ),
     "narrow_blocks": Table(
